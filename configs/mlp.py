@@ -1,0 +1,64 @@
+"""IST (arXiv:1910.02120): a feed-forward net, its hidden neurons dealt to the workers.
+
+python -m ist_jax.main --config=configs/mlp.py            scikit-learn's digits, seconds
+python -m ist_jax.main --config=configs/mlp.py:smoke      the same machinery, a few rounds
+
+Accuracy and time on the digits: see the table in README.md.
+"""
+
+from ml_collections import config_dict
+
+MODES = ("digits", "smoke")
+
+
+def get_config(mode: str = "digits") -> config_dict.ConfigDict:
+    """The default experiment of a mode; every value can be overridden: --config.num_workers=8."""
+    if mode not in MODES:
+        raise ValueError(f"configs/mlp.py has no mode {mode!r}; it has {', '.join(MODES)}")
+    config = config_dict.ConfigDict()
+    config.method = "ist"  # 'ist' | 'local_sgd' | 'data_parallel'
+    config.seed = 0
+
+    config.num_workers = 4
+    config.num_devices = 0  # 0: on CPU one virtual device per worker; else as many as fit
+    config.workers_on_device = "map"  # 'map': one after another | 'vmap': together
+    config.local_steps = 20  # per round and worker
+    config.batch_size = 32  # examples per worker and step
+    config.epochs = 80.0  # passes of all workers together over the training set
+    config.rounds = config_dict.placeholder(int)  # unset: from epochs
+    config.eval_every = 5  # rounds; 0: after the last only
+    config.eval_batch_size = 128  # examples; batch statistics are part of the result
+
+    config.data = config_dict.ConfigDict()
+    config.data.name = "digits"
+    config.data.dir = ""  # embedded sets need none
+    config.data.pad = 0  # pixels of padding before the random crop
+    config.data.flip = False  # mirror half of the training images
+
+    config.model = config_dict.ConfigDict()
+    config.model.name = "mlp"
+    config.model.hidden = (512, 512)  # neurons of each hidden layer
+
+    config.partition = config_dict.ConfigDict()
+    config.partition.min_units = 0  # least neurons per worker and layer, by overlap; 0: none
+    config.partition.shares = ()  # relative speed of each worker; (): equal
+
+    config.optimizer = config_dict.ConfigDict()
+    config.optimizer.learning_rate = 0.05
+    config.optimizer.momentum = 0.9
+    config.optimizer.nesterov = False
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.schedule = "constant"  # 'constant' | 'cosine' | 'step', by examples seen
+    config.optimizer.warmup = 0.0  # fraction of all examples, linear from 0
+    config.optimizer.step_at = (0.5, 0.75)  # fractions of all examples
+    config.optimizer.step_factor = 0.1
+    config.optimizer_state = "reset"  # at a round's start: 'reset' | 'carry'
+
+    if mode == "smoke":
+        config.model.hidden = (32, 32)
+        config.num_workers = 2
+        config.local_steps = 2
+        config.batch_size = 8
+        config.rounds = 3
+        config.eval_every = 2
+    return config

@@ -1,0 +1,86 @@
+"""Data sets: a random-access source per split, opened by name."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+
+class Source(Protocol):
+    """One split of a data set, by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """Example `index`: 'image' uint8 [H, W, C] and 'label' int."""
+
+
+class DataSet(NamedTuple):
+    """A data set for classification.
+
+    Attributes:
+      description: a line for the log: what it is and where it came from.
+      train: source of the training split.
+      test: source of the test split.
+      classes: names, in the order of the labels.
+    """
+
+    description: str
+    train: Source
+    test: Source
+    classes: tuple[str, ...]
+
+
+class ArraySource:
+    """A source over arrays in memory.
+
+    Args:
+      image: uint8 [N, H, W, C].
+      label: int [N].
+    """
+
+    def __init__(self, image: np.ndarray, label: np.ndarray):
+        self.image = image
+        self.label = label
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.image[index], "label": self.label[index]}
+
+
+def _open_digits(directory: str) -> DataSet:
+    del directory  # embedded in scikit-learn
+    from ist_jax.data import digits
+
+    return digits.load()
+
+
+OPENERS: dict[str, Callable[[str], DataSet]] = {"digits": _open_digits}
+
+
+def open_data_set(name: str, directory: str) -> DataSet:
+    """Opens a data set.
+
+    Args:
+      name: one of `OPENERS`.
+      directory: where its files are; unused by embedded sets.
+
+    Raises:
+      ValueError: there is no such data set.
+    """
+    if name not in OPENERS:
+        raise ValueError(f"data.name={name!r} does not exist; set config.data.name to one of {sorted(OPENERS)}")
+    return OPENERS[name](directory)
+
+
+def load(source: Source) -> dict[str, np.ndarray]:
+    """All examples of a source, decoded once: 'image' uint8 [N, H, W, C], 'label' int32 [N]."""
+    if isinstance(source, ArraySource):
+        return {"image": source.image, "label": source.label.astype(np.int32)}
+    examples = [source[i] for i in range(len(source))]
+    return {
+        "image": np.stack([example["image"] for example in examples]),
+        "label": np.array([example["label"] for example in examples], np.int32),
+    }

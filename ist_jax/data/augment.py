@@ -1,0 +1,64 @@
+"""From uint8 images on the device to normalised, augmented inputs, inside the jitted round."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of uint8 images [N, H, W, C], in units of 0 to 255."""
+    counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
+    weights, levels = counts / counts.sum(1, keepdims=True), np.arange(256)
+    mean = weights @ levels
+    std = np.sqrt(np.maximum(weights @ levels**2 - mean**2, 1.0))
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def make_normalize(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[jax.Array], jax.Array]:
+    """A function from uint8 images [..., C] to float32 of mean 0 and deviation 1 per channel."""
+    return lambda images: (images.astype(jnp.float32) - jnp.array(mean)) / jnp.array(std)
+
+
+def make_batch_fn(
+    normalize: Callable[[jax.Array], jax.Array], *, pad: int, flip: bool
+) -> Callable[[Mapping[str, jax.Array], jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """The function that draws a training batch.
+
+    Args:
+      normalize: from `make_normalize`.
+      pad: random crop after padding with zeros by so many pixels on each side (0: none).
+      flip: mirror half of the images left to right.
+
+    Returns:
+      (data with 'image' uint8 [N, H, W, C] and 'label' [N], indices [B], key) ->
+      (inputs float32 [B, H, W, C], labels [B]). Row and column numbers are drawn and the pixels are
+      then read once, straight from the data set.
+    """
+
+    def batch_fn(
+        data: Mapping[str, jax.Array], indices: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        images = data["image"]
+        if pad or flip:
+            size = len(indices)
+            shift_key, flip_key = jax.random.split(key)
+            shift = jax.random.randint(shift_key, (2, size, 1), -pad, pad + 1)
+            rows = jnp.arange(images.shape[1]) + shift[0]  # [B, H]
+            columns = jnp.arange(images.shape[2]) + shift[1]  # [B, W]
+            if flip:
+                mirrored = jax.random.bernoulli(flip_key, 0.5, (size, 1))
+                columns = jnp.where(mirrored, columns[:, ::-1], columns)
+            inside = _inside(rows, images.shape[1])[:, :, None] & _inside(columns, images.shape[2])[:, None]
+            pixels = images[indices[:, None, None], rows[:, :, None], columns[:, None]]
+            images = jnp.where(inside[..., None], pixels, 0)
+        else:
+            images = images[indices]
+        return normalize(images), data["label"][indices]
+
+    return batch_fn
+
+
+def _inside(positions: jax.Array, size: int) -> jax.Array:
+    return (positions >= 0) & (positions < size)

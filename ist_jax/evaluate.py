@@ -1,0 +1,176 @@
+"""Evaluation of the global model, and a command that evaluates a finished run again.
+
+    python -m ist_jax.evaluate --workdir=runs/digits [image.png ...]
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+from jax import lax
+
+from ist_jax import store
+from ist_jax.store import Layout, Shards
+
+_CALIBRATION_BATCHES = 32
+
+
+class Score(NamedTuple):
+    """Means over all examples, each counted once."""
+
+    loss: float
+    accuracy: float
+    examples: int
+
+
+def is_streamable(model: nn.Module) -> bool:
+    """Whether the model can be evaluated with one block or layer in memory at a time."""
+    return hasattr(model, "fetch")
+
+
+def unit_scale(layout: Layout) -> dict[str, float]:
+    """ResIST's scale of the residual branches at evaluation: assigned slots / (workers x units).
+
+    1 / S without overlap (arXiv:2107.00961, section 3); 1 with one worker.
+    """
+    return {name: group.share for name, group in layout.groups.items()}
+
+
+def evaluate_shards(
+    layout: Layout,
+    model: nn.Module,
+    normalize: Callable[[jax.Array], jax.Array],
+    shards: Shards,
+    batches: Mapping[str, jax.Array],
+) -> jax.Array:
+    """Sums over this device's evaluation batches; a program for `devices.compile_program`.
+
+    Args:
+      layout: of the store.
+      model: the global model; its blocks or layers are gathered one at a time where it can be streamed.
+      normalize: uint8 images -> inputs.
+      shards: this device's share of the parameters.
+      batches: 'image' uint8 [n, B, H, W, C], 'label' int32 [n, B], 'weight' float32 [n, B].
+
+    Returns:
+      float32 [n, 3]: per batch the weighted sums of loss and of correct predictions, and the weights'.
+    """
+    scale = unit_scale(layout)
+    if is_streamable(model):
+        params = shards
+        model = model.clone(fetch=lambda path, shard: store.fetch(layout, path, shard))
+    else:
+        params = {path: store.fetch(layout, path, shard) for path, shard in shards.items()}
+    variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
+
+    def score(_: None, batch: Mapping[str, jax.Array]) -> tuple[None, jax.Array]:
+        logits = model.apply(variables, normalize(batch["image"]), scale=scale)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        correct = (logits.argmax(-1) == batch["label"]).astype(losses.dtype)
+        weight = batch["weight"]
+        return None, jnp.stack([(weight * losses).sum(), (weight * correct).sum(), weight.sum()])
+
+    return lax.scan(score, None, dict(batches))[1]
+
+
+def total_score(sums: Any) -> Score:
+    """The score from the sums of all devices and batches, added up in float64."""
+    loss, correct, weight = np.asarray(sums, np.float64).reshape(-1, 3).sum(0)
+    return Score(float(loss / weight), float(correct / weight), round(float(weight)))
+
+
+def estimate_batch_stats(
+    model: nn.Module, params: Any, batches: Iterable[Any], scale: Mapping[str, float]
+) -> Any:
+    """BatchNorm statistics of the merged model over training batches ("precise BN").
+
+    Mean and mean square of every norm's input, averaged over the batches: with them a single example
+    can be classified. Subnets' own averages would not describe the global net.
+
+    Args:
+      model: with `models.norm.BatchNorm`s.
+      params: nested dict, the global parameters.
+      batches: normalised inputs [B, ...].
+      scale: from `unit_scale`.
+
+    Returns:
+      The collection `batch_stats`, for `model.apply({'params': ..., 'batch_stats': ...}, ...)`.
+    """
+
+    @jax.jit
+    def statistics(inputs: jax.Array) -> Any:
+        _, state = model.apply({"params": params}, inputs, scale=scale, mutable=["batch_stats"])
+        return state.get("batch_stats", {})
+
+    collected = [statistics(inputs) for inputs in batches]
+    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *collected)
+
+
+def read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """An image file as uint8 [H, W, C], resized to the shape of the data set's images.
+
+    Raises:
+      ValueError: the file is missing or not an image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    height, width, channels = shape
+    try:
+        with Image.open(path) as image:
+            resized = image.convert("L" if channels == 1 else "RGB").resize((width, height))
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"cannot read {path} as an image: {error}") from None
+    return np.asarray(resized, np.uint8).reshape(shape)
+
+
+def evaluate_workdir(workdir: Path, images: list[str]) -> None:
+    """Evaluates a finished run with batch statistics and with re-estimated ones; classifies images."""
+    from ist_jax import checkpoint, train
+
+    config = train.read_config(workdir)
+    run = train.set_up(config, workdir)
+    params = checkpoint.load_params(workdir)
+    state = run.put_params(params)
+    score = run.evaluate(state)
+    print(f"{run.data.description}")
+    print(f"test accuracy {score.accuracy:.2%}, loss {score.loss:.4f} ({score.examples} examples, batch statistics)")
+
+    scale = unit_scale(run.layout)
+    stats = estimate_batch_stats(run.model, params, run.calibration_inputs(_CALIBRATION_BATCHES), scale)
+    variables = {"params": params, "batch_stats": stats}
+    predict = jax.jit(lambda x: jax.nn.softmax(run.model.apply(variables, run.normalize(x), scale=scale)))
+    test, size = run.test, config.eval_batch_size
+    starts = range(0, len(test["label"]), size)
+    guesses = np.concatenate([np.asarray(predict(test["image"][i : i + size])).argmax(-1) for i in starts])
+    accuracy = (guesses == test["label"]).mean()
+    print(f"test accuracy {accuracy:.2%} with BatchNorm statistics re-estimated on training batches")
+    for name in images:
+        image = read_image(name, test["image"].shape[1:])
+        probabilities = np.asarray(predict(image[None]))[0]
+        best = probabilities.argsort()[::-1][:3]
+        print(f"{name}: " + ", ".join(f"{run.data.classes[k]} {probabilities[k]:.1%}" for k in best))
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code."""
+    from absl import flags
+
+    from ist_jax import cli
+
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "folder of a finished run", flag_values=values)
+    images = cli.parse(values, argv, "python -m ist_jax.evaluate --workdir=DIR [IMAGE ...]", required=["workdir"])
+    with cli.errors():
+        evaluate_workdir(Path(values.workdir), images)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,53 @@
+"""Trains a network as independent subnets.
+
+    python -m ist_jax.main --config=configs/resnet.py [--workdir=DIR] [--config.num_workers=8 ...]
+"""
+
+import datetime
+import logging
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from ist_jax import cli
+
+USAGE = "python -m ist_jax.main --config=FILE[:MODE] [--workdir=DIR] [--config.KEY=VALUE ...]"
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "experiment, such as configs/resnet.py or configs/resnet.py:smoke; every key of it is a flag "
+        "(--config.num_workers=8)",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "workdir", None, "folder for the results; default: a new one under runs/", flag_values=values
+    )
+    rest = cli.parse(values, argv, USAGE, required=["config"])
+    if rest:
+        raise cli.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("ist_jax").setLevel(logging.INFO)
+
+    from ist_jax import train  # JAX starts here, after the flags are known to be right
+
+    name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
+    default = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    workdir = Path(values.workdir) if values.workdir else default
+    with cli.errors():
+        if train.report_if_finished(values.config, workdir):
+            return 0
+        run = train.set_up(values.config)
+        train.open_workdir(values.config, workdir)
+    train.run_rounds(run, workdir)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,203 @@
+"""What a partition means: masks, gather and merge on whole parameter pytrees.
+
+This is the semantics of everything else, on one device, with no collectives; `store` does the same
+on a sharded model and must agree bit for bit. A worker *holds* an entry of a leaf when it holds the
+unit on each of the leaf's unit axes; leaves without unit axes are shared and held by all.
+
+  gather  cuts a worker's subnet out of the global parameters: real, small arrays (arXiv:1910.02120).
+  merge   puts the trained subnets back. An entry held by one worker is copied; one held by several
+          becomes the mean over them (arXiv:2107.00961, section 3), summed in the order of the
+          workers; one that no healthy worker holds keeps its value.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax import lax
+
+from ist_jax.partition import Assignment, Axes
+
+Params = Any
+
+
+def masks(params: Params, axes: Axes, assignment: Mapping[str, Assignment], worker: int) -> Params:
+    """Which entries of every leaf a worker holds.
+
+    Args:
+      params: nested dict of arrays (or shapes).
+      axes: unit axes by path, from `partition.resolve_axes`.
+      assignment: by group name, from `partition.sample`.
+      worker: 0 to S - 1.
+
+    Returns:
+      A pytree of the params' shape with bool arrays of the leaves' shapes.
+
+    Raises:
+      ValueError: an assignment is missing, has the wrong shape, or there is no such worker.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    check_assignment(flat, axes, assignment, worker)
+    return _unflatten({p: _mask(x.shape, axes[p], assignment, worker) for p, x in flat.items()})
+
+
+def gather(params: Params, axes: Axes, assignment: Mapping[str, Assignment], worker: int) -> Params:
+    """Cuts the subnet of one worker out of the global parameters.
+
+    Args:
+      params: nested dict of arrays, the global model.
+      axes: unit axes by path, from `partition.resolve_axes`.
+      assignment: by group name, from `partition.sample`.
+      worker: 0 to S - 1.
+
+    Returns:
+      A nested dict of the same structure; every axis of a group has the n slots of the assignment
+      in place of the U units. Empty slots are zero.
+
+    Raises:
+      ValueError: as for `masks`.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    check_assignment(flat, axes, assignment, worker)
+
+    def cut(path: str, x: jax.Array) -> jax.Array:
+        for axis, name in enumerate(axes[path]):
+            if name is not None:
+                slots = jnp.asarray(assignment[name].indices)[worker]
+                x = jnp.take(x, slots, axis=axis, mode="fill", fill_value=0)
+        return x
+
+    return _unflatten({path: cut(path, x) for path, x in flat.items()})
+
+
+def merge(
+    params: Params,
+    axes: Axes,
+    assignment: Mapping[str, Assignment],
+    subnets: list[Params],
+    healthy: list[bool] | None = None,
+) -> Params:
+    """Puts the subnets of all workers back into the global parameters.
+
+    Args:
+      params: nested dict of arrays, the global model before the round.
+      axes: unit axes by path, from `partition.resolve_axes`.
+      assignment: the one that the subnets were gathered by.
+      subnets: S nested dicts, as `gather` returned them, trained since.
+      healthy: S flags; a worker that is not healthy is left out. None: all are.
+
+    Returns:
+      The global parameters after the round.
+
+    Raises:
+      ValueError: as for `masks`, or a subnet's leaf does not have the shape that was gathered.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    num_workers = len(subnets)
+    for worker in range(num_workers):
+        check_assignment(flat, axes, assignment, worker)
+    flags = jnp.ones(num_workers, bool) if healthy is None else jnp.asarray(healthy)
+    pieces = [traverse_util.flatten_dict(subnet, sep="/") for subnet in subnets]
+
+    def put_back(path: str, old: jax.Array) -> jax.Array:
+        new = [_scatter(path, old, piece[path], axes[path], assignment, w) for w, piece in enumerate(pieces)]
+        held = [_mask(old.shape, axes[path], assignment, w) & flags[w] for w in range(num_workers)]
+        return ordered_mean(old, jnp.stack(new), jnp.stack(held))
+
+    return _unflatten({path: put_back(path, old) for path, old in flat.items()})
+
+
+def ordered_mean(old: jax.Array, new: jax.Array, held: jax.Array) -> jax.Array:
+    """Mean of `new` over the holders of each entry; `old` where there is none.
+
+    Summed in the order of the workers, so that the result does not depend on the devices. A single
+    holder's value, or one that all holders agree on, keeps its bits (a sum of equal values divided by
+    their number would not, for 3, 5, 6, 7, ...). A worker that does not hold may be NaN.
+
+    Args:
+      old: [...].
+      new: [S, ...].
+      held: bool, [S, ...] or broadcastable to it.
+
+    Returns:
+      [...], dtype of `old`.
+    """
+    tally = Tally(jnp.zeros_like(old), old, jnp.zeros(old.shape, bool), jnp.zeros(held.shape[1:], jnp.int32))
+
+    def add(tally: Tally, worker: tuple[jax.Array, jax.Array]) -> tuple[Tally, None]:
+        value, holds = worker
+        counted = tally.add(value)
+        return jax.tree.map(lambda a, b: jnp.where(holds, a, b), counted, tally), None
+
+    tally, _ = lax.scan(add, tally, (new, held), unroll=min(len(new), 8))
+    return tally.mean()
+
+
+class Tally(NamedTuple):
+    """What is known of an entry while its holders are counted one after another."""
+
+    total: jax.Array
+    first: jax.Array  # the first holder's value; before there is one, the old value
+    differs: jax.Array
+    count: jax.Array
+
+    def add(self, value: jax.Array) -> "Tally":
+        """One more holder."""
+        first = jnp.where(self.count == 0, value, self.first)
+        return Tally(self.total + value, first, self.differs | (value != first), self.count + 1)
+
+    def mean(self) -> jax.Array:
+        """The mean. As a product by a reciprocal, and without a sum after it, since XLA may write a
+        division so and contract product and sum, in one program and not in another."""
+        weight = 1 / jnp.maximum(self.count, 1).astype(self.total.dtype)
+        return jnp.where(self.differs, self.total * weight, self.first)
+
+
+def check_assignment(
+    flat: Mapping[str, Any], axes: Axes, assignment: Mapping[str, Assignment], worker: int
+) -> None:
+    """Raises ValueError when an assignment does not fit the parameters."""
+    for path, x in flat.items():
+        if path not in axes or len(axes[path]) != x.ndim:
+            raise ValueError(f"axes of {path} are {axes.get(path)}, but it has {x.ndim} axes")
+        for name in filter(None, axes[path]):
+            if name not in assignment:
+                raise ValueError(f"no assignment for unit group {name!r} of {path}")
+            indices, gates = assignment[name]
+            if indices.ndim != 2 or indices.shape != gates.shape:
+                raise ValueError(
+                    f"assignment of {name!r}: indices {indices.shape} and gates {gates.shape} "
+                    "must both be [workers, slots]"
+                )
+            if not 0 <= worker < len(indices):
+                raise ValueError(f"worker {worker} is not one of the {len(indices)} of {name!r}")
+
+
+def _mask(
+    shape: tuple[int, ...], names: tuple, assignment: Mapping[str, Assignment], worker: int
+) -> jax.Array:
+    mask = jnp.ones(shape, bool)
+    for axis, name in enumerate(names):
+        if name is not None:
+            slots = jnp.asarray(assignment[name].indices)[worker]
+            holds = jnp.zeros(shape[axis], bool).at[slots].set(True, mode="drop")
+            mask &= jnp.expand_dims(holds, [a for a in range(len(shape)) if a != axis])
+    return mask
+
+
+def _scatter(
+    path: str, old: jax.Array, piece: jax.Array, names: tuple, assignment: Mapping[str, Assignment], worker: int
+) -> jax.Array:
+    """A leaf of the global shape with the subnet's values where the worker holds, 0 elsewhere."""
+    slots = {a: jnp.asarray(assignment[n].indices)[worker] for a, n in enumerate(names) if n is not None}
+    expected = tuple(len(slots[a]) if a in slots else size for a, size in enumerate(old.shape))
+    if piece.shape != expected:
+        raise ValueError(f"subnet leaf {path} has shape {piece.shape}, expected {expected}")
+    grid = jnp.ix_(*(slots.get(axis, jnp.arange(size)) for axis, size in enumerate(old.shape)))
+    return jnp.zeros_like(old).at[grid].set(piece, mode="drop") if grid else piece
+
+
+def _unflatten(flat: Mapping[str, Any]) -> Params:
+    return traverse_util.unflatten_dict(dict(flat), sep="/")

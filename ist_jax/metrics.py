@@ -1,0 +1,67 @@
+"""What a run leaves behind and what people see of it while it runs."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+
+class Progress:
+    """A bar in rounds on a terminal; elsewhere a plain line about twenty times a run.
+
+    Args:
+      total: rounds of the run.
+      desc: what is being trained.
+    """
+
+    def __init__(self, total: int, desc: str):
+        self._every = max(1, total // 20)
+        self._bar = tqdm(total=total, desc=desc, unit="round", disable=not sys.stderr.isatty())
+        self._total = total
+        self._test = ""
+
+    def update(self, record: Mapping[str, Any]) -> None:
+        """Shows a round's record."""
+        if "test_accuracy" in record:
+            self._test = f", test accuracy {record['test_accuracy']:.2%}"
+        text = f"loss {record['train_loss']:.3f}{self._test}, {record['examples_per_second']:,.0f} examples/s"
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update()
+        last = record["round"] == self._total
+        if self._bar.disable and (last or record["round"] % self._every == 0):
+            print(f"round {record['round']}/{self._total}: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds a line of JSON; a loss that is not finite is written as null."""
+    with path.open("a") as file:
+        file.write(json.dumps({k: _plain(v) for k, v in record.items()}) + "\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.replace(path)
+
+
+def params_sha256(leaves: Iterable[tuple[str, np.ndarray]]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of leaves, in the order given."""
+    digest = hashlib.sha256()
+    for path, leaf in leaves:
+        digest.update(f"{path} {leaf.shape} {leaf.dtype}\n".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,76 @@
+"""A convolution whose gradients are fast inside loops on CPU.
+
+XLA:CPU canonicalises convolutions in the entry computation alone (JAX issue 12868): the gradient of
+an ordinary convolution inside `lax.scan` ran 35 to 100 times slower than outside. Written as
+ordinary NHWC/HWIO convolutions, the backward pass keeps its speed in a loop. Other backends use the
+native operation. `benchmarks/conv_in_scan.py` measures both, and would notice when XLA is mended.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from jax import lax
+
+_DIMS = ("NHWC", "HWIO", "NHWC")
+
+
+def conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    **options: Any,
+) -> jax.Array:
+    """`lax.conv_general_dilated` for `flax.linen.Conv`'s field of that name.
+
+    Args:
+      lhs: images [N, H, W, C_in].
+      rhs: kernel [h, w, C_in, C_out].
+      window_strides: two strides.
+      padding: 'SAME', 'VALID' or explicit pairs.
+      **options: whatever else the caller passes; the fast path takes neither dilation nor groups.
+
+    Returns:
+      [N, H', W', C_out].
+    """
+    plain = (
+        lhs.ndim == 4
+        and options.get("feature_group_count", 1) == 1
+        and all(d in (None, 1, (1, 1)) for d in (options.get("lhs_dilation"), options.get("rhs_dilation")))
+    )
+    if jax.default_backend() != "cpu" or not plain:
+        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
+    strides = (window_strides[0], window_strides[1])
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
+    return _conv(lhs, rhs, strides, tuple((lo, hi) for lo, hi in padding))
+
+
+def _plain_conv(x: jax.Array, w: jax.Array, strides: Any, pads: Any) -> jax.Array:
+    return lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=_DIMS)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv(x: jax.Array, w: jax.Array, strides: tuple, pads: tuple) -> jax.Array:
+    return _plain_conv(x, w, strides, pads)
+
+
+def _conv_fwd(x: jax.Array, w: jax.Array, strides: tuple, pads: tuple) -> tuple:
+    return _plain_conv(x, w, strides, pads), (x, w)
+
+
+def _conv_bwd(strides: tuple, pads: tuple, residuals: tuple, dy: jax.Array) -> tuple:
+    x, w = residuals
+    zero = dy.dtype.type(0)
+    dy = lax.pad(dy, zero, [(0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)])
+    sizes = list(zip(x.shape[1:3], dy.shape[1:3], w.shape[:2], pads, strict=True))
+    dx_pads = [(k - 1 - lo, i + lo - d) for i, d, k, (lo, _) in sizes]
+    dx = _plain_conv(dy, w[::-1, ::-1].transpose(0, 1, 3, 2), (1, 1), dx_pads)
+    dw_pads = [(lo, k + d - 1 - i - lo) for i, d, k, (lo, _) in sizes]
+    dw = _plain_conv(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), (1, 1), dw_pads)
+    return dx, dw.transpose(1, 2, 0, 3)
+
+
+_conv.defvjp(_conv_fwd, _conv_bwd)

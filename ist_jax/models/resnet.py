@@ -1,0 +1,138 @@
+"""Pre-activation ResNets of basic blocks, partitioned by block.
+
+References:
+  He et al., Identity Mappings in Deep Residual Networks, arXiv:1603.05027, 2016.
+  Dun et al., ResIST: Layer-Wise Decomposition of ResNets for Distributed Training,
+  arXiv:2107.00961, 2021.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from ist_jax.models import Fetch, streamed
+from ist_jax.models.conv import conv_general_dilated
+from ist_jax.models.norm import BatchNorm
+
+_Conv = partial(nn.Conv, use_bias=False, conv_general_dilated=conv_general_dilated)
+
+
+class Block(nn.Module):
+    """A basic block: x + scale * conv(relu(norm(conv(relu(norm(x)))))).
+
+    Attributes:
+      width: output channels.
+      strides: of the first convolution.
+      project: a strided 1x1 convolution on the skip connection, from the first activation.
+    """
+
+    width: int
+    strides: int = 1
+    project: bool = False
+
+    def setup(self) -> None:
+        self.norm1 = BatchNorm()
+        self.conv1 = _Conv(self.width, (3, 3), strides=self.strides)
+        self.norm2 = BatchNorm()
+        self.conv2 = _Conv(self.width, (3, 3))
+        if self.project:
+            self.shortcut = _Conv(self.width, (1, 1), strides=self.strides)
+
+    def _residual(self, x: jax.Array, scale: jax.Array | float) -> jax.Array:
+        y = nn.relu(self.norm1(x))
+        skip = self.shortcut(y) if self.project else x
+        y = nn.relu(self.norm2(self.conv1(y)))
+        return skip + scale * self.conv2(y)
+
+    def __call__(
+        self, x: jax.Array, gate: jax.Array | None = None, scale: jax.Array | float = 1.0
+    ) -> tuple[jax.Array, None]:
+        """Args: x [N, H, W, C]; gate: a bool scalar, False skips the block; scale of the branch.
+
+        Returns: ([N, H', W', width], None), the form that `nn.scan` takes.
+        """
+        if gate is None:
+            return self._residual(x, scale), None
+        return nn.cond(gate, Block._residual, lambda _, x, __: x, self, x, scale), None
+
+
+class ResNet(nn.Module):
+    """Pre-activation ResNet for small images: 3x3 stem of stride 1, no final norm, as in ResIST.
+
+    Every section is a `first` block (strided and projected, but in section 1) and `blocks`, the rest,
+    stacked on axis 0 by `nn.scan`. The stacked blocks of the sections in `partitioned` are units.
+
+    Attributes:
+      sections: blocks per section; (3, 4, 23, 3) is the paper's ResNet101.
+      width: channels of the first section; doubled in each.
+      num_classes: logits.
+      partitioned: numbers of the sections that are partitioned, counted from 1.
+      fetch: see `models.streamed`.
+    """
+
+    sections: tuple[int, ...]
+    width: int
+    num_classes: int
+    partitioned: tuple[int, ...] = (3,)
+    fetch: Fetch | None = None
+
+    def unit_axes(self) -> dict[str, Any]:
+        """One group per partitioned section. Raises ValueError where there is nothing to partition."""
+        for i in self.partitioned:
+            if not 1 <= i <= len(self.sections) or self.sections[i - 1] < 2:
+                raise ValueError(
+                    f"partition.sections={self.partitioned}: section {i} of model.sections="
+                    f"{self.sections} has no partitionable block (all but its first)"
+                )
+        return {f"section{i}/blocks/.*": (f"section{i}", ...) for i in self.partitioned}
+
+    def subnet(self, sizes: Mapping[str, int]) -> "ResNet":
+        """The net with `sizes['section3']` stacked blocks in section 3, and so on."""
+        names = [f"section{i + 1}" for i in range(len(self.sections))]
+        return self.clone(
+            sections=tuple(sizes[n] + 1 if n in sizes else s for n, s in zip(names, self.sections, strict=True))
+        )
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        gates: Mapping[str, jax.Array] | None = None,
+        scale: Mapping[str, float] | None = None,
+    ) -> jax.Array:
+        """Args: x [N, H, W, C], normalised; gates and scale: see `models`. Returns: [N, classes]."""
+        x = _Conv(self.width, (3, 3), name="stem")(x)
+        for i, count in enumerate(self.sections):
+            x = _Section(
+                name=f"section{i + 1}",
+                count=count,
+                width=self.width * 2**i,
+                strides=2 if i else 1,
+                fetch=self.fetch,
+            )(x, (gates or {}).get(f"section{i + 1}"), (scale or {}).get(f"section{i + 1}", 1.0))
+        return nn.Dense(self.num_classes, name="head")(x.mean((1, 2)))
+
+
+class _Section(nn.Module):
+    count: int
+    width: int
+    strides: int
+    fetch: Fetch | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, gates: jax.Array | None, scale: float) -> jax.Array:
+        project = self.strides > 1 or x.shape[-1] != self.width
+        x, _ = Block(self.width, self.strides, project, name="first")(x)
+        if self.count > 1:
+            blocks = nn.scan(
+                streamed(Block, f"{self.name}/blocks", self.fetch),
+                variable_axes={"params": 0, "batch_stats": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast if gates is None else 0, nn.broadcast),
+                length=self.count - 1,
+            )
+            x, _ = blocks(self.width, name="blocks")(x, gates, scale)
+        return x

@@ -1,0 +1,403 @@
+"""The global model at rest, sharded over the devices, and its exchange with the subnets.
+
+No device holds the global model. Per device k of D, hosting W = S / D workers, a leaf is kept as
+
+  shared  [...]                     the whole leaf, on every device; no unit axis.
+  rows    [U, ceil(p / D)]          one unit axis. A unit's p numbers are a row, and a device keeps a
+                                    slice of *every* row, so that whatever units a worker draws, it
+                                    pulls exactly n slices from each device.
+  pairs   [W, U_in / S, U_out, R]   two unit axes. The first is cut into S contiguous strips, W per
+                                    device. The draw is stratified (`partition.Group.strips`): a worker
+                                    holds at most m units of each strip, so it pulls exactly m x n_out
+                                    entries of each; 1 / S^2 of the matrix where S^2 divides U_in.
+
+The shapes are static, so any draw, with overlap and uneven counts, runs in the same program. Empty
+slots are gathered as zeros and scattered nowhere. The functions below are per device, with named-axis
+collectives: they run the same under `pmap` and under `vmap`. They equal `masking` bit for bit.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax import lax
+
+from ist_jax.masking import Tally, ordered_mean
+from ist_jax.partition import Assignment, Axes, Group
+
+AXIS = "devices"
+Shards = dict[str, jax.Array]
+Assignments = Mapping[str, Assignment]
+
+
+class Leaf(NamedTuple):
+    """Where the units of a leaf are: global shape, axes with units, and their groups."""
+
+    shape: tuple[int, ...]
+    unit_axes: tuple[int, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def kind(self) -> str:
+        return ("shared", "rows", "pairs")[len(self.unit_axes)]
+
+    @property
+    def rest(self) -> tuple[int, ...]:
+        """Sizes of the axes without units."""
+        return tuple(s for a, s in enumerate(self.shape) if a not in self.unit_axes)
+
+    @property
+    def row_size(self) -> int:
+        """p: the numbers per unit (rows) or per pair of units (pairs)."""
+        return int(np.prod(self.rest, dtype=int))
+
+
+class Layout(NamedTuple):
+    """The static description of a sharded model: what `gather` and `merge` are compiled for."""
+
+    leaves: dict[str, Leaf]
+    groups: dict[str, Group]
+    dtype: np.dtype
+    num_workers: int
+    num_devices: int
+
+    @property
+    def workers_per_device(self) -> int:
+        return self.num_workers // self.num_devices
+
+    def slice_size(self, path: str) -> int:
+        """Numbers of a row that one device keeps, padding included."""
+        return -(-self.leaves[path].row_size // self.num_devices)
+
+
+def make_layout(
+    params: Any, axes: Axes, groups: Mapping[str, Group], num_workers: int, num_devices: int
+) -> Layout:
+    """Describes how a model is sharded.
+
+    Args:
+      params: nested dict of arrays or shapes, all of one floating dtype.
+      axes: from `partition.resolve_axes`; a leaf's axes of groups not in `groups` are shared.
+      groups: from `partition.make_groups`; empty for local SGD and data-parallel SGD.
+      num_workers: S.
+      num_devices: D, a divisor of S.
+
+    Raises:
+      ValueError: D does not divide S, or the leaves differ in dtype.
+    """
+    if num_workers % num_devices:
+        raise ValueError(
+            f"num_devices={num_devices} does not divide num_workers={num_workers}; set "
+            f"config.num_devices to one of {[d for d in range(1, num_workers + 1) if num_workers % d == 0]}"
+        )
+    flat = traverse_util.flatten_dict(params, sep="/")
+    dtypes = sorted({str(x.dtype) for x in flat.values()})
+    if len(dtypes) != 1 or not jnp.issubdtype(dtypes[0], jnp.floating):
+        raise ValueError(f"parameters must share one floating dtype, these have {', '.join(dtypes)}")
+    leaves = {}
+    for path, x in sorted(flat.items()):
+        where = tuple(a for a, name in enumerate(axes[path]) if name in groups)
+        leaves[path] = Leaf(tuple(x.shape), where, tuple(groups[axes[path][a]] for a in where))  # type: ignore[index]
+    return Layout(leaves, dict(groups), np.dtype(dtypes[0]), num_workers, num_devices)
+
+
+# --- one leaf: its canonical form, and the form split over the devices ---------------------------
+
+
+def _canonical(x: Any, leaf: Leaf) -> Any:
+    """[..., units..., p] from [..., shape]: unit axes first, the rest raveled; leading axes kept."""
+    lead = x.ndim - len(leaf.shape)
+    where = tuple(lead + a for a in leaf.unit_axes)
+    order = (*range(lead), *where, *(a for a in range(lead, x.ndim) if a not in where))
+    x = x.transpose(order)
+    return x.reshape(*x.shape[: lead + len(where)], -1)
+
+
+def _restore(x: Any, leaf: Leaf) -> Any:
+    """The inverse of `_canonical`, for any number of units."""
+    lead = x.ndim - 1 - len(leaf.unit_axes)
+    x = x.reshape(*x.shape[:-1], *leaf.rest)
+    rest = iter(range(lead + len(leaf.unit_axes), x.ndim))
+    unit = {a: lead + i for i, a in enumerate(leaf.unit_axes)}
+    return x.transpose((*range(lead), *(unit[a] if a in unit else next(rest) for a in range(len(leaf.shape)))))
+
+
+def split(x: Any, leaf: Leaf, num_devices: int) -> Any:
+    """What each device keeps of a whole leaf (NumPy or JAX), stacked: [D, ...]."""
+    pad = np.pad if isinstance(x, np.ndarray) else jnp.pad
+    if leaf.kind == "shared":
+        return x[None].repeat(num_devices, 0)
+    x = _canonical(x, leaf)
+    if leaf.kind == "rows":
+        x = pad(x, ((0, 0), (0, -x.shape[1] % num_devices)))
+        return x.reshape(len(x), num_devices, -1).swapaxes(0, 1)
+    group = leaf.groups[0]
+    x = pad(x, ((0, group.strips * group.strip_size - len(x)), (0, 0), (0, 0)))
+    return x.reshape(num_devices, -1, group.strip_size, *x.shape[1:])
+
+
+def join(x: Any, leaf: Leaf) -> Any:
+    """The inverse of `split`: the whole leaf from [D, ...]."""
+    if leaf.kind == "shared":
+        return x[0]
+    if leaf.kind == "rows":
+        x = x.swapaxes(0, 1)
+        return _restore(x.reshape(len(x), -1)[:, : leaf.row_size], leaf)
+    return _restore(x.reshape(-1, *x.shape[3:])[: leaf.groups[0].size], leaf)
+
+
+# --- the whole model ------------------------------------------------------------------------------
+
+
+def init(layout: Layout, init_params: Any, key: jax.Array) -> Shards:
+    """This device's shards of freshly initialised parameters.
+
+    Every device draws the leaves one after another and keeps its slice of each, so that the whole
+    model is never in the memory of one device, and the values do not depend on their number.
+
+    Args:
+      layout: from `make_layout`.
+      init_params: key -> nested dict of parameters (a partial of the Flax model's `init`).
+      key: the same on all devices.
+    """
+    flat = traverse_util.flatten_dict(init_params(key), sep="/")
+    shards: Shards = {}
+    before: Any = ()
+    for path, leaf in layout.leaves.items():
+        value, _ = lax.optimization_barrier((flat[path], before))
+        parts = split(value, leaf, layout.num_devices)
+        before = lax.dynamic_index_in_dim(parts, lax.axis_index(AXIS), keepdims=False)
+        shards[path] = before
+    return shards
+
+
+def from_params(layout: Layout, params: Any) -> dict[str, np.ndarray]:
+    """Shards of given parameters (host arrays) on all devices, stacked: [D, ...] by path.
+
+    Raises:
+      ValueError: `params` are not those of the layout.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    shapes = {path: tuple(x.shape) for path, x in flat.items()}
+    if shapes != {path: leaf.shape for path, leaf in layout.leaves.items()}:
+        raise ValueError("the parameters' names or shapes are not those of the model")
+    return {p: split(np.asarray(flat[p]), leaf, layout.num_devices) for p, leaf in layout.leaves.items()}
+
+
+def iter_leaves(layout: Layout, shards: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, whole leaf) on the host, one leaf at a time, in the order of the paths."""
+    for path, leaf in layout.leaves.items():
+        yield path, join(np.asarray(shards[path]), leaf)
+
+
+def to_params(layout: Layout, shards: Mapping[str, Any]) -> Any:
+    """The global parameters as a nested dict of host arrays, from shards stacked on axis 0."""
+    return traverse_util.unflatten_dict(dict(iter_leaves(layout, shards)), sep="/")
+
+
+def fetch(layout: Layout, path: str, shard: jax.Array) -> jax.Array:
+    """A whole leaf, or one unit of it, from the shards of all devices: what streaming uses.
+
+    Args:
+      layout: from `make_layout`.
+      path: the leaf.
+      shard: what this device keeps of it; of a 'rows' leaf also one row's slice, when a scan over
+        the units runs around.
+
+    Returns:
+      The leaf, [shape], or one unit of it without its unit axis.
+    """
+    leaf = layout.leaves[path]
+    if leaf.kind == "shared":
+        return shard
+    whole = lax.all_gather(shard, AXIS)
+    if leaf.kind == "rows" and shard.ndim == 1:
+        return whole.reshape(-1)[: leaf.row_size].reshape(leaf.rest)
+    return join(whole, leaf)
+
+
+# --- exchange -------------------------------------------------------------------------------------
+
+
+def gather(layout: Layout, shards: Shards, assignment: Assignments) -> Shards:
+    """The unit leaves of this device's W subnets: flat dict of [W, ...], groups' axes n slots long.
+
+    Shared leaves are not copied: every worker of a device starts from the ones in `shards`.
+    """
+    return {
+        p: _gather_leaf(layout, p, shards[p], assignment)
+        for p, leaf in layout.leaves.items()
+        if leaf.kind != "shared"
+    }
+
+
+def shared(layout: Layout, shards: Shards) -> Shards:
+    """The shared leaves."""
+    return {p: shards[p] for p, leaf in layout.leaves.items() if leaf.kind == "shared"}
+
+
+def merge(
+    layout: Layout, shards: Shards, subnets: Shards, assignment: Assignments, healthy: jax.Array
+) -> Shards:
+    """This device's shards after the round, from the trained subnets of all workers.
+
+    Args:
+      layout: from `make_layout`.
+      shards: before the round.
+      subnets: flat dict of [W, ...], this device's workers.
+      assignment: the one that the subnets were gathered by.
+      healthy: bool [W], this device's workers; the others' subnets change nothing.
+
+    Returns:
+      Shards as `shards`.
+    """
+    flags = healthy if layout.num_devices == 1 else lax.all_gather(healthy, AXIS, tiled=True)
+    out = _merge_shared(layout, shards, subnets, flags)
+    for path, leaf in layout.leaves.items():
+        if leaf.kind == "rows":
+            out[path] = _merge_rows(layout, path, shards[path], subnets[path], assignment, flags)
+        elif leaf.kind == "pairs":
+            out[path] = _merge_pairs(layout, path, shards[path], subnets[path], assignment, flags)
+    return out
+
+
+def _all_to_all(x: jax.Array) -> jax.Array:
+    return lax.all_to_all(x, AXIS, 0, 0) if len(x) > 1 else x
+
+
+def _gather_leaf(layout: Layout, path: str, shard: jax.Array, assignment: Assignments) -> jax.Array:
+    leaf, devices, workers = layout.leaves[path], layout.num_devices, layout.workers_per_device
+    if leaf.kind == "rows":
+        indices = jnp.asarray(assignment[leaf.groups[0].name].indices)  # [S, n]
+        send = shard.at[indices].get(mode="fill", fill_value=0)  # [S, n, q]
+        got = _all_to_all(send.reshape(devices, workers, *send.shape[1:]))  # [D, W, n, q]
+        rows = got.transpose(1, 2, 0, 3).reshape(workers, indices.shape[1], -1)
+        return _restore(rows[..., : leaf.row_size], leaf)
+    slots_of, local = _strip_tables(layout, leaf.groups[0], assignment)
+    outs = jnp.asarray(assignment[leaf.groups[1].name].indices)  # [S, n_out]
+    strip = jnp.arange(workers)[None, :, None, None]
+    send = shard.at[strip, local[..., None], outs[:, None, None, :]].get(mode="fill", fill_value=0)
+    got = _all_to_all(send.reshape(devices, workers, *send.shape[1:]))  # [D, W, strips, m, n_out, R]
+    got = got.swapaxes(0, 1).reshape(workers, -1, *got.shape[4:])  # [W, S m, n_out, R]
+    if not _is_dense(leaf.groups[0]):
+        place = _invert(_own(layout, slots_of).reshape(workers, -1), leaf.groups[0].slots)  # [W, n_in]
+        got = jax.vmap(lambda g, p: g.at[p].get(mode="fill", fill_value=0))(got, place)
+    return _restore(got, leaf)
+
+
+def _merge_shared(layout: Layout, shards: Shards, subnets: Shards, flags: jax.Array) -> Shards:
+    """All shared leaves as one vector, a slice per device: the bytes of a ring all-reduce."""
+    paths = [path for path, leaf in layout.leaves.items() if leaf.kind == "shared"]
+    if not paths:
+        return {}
+    devices, workers = layout.num_devices, layout.workers_per_device
+    old = jnp.concatenate([shards[path].reshape(-1) for path in paths])
+    new = jnp.concatenate([subnets[path].reshape(workers, -1) for path in paths], axis=1)
+    size = old.size
+    pad = -size % devices
+    new = jnp.pad(new, ((0, 0), (0, pad))).reshape(workers, devices, -1).swapaxes(0, 1)  # [D, W, q]
+    new = _all_to_all(new).reshape(layout.num_workers, -1)  # [S, q]
+    old = jnp.pad(old, (0, pad)).reshape(devices, -1)
+    old = lax.dynamic_index_in_dim(old, lax.axis_index(AXIS), keepdims=False)
+    mean = ordered_mean(old, new, flags[:, None])
+    if devices > 1:
+        mean = lax.all_gather(mean, AXIS, tiled=True)
+    ends = np.cumsum([shards[path].size for path in paths])
+    parts = jnp.split(mean[:size], ends[:-1])
+    return {path: part.reshape(shards[path].shape) for path, part in zip(paths, parts, strict=True)}
+
+
+def _merge_rows(
+    layout: Layout, path: str, shard: jax.Array, new: jax.Array, assignment: Assignments, flags: jax.Array
+) -> jax.Array:
+    leaf, devices, workers = layout.leaves[path], layout.num_devices, layout.workers_per_device
+    group = leaf.groups[0]
+    rows = _canonical(new, leaf)  # [W, n, p]
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % devices)))
+    send = rows.reshape(workers, group.slots, devices, -1).transpose(2, 0, 1, 3)  # [D, W, n, q]
+    got = _all_to_all(send).reshape(layout.num_workers, group.slots, -1)  # [S, n, q]
+    indices = jnp.asarray(assignment[group.name].indices)
+    indices = jnp.where(flags[:, None], indices, group.size)
+    return _put_back(shard, (indices,), got, disjoint=group.disjoint)
+
+
+def _merge_pairs(
+    layout: Layout, path: str, shard: jax.Array, new: jax.Array, assignment: Assignments, flags: jax.Array
+) -> jax.Array:
+    leaf, devices, workers = layout.leaves[path], layout.num_devices, layout.workers_per_device
+    group_in, group_out = leaf.groups
+    slots_of, local = _strip_tables(layout, group_in, assignment)
+    block = _canonical(new, leaf)  # [W, n_in, n_out, R]
+    if not _is_dense(group_in):
+        place = _own(layout, slots_of).reshape(workers, -1)  # [W, S m]
+        block = jax.vmap(lambda b, p: b.at[p].get(mode="fill", fill_value=0))(block, place)
+    send = block.reshape(workers, devices, workers, group_in.strip_slots, *block.shape[2:])
+    got = _all_to_all(send.swapaxes(0, 1))  # [D, W, strips, m, n_out, R]
+    got = got.reshape(layout.num_workers, *got.shape[2:])
+    local = jnp.where(flags[:, None, None], local, group_in.strip_size)
+    outs = jnp.asarray(assignment[group_out.name].indices)
+    strip = jnp.broadcast_to(jnp.arange(workers)[None, :, None, None], (len(local), workers, 1, 1))
+    where = (strip, local[..., None], outs[:, None, None, :])
+    return _put_back(shard, where, got, disjoint=group_in.disjoint and group_out.disjoint)
+
+
+def _put_back(shard: jax.Array, where: tuple[jax.Array, ...], new: jax.Array, *, disjoint: bool) -> jax.Array:
+    """Scatters all workers' values; the mean over the holders where units overlap.
+
+    `where` are index arrays with a leading worker axis, out of range where nothing is to be put.
+    """
+    if disjoint:
+        return shard.at[where].set(new, mode="drop")
+
+    def add(tally: Tally, worker: tuple) -> tuple[Tally, None]:
+        at, value = worker
+        before = jax.tree.map(lambda x: x.at[at].get(mode="fill", fill_value=0), tally)
+        put = lambda x, y: x.at[at].set(jnp.broadcast_to(y, (*value.shape[:-1], x.shape[-1])), mode="drop")
+        return jax.tree.map(put, tally, before.add(value)), None
+
+    count = jnp.zeros((*shard.shape[: len(where)], 1), jnp.int32)
+    tally = Tally(jnp.zeros_like(shard), shard, jnp.zeros(shard.shape, bool), count)
+    tally, _ = lax.scan(add, tally, (where, new))
+    return tally.mean()
+
+
+def _is_dense(group: Group) -> bool:
+    """Every worker holds exactly m units of each strip: slots are in the order of the exchange."""
+    return group.even and group.strips * group.strip_slots == group.slots
+
+
+def _strip_tables(layout: Layout, group: Group, assignment: Assignments) -> tuple[jax.Array, jax.Array]:
+    """Per worker, which of its slots lie in which strip, and where in this device's strips.
+
+    Returns:
+      slots_of: int32 [S, strips, m], slot numbers, n where there is none.
+      local: int32 [S, W, m], unit numbers within this device's W strips, the strip's size where none.
+    """
+    indices = jnp.asarray(assignment[group.name].indices)  # [S, n], ascending, U where empty
+    num_workers, slots = indices.shape
+    starts = jnp.arange(group.strips) * group.strip_size
+    first = jax.vmap(jnp.searchsorted, (0, None))(indices, starts)  # [S, strips]
+    ends = jnp.minimum(starts + group.strip_size, group.size)
+    last = jax.vmap(jnp.searchsorted, (0, None))(indices, ends)
+    place = first[..., None] + jnp.arange(group.strip_slots)  # [S, strips, m]
+    slots_of = jnp.where(place < last[..., None], place, slots)
+    units = jax.vmap(lambda i, s: i.at[s].get(mode="fill", fill_value=group.size))(indices, slots_of)
+    local = jnp.where(slots_of < slots, units - starts[:, None], group.strip_size)
+    workers = layout.workers_per_device
+    return slots_of, lax.dynamic_slice_in_dim(local, lax.axis_index(AXIS) * workers, workers, 1)
+
+
+def _own(layout: Layout, per_worker: jax.Array) -> jax.Array:
+    """This device's W rows of an array [S, ...]."""
+    workers = layout.workers_per_device
+    return lax.dynamic_slice_in_dim(per_worker, lax.axis_index(AXIS) * workers, workers, 0)
+
+
+def _invert(places: jax.Array, slots: int) -> jax.Array:
+    """[W, n]: where each slot stands in `places` [W, k]; k for slots that do not occur."""
+    size = places.shape[1]
+    empty = jnp.full((len(places), slots), size, jnp.int32)
+    return jax.vmap(lambda e, p: e.at[p].set(jnp.arange(size, dtype=jnp.int32), mode="drop"))(empty, places)
