@@ -56,6 +56,11 @@ def choose(num_workers: int, num_devices: int) -> list[jax.Device]:
     return there[: num_devices or divisors[-1]]
 
 
+def host() -> jax.Device:
+    """The CPU as a device, for work that accelerators have no memory for."""
+    return jax.local_devices(backend="cpu")[0]
+
+
 def put(tree: Any, devices: Sequence[jax.Device]) -> Any:
     """Places arrays [D, ...] one slice per device, so that calls copy nothing."""
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))

@@ -135,18 +135,20 @@ def evaluate_workdir(workdir: Path, images: list[str]) -> None:
     from ist_jax import checkpoint, train
 
     config = train.read_config(workdir)
-    run = train.set_up(config, workdir)
     params = checkpoint.load_params(workdir)
-    state = run.put_params(params)
-    score = run.evaluate(state)
-    print(f"{run.data.description}")
+    run = train.set_up(config, params=params)
+    score = train.evaluate_state(run, run.state)
     print(f"test accuracy {score.accuracy:.2%}, loss {score.loss:.4f} ({score.examples} examples, batch statistics)")
 
     scale = unit_scale(run.layout)
-    stats = estimate_batch_stats(run.model, params, run.calibration_inputs(_CALIBRATION_BATCHES), scale)
+    size = config.eval_batch_size
+    order = np.random.default_rng(config.seed).permutation(len(run.train["label"]))
+    samples = [order[i : i + size] for i in range(0, len(order), size)][:_CALIBRATION_BATCHES]
+    inputs = (run.normalize(run.train["image"][sample]) for sample in samples)
+    stats = estimate_batch_stats(run.model, params, inputs, scale)
     variables = {"params": params, "batch_stats": stats}
     predict = jax.jit(lambda x: jax.nn.softmax(run.model.apply(variables, run.normalize(x), scale=scale)))
-    test, size = run.test, config.eval_batch_size
+    test = run.test
     starts = range(0, len(test["label"]), size)
     guesses = np.concatenate([np.asarray(predict(test["image"][i : i + size])).argmax(-1) for i in starts])
     accuracy = (guesses == test["label"]).mean()
@@ -155,7 +157,7 @@ def evaluate_workdir(workdir: Path, images: list[str]) -> None:
         image = read_image(name, test["image"].shape[1:])
         probabilities = np.asarray(predict(image[None]))[0]
         best = probabilities.argsort()[::-1][:3]
-        print(f"{name}: " + ", ".join(f"{run.data.classes[k]} {probabilities[k]:.1%}" for k in best))
+        print(f"{name}: " + ", ".join(f"{run.dataset.classes[k]} {probabilities[k]:.1%}" for k in best))
 
 
 def main(argv: list[str]) -> int:

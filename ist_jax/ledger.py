@@ -19,22 +19,21 @@ from ist_jax.store import Layout, Leaf
 class Operands(NamedTuple):
     """Bytes of the collectives' operands per device, in one exchange of one parameter-shaped tree."""
 
-    gather: int  # all-to-all
-    merge_units: int  # all-to-all
-    merge_shared: int  # all-to-all of slices
-    gather_shared: int  # all-gather of the merged slices
-    health: int  # all-gather of a flag per worker
+    gather: int  # all-to-all of the units
+    merge: int  # all-to-all of the units, of slices of the shared leaves, and of a flag per worker
+    merge_shared: int  # all-gather of the merged slices
 
 
 def collective_operands(layout: Layout) -> Operands:
     """The operands that the compiled gather and merge must have; all 0 on one device."""
     devices, workers, item = layout.num_devices, layout.workers_per_device, layout.dtype.itemsize
     if devices == 1:
-        return Operands(0, 0, 0, 0, 0)
+        return Operands(0, 0, 0)
     units = sum(_unit_operand(layout, path, leaf) for path, leaf in layout.leaves.items())
     shared = sum(leaf.row_size for leaf in layout.leaves.values() if leaf.kind == "shared")
     shared += -shared % devices
-    return Operands(units * item, units * item, workers * shared * item, shared // devices * item, workers)
+    flags = layout.num_workers
+    return Operands(units * item, (units + workers * shared + flags) * item, shared // devices * item)
 
 
 def wire_bytes(layout: Layout, *, trees: int = 1) -> float:
@@ -45,9 +44,8 @@ def wire_bytes(layout: Layout, *, trees: int = 1) -> float:
       trees: parameter-shaped trees that are exchanged: 1, and 1 more per carried moment.
     """
     operands, devices = collective_operands(layout), layout.num_devices
-    moved = operands.gather + operands.merge_units + operands.merge_shared
-    per_tree = moved * (devices - 1) / devices + operands.gather_shared * (devices - 1)
-    return trees * (per_tree + operands.health * (devices - 1))
+    all_to_all = (operands.gather + operands.merge) * (devices - 1) / devices
+    return trees * (all_to_all + operands.merge_shared * (devices - 1))
 
 
 def subnet_parameters(layout: Layout) -> float:

@@ -31,6 +31,7 @@ from ist_jax.partition import Assignment, Axes, Group
 AXIS = "devices"
 Shards = dict[str, jax.Array]
 Assignments = Mapping[str, Assignment]
+_INIT_PARTS = 4
 
 
 class Leaf(NamedTuple):
@@ -152,26 +153,21 @@ def join(x: Any, leaf: Leaf) -> Any:
 # --- the whole model ------------------------------------------------------------------------------
 
 
-def init(layout: Layout, init_params: Any, key: jax.Array) -> Shards:
-    """This device's shards of freshly initialised parameters.
+def init_parts(layout: Layout) -> list[list[str]]:
+    """Leaves to initialise together, so that the whole model is never made at once.
 
-    Every device draws the leaves one after another and keeps its slice of each, so that the whole
-    model is never in the memory of one device, and the values do not depend on their number.
-
-    Args:
-      layout: from `make_layout`.
-      init_params: key -> nested dict of parameters (a partial of the Flax model's `init`).
-      key: the same on all devices.
+    Every part holds at most a quarter of the parameters, or one leaf.
     """
-    flat = traverse_util.flatten_dict(init_params(key), sep="/")
-    shards: Shards = {}
-    before: Any = ()
-    for path, leaf in layout.leaves.items():
-        value, _ = lax.optimization_barrier((flat[path], before))
-        parts = split(value, leaf, layout.num_devices)
-        before = lax.dynamic_index_in_dim(parts, lax.axis_index(AXIS), keepdims=False)
-        shards[path] = before
-    return shards
+    sizes = {path: int(np.prod(leaf.shape)) for path, leaf in layout.leaves.items()}
+    limit = sum(sizes.values()) / _INIT_PARTS
+    parts: list[list[str]] = []
+    for path in sorted(sizes, key=lambda path: -sizes[path]):
+        fits = [part for part in parts if sum(sizes[p] for p in part) + sizes[path] <= limit]
+        if fits:
+            fits[0].append(path)
+        else:
+            parts.append([path])
+    return parts
 
 
 def from_params(layout: Layout, params: Any) -> dict[str, np.ndarray]:
@@ -220,6 +216,9 @@ def fetch(layout: Layout, path: str, shard: jax.Array) -> jax.Array:
 
 
 # --- exchange -------------------------------------------------------------------------------------
+#
+# One all-to-all per direction: the parts of all leaves travel in one buffer. Per leaf, a function makes
+# what is sent, [D, ...] by destination, and another takes what was received, [D, ...] by source.
 
 
 def gather(layout: Layout, shards: Shards, assignment: Assignments) -> Shards:
@@ -227,11 +226,9 @@ def gather(layout: Layout, shards: Shards, assignment: Assignments) -> Shards:
 
     Shared leaves are not copied: every worker of a device starts from the ones in `shards`.
     """
-    return {
-        p: _gather_leaf(layout, p, shards[p], assignment)
-        for p, leaf in layout.leaves.items()
-        if leaf.kind != "shared"
-    }
+    units = [path for path, leaf in layout.leaves.items() if leaf.kind != "shared"]
+    send = {path: _cut_out(layout, path, shards[path], assignment) for path in units}
+    return {path: _assemble(layout, path, got, assignment) for path, got in _all_to_all(send).items()}
 
 
 def shared(layout: Layout, shards: Shards) -> Shards:
@@ -254,97 +251,119 @@ def merge(
     Returns:
       Shards as `shards`.
     """
-    flags = healthy if layout.num_devices == 1 else lax.all_gather(healthy, AXIS, tiled=True)
-    out = _merge_shared(layout, shards, subnets, flags)
-    for path, leaf in layout.leaves.items():
-        if leaf.kind == "rows":
-            out[path] = _merge_rows(layout, path, shards[path], subnets[path], assignment, flags)
-        elif leaf.kind == "pairs":
-            out[path] = _merge_pairs(layout, path, shards[path], subnets[path], assignment, flags)
-    return out
+    devices, workers = layout.num_devices, layout.workers_per_device
+    send = {
+        path: _take_apart(layout, path, subnets[path], assignment)
+        for path, leaf in layout.leaves.items()
+        if leaf.kind != "shared"
+    }
+    old_shared, new_shared = shared(layout, shards), {p: subnets[p] for p in shared(layout, subnets)}
+    send[_SHARED] = _slices(_ravel(new_shared, workers), devices).swapaxes(0, 1)  # [D, W, q]
+    send[_HEALTHY] = jnp.broadcast_to(healthy.astype(layout.dtype), (devices, workers))
+    got = _all_to_all(send)
+    flags = got.pop(_HEALTHY).reshape(-1) > 0  # [S]
+    mean = _merge_shared(layout, old_shared, got.pop(_SHARED), flags)
+    return mean | {path: _put_back(layout, path, shards[path], x, assignment, flags) for path, x in got.items()}
 
 
-def _all_to_all(x: jax.Array) -> jax.Array:
-    return lax.all_to_all(x, AXIS, 0, 0) if len(x) > 1 else x
+_SHARED, _HEALTHY = "shared leaves", "health flags"  # parts of the buffer that are no unit leaf
 
 
-def _gather_leaf(layout: Layout, path: str, shard: jax.Array, assignment: Assignments) -> jax.Array:
+def _all_to_all(parts: Shards) -> Shards:
+    """Exchanges arrays [D, ...], first axis: destination, then source."""
+    if not parts or len(next(iter(parts.values()))) == 1:
+        return parts
+    devices = len(next(iter(parts.values())))
+    flat = [x.reshape(devices, -1) for x in parts.values()]
+    got = lax.all_to_all(jnp.concatenate(flat, axis=1), AXIS, 0, 0)
+    pieces = jnp.split(got, np.cumsum([x.shape[1] for x in flat])[:-1], axis=1)
+    return {path: y.reshape(x.shape) for (path, x), y in zip(parts.items(), pieces, strict=True)}
+
+
+def _cut_out(layout: Layout, path: str, shard: jax.Array, assignment: Assignments) -> jax.Array:
+    """What the gather sends: [D, W, n, q], or [D, W, strips here, m, n_out, R]."""
     leaf, devices, workers = layout.leaves[path], layout.num_devices, layout.workers_per_device
+    indices = jnp.asarray(assignment[leaf.groups[-1].name].indices)  # [S, n]
     if leaf.kind == "rows":
-        indices = jnp.asarray(assignment[leaf.groups[0].name].indices)  # [S, n]
-        send = shard.at[indices].get(mode="fill", fill_value=0)  # [S, n, q]
-        got = _all_to_all(send.reshape(devices, workers, *send.shape[1:]))  # [D, W, n, q]
-        rows = got.transpose(1, 2, 0, 3).reshape(workers, indices.shape[1], -1)
+        send = shard.at[indices].get(mode="fill", fill_value=0)
+    else:
+        _, local = _strip_tables(layout, leaf.groups[0], assignment)
+        strip = jnp.arange(workers)[None, :, None, None]
+        at = (strip, local[..., None], indices[:, None, None, :])
+        send = shard.at[at].get(mode="fill", fill_value=0)
+    return send.reshape(devices, workers, *send.shape[1:])
+
+
+def _assemble(layout: Layout, path: str, got: jax.Array, assignment: Assignments) -> jax.Array:
+    """This device's W subnets' leaf from what the gather received."""
+    leaf, workers = layout.leaves[path], layout.workers_per_device
+    if leaf.kind == "rows":
+        rows = got.transpose(1, 2, 0, 3).reshape(workers, got.shape[2], -1)
         return _restore(rows[..., : leaf.row_size], leaf)
-    slots_of, local = _strip_tables(layout, leaf.groups[0], assignment)
-    outs = jnp.asarray(assignment[leaf.groups[1].name].indices)  # [S, n_out]
-    strip = jnp.arange(workers)[None, :, None, None]
-    send = shard.at[strip, local[..., None], outs[:, None, None, :]].get(mode="fill", fill_value=0)
-    got = _all_to_all(send.reshape(devices, workers, *send.shape[1:]))  # [D, W, strips, m, n_out, R]
     got = got.swapaxes(0, 1).reshape(workers, -1, *got.shape[4:])  # [W, S m, n_out, R]
     if not _is_dense(leaf.groups[0]):
+        slots_of, _ = _strip_tables(layout, leaf.groups[0], assignment)
         place = _invert(_own(layout, slots_of).reshape(workers, -1), leaf.groups[0].slots)  # [W, n_in]
         got = jax.vmap(lambda g, p: g.at[p].get(mode="fill", fill_value=0))(got, place)
     return _restore(got, leaf)
 
 
-def _merge_shared(layout: Layout, shards: Shards, subnets: Shards, flags: jax.Array) -> Shards:
-    """All shared leaves as one vector, a slice per device: the bytes of a ring all-reduce."""
-    paths = [path for path, leaf in layout.leaves.items() if leaf.kind == "shared"]
-    if not paths:
-        return {}
-    devices, workers = layout.num_devices, layout.workers_per_device
-    old = jnp.concatenate([shards[path].reshape(-1) for path in paths])
-    new = jnp.concatenate([subnets[path].reshape(workers, -1) for path in paths], axis=1)
-    size = old.size
-    pad = -size % devices
-    new = jnp.pad(new, ((0, 0), (0, pad))).reshape(workers, devices, -1).swapaxes(0, 1)  # [D, W, q]
-    new = _all_to_all(new).reshape(layout.num_workers, -1)  # [S, q]
-    old = jnp.pad(old, (0, pad)).reshape(devices, -1)
-    old = lax.dynamic_index_in_dim(old, lax.axis_index(AXIS), keepdims=False)
-    mean = ordered_mean(old, new, flags[:, None])
-    if devices > 1:
-        mean = lax.all_gather(mean, AXIS, tiled=True)
-    ends = np.cumsum([shards[path].size for path in paths])
-    parts = jnp.split(mean[:size], ends[:-1])
-    return {path: part.reshape(shards[path].shape) for path, part in zip(paths, parts, strict=True)}
-
-
-def _merge_rows(
-    layout: Layout, path: str, shard: jax.Array, new: jax.Array, assignment: Assignments, flags: jax.Array
-) -> jax.Array:
+def _take_apart(layout: Layout, path: str, new: jax.Array, assignment: Assignments) -> jax.Array:
+    """What the merge sends, of the form that the gather received."""
     leaf, devices, workers = layout.leaves[path], layout.num_devices, layout.workers_per_device
-    group = leaf.groups[0]
-    rows = _canonical(new, leaf)  # [W, n, p]
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % devices)))
-    send = rows.reshape(workers, group.slots, devices, -1).transpose(2, 0, 1, 3)  # [D, W, n, q]
-    got = _all_to_all(send).reshape(layout.num_workers, group.slots, -1)  # [S, n, q]
-    indices = jnp.asarray(assignment[group.name].indices)
-    indices = jnp.where(flags[:, None], indices, group.size)
-    return _put_back(shard, (indices,), got, disjoint=group.disjoint)
-
-
-def _merge_pairs(
-    layout: Layout, path: str, shard: jax.Array, new: jax.Array, assignment: Assignments, flags: jax.Array
-) -> jax.Array:
-    leaf, devices, workers = layout.leaves[path], layout.num_devices, layout.workers_per_device
-    group_in, group_out = leaf.groups
-    slots_of, local = _strip_tables(layout, group_in, assignment)
-    block = _canonical(new, leaf)  # [W, n_in, n_out, R]
-    if not _is_dense(group_in):
+    block = _canonical(new, leaf)  # [W, n, p] or [W, n_in, n_out, R]
+    if leaf.kind == "rows":
+        return _slices(block, devices).transpose(2, 0, 1, 3)
+    if not _is_dense(leaf.groups[0]):
+        slots_of, _ = _strip_tables(layout, leaf.groups[0], assignment)
         place = _own(layout, slots_of).reshape(workers, -1)  # [W, S m]
         block = jax.vmap(lambda b, p: b.at[p].get(mode="fill", fill_value=0))(block, place)
-    send = block.reshape(workers, devices, workers, group_in.strip_slots, *block.shape[2:])
-    got = _all_to_all(send.swapaxes(0, 1))  # [D, W, strips, m, n_out, R]
+    strip_slots = leaf.groups[0].strip_slots
+    return block.reshape(workers, devices, workers, strip_slots, *block.shape[2:]).swapaxes(0, 1)
+
+
+def _put_back(
+    layout: Layout, path: str, shard: jax.Array, got: jax.Array, assignment: Assignments, flags: jax.Array
+) -> jax.Array:
+    """This device's shard of a unit leaf from what the merge received; unhealthy workers dropped."""
+    leaf, workers = layout.leaves[path], layout.workers_per_device
     got = got.reshape(layout.num_workers, *got.shape[2:])
-    local = jnp.where(flags[:, None, None], local, group_in.strip_size)
-    outs = jnp.asarray(assignment[group_out.name].indices)
-    strip = jnp.broadcast_to(jnp.arange(workers)[None, :, None, None], (len(local), workers, 1, 1))
-    where = (strip, local[..., None], outs[:, None, None, :])
-    return _put_back(shard, where, got, disjoint=group_in.disjoint and group_out.disjoint)
+    indices = jnp.asarray(assignment[leaf.groups[-1].name].indices)
+    indices = jnp.where(flags[:, None], indices, leaf.groups[-1].size)
+    where: tuple[jax.Array, ...] = (indices,)
+    if leaf.kind == "pairs":
+        _, local = _strip_tables(layout, leaf.groups[0], assignment)
+        strip = jnp.broadcast_to(jnp.arange(workers)[None, :, None, None], (len(local), workers, 1, 1))
+        where = (strip, local[..., None], indices[:, None, None, :])
+    return _scatter(shard, where, got, disjoint=all(group.disjoint for group in leaf.groups))
 
 
-def _put_back(shard: jax.Array, where: tuple[jax.Array, ...], new: jax.Array, *, disjoint: bool) -> jax.Array:
+def _merge_shared(layout: Layout, old: Shards, got: jax.Array, flags: jax.Array) -> Shards:
+    """The mean of the shared leaves, a slice per device: the bytes of a ring all-reduce."""
+    if not old:
+        return {}
+    flat = _slices(_ravel(old, 1)[0], layout.num_devices)  # [D, q]
+    own = lax.dynamic_index_in_dim(flat, lax.axis_index(AXIS), keepdims=False)
+    mean = ordered_mean(own, got.reshape(layout.num_workers, -1), flags[:, None])
+    if layout.num_devices > 1:
+        mean = lax.all_gather(mean, AXIS, tiled=True)
+    pieces = jnp.split(mean, np.cumsum([x.size for x in old.values()]))[:-1]
+    return {path: piece.reshape(x.shape) for (path, x), piece in zip(old.items(), pieces, strict=True)}
+
+
+def _ravel(leaves: Shards, workers: int) -> jax.Array:
+    """All leaves as one vector per worker, [W, sizes]."""
+    flat = [x.reshape(workers, -1) for x in leaves.values()]
+    return jnp.concatenate(flat, axis=1) if flat else jnp.zeros((workers, 0))
+
+
+def _slices(x: jax.Array, devices: int) -> jax.Array:
+    """[..., D, q] from [..., p]: the last axis padded and cut into a slice per device."""
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % devices)])
+    return x.reshape(*x.shape[:-1], devices, -1)
+
+
+def _scatter(shard: jax.Array, where: tuple[jax.Array, ...], new: jax.Array, *, disjoint: bool) -> jax.Array:
     """Scatters all workers' values; the mean over the holders where units overlap.
 
     `where` are index arrays with a leading worker axis, out of range where nothing is to be put.

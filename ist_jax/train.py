@@ -106,12 +106,13 @@ def train(config: config_dict.ConfigDict, workdir: str | Path, model: nn.Module 
 # --- set-up ---------------------------------------------------------------------------------------
 
 
-def set_up(config: config_dict.ConfigDict, model: nn.Module | None = None) -> Run:
+def set_up(config: config_dict.ConfigDict, model: nn.Module | None = None, params: Any = None) -> Run:
     """Opens the data, places the model on the devices and compiles the programs of a run.
 
     Args:
       config: as from `configs/`.
       model: as for `train`.
+      params: the global parameters to start from (nested dict of host arrays); None: fresh ones.
 
     Raises:
       ValueError: a setting that cannot work; the message names the key.
@@ -140,7 +141,11 @@ def set_up(config: config_dict.ConfigDict, model: nn.Module | None = None) -> Ru
         vmapped=config.workers_on_device == "vmap",
     )
     started = time.perf_counter()
-    state = init_state(recipe, lambda key: model.init(key, example)["params"], config.seed, chosen)
+    if params is None:
+        state = init_state(recipe, lambda key: model.init(key, example)["params"], config.seed, chosen)
+    else:
+        shards = devices.put(store.from_params(layout, params), chosen)
+        state = build_state(recipe, shards, chosen)
     plan = batches.eval_batches(len(test_set["label"]), config.eval_batch_size, len(chosen))
     test_batches = {name: x[plan.indices] for name, x in test_set.items()} | {"weight": plan.weights}
     test_batches = devices.put(test_batches, chosen)
@@ -256,15 +261,37 @@ def make_loss_fn(model: nn.Module) -> Callable[..., tuple[jax.Array, jax.Array]]
 def init_state(
     recipe: local_sgd.Recipe, init_params: Callable[[jax.Array], Any], seed: int, chosen: Sequence[jax.Device]
 ) -> local_sgd.State:
-    """The state of freshly initialised parameters, made in shards."""
+    """The state of freshly initialised parameters.
 
-    def init(key_data: jax.Array) -> local_sgd.State:
-        params = store.init(recipe.layout, init_params, jax.random.wrap_key_data(key_data))
-        return local_sgd.init_state(recipe, params)
+    Made part by part in the host's memory and placed in shards: no accelerator ever holds more than its
+    share, and the values do not depend on the devices.
+    """
+    shards: store.Shards = {}
+    with jax.default_device(devices.host()):
+        key = jax.random.key(seed)
+        for paths in store.init_parts(recipe.layout):
+            leaves = jax.jit(partial(_init_leaves, init_params, tuple(paths)))(key)
+            for path in paths:
+                whole = np.asarray(leaves.pop(path))
+                parts = store.split(whole, recipe.layout.leaves[path], recipe.layout.num_devices)
+                shards[path] = devices.put(parts, chosen)
+    return build_state(recipe, {path: shards[path] for path in recipe.layout.leaves}, chosen)
 
-    key_data = np.asarray(jax.random.key_data(jax.random.key(seed)))
-    args = (devices.replicate(key_data, chosen),)
-    return jax.block_until_ready(devices.compile_program(init, args, chosen, in_axes=[0])(*args))
+
+def _init_leaves(init_params: Callable[[jax.Array], Any], paths: tuple[str, ...], key: jax.Array) -> dict:
+    """The leaves asked for; under `jit` the others are not computed."""
+    flat = traverse_util.flatten_dict(init_params(key), sep="/")
+    return {path: flat[path] for path in paths}
+
+
+def build_state(
+    recipe: local_sgd.Recipe, shards: store.Shards, chosen: Sequence[jax.Device]
+) -> local_sgd.State:
+    """The state before the first round, from the parameters' shards on the devices."""
+    if not recipe.carry:
+        return local_sgd.State((shards,), ())
+    start = partial(local_sgd.init_state, recipe)
+    return jax.block_until_ready(devices.compile_program(start, (shards,), chosen, in_axes=[0])(shards))
 
 
 def compile_programs(
