@@ -57,8 +57,9 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
     config.optimizer_state = "reset"  # at a round's start: 'reset' | 'carry'
 
     if mode == "smoke":
-        config.model.sections = (1, 1, 3, 1)
+        config.model.sections = (1, 3)
         config.model.width = 4
+        config.partition.sections = (2,)
         config.num_workers = 2
         config.local_steps = 2
         config.batch_size = 8

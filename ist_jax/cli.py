@@ -7,7 +7,16 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 
 # What absl and config_flags raise for unknown flags, keys, files and modes, and wrong types.
-_MISTAKES = (flags.Error, OSError, ImportError, AttributeError, LookupError, TypeError, ValueError, SyntaxError)
+_MISTAKES = (
+    flags.Error,
+    OSError,
+    ImportError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    SyntaxError,
+)
 
 
 def fail(message: str) -> SystemExit:

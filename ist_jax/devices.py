@@ -51,7 +51,8 @@ def choose(num_workers: int, num_devices: int) -> list[jax.Device]:
     if num_devices and num_devices not in divisors:
         raise ValueError(
             f"num_devices={num_devices} cannot host num_workers={num_workers} on "
-            f"{len(there)} {there[0].platform} device(s); set config.num_devices to 0 (automatic) or one of {divisors}"
+            f"{len(there)} {there[0].platform} device(s); set config.num_devices to 0 (automatic) or "
+            f"one of {divisors}"
         )
     return there[: num_devices or divisors[-1]]
 

@@ -1,6 +1,6 @@
 """Evaluation of the global model, and a command that evaluates a finished run again.
 
-    python -m ist_jax.evaluate --workdir=runs/digits [image.png ...]
+python -m ist_jax.evaluate --workdir=runs/digits [image.png ...]
 """
 
 import sys
@@ -17,7 +17,8 @@ from flax import traverse_util
 from jax import lax
 
 from ist_jax import store
-from ist_jax.store import Layout, Shards
+from ist_jax.layout import Layout
+from ist_jax.store import Shards
 
 _CALIBRATION_BATCHES = 32
 
@@ -71,7 +72,7 @@ def evaluate_shards(
     variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
 
     def score(_: None, batch: Mapping[str, jax.Array]) -> tuple[None, jax.Array]:
-        logits = model.apply(variables, normalize(batch["image"]), scale=scale)
+        logits: Any = model.apply(variables, normalize(batch["image"]), scale=scale)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         correct = (logits.argmax(-1) == batch["label"]).astype(losses.dtype)
         weight = batch["weight"]
@@ -132,22 +133,30 @@ def read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
 
 def evaluate_workdir(workdir: Path, images: list[str]) -> None:
     """Evaluates a finished run with batch statistics and with re-estimated ones; classifies images."""
-    from ist_jax import checkpoint, train
+    from ist_jax import checkpoint, results, train
 
-    config = train.read_config(workdir)
+    config = results.read_config(workdir)
     params = checkpoint.load_params(workdir)
     run = train.set_up(config, params=params)
     score = train.evaluate_state(run, run.state)
-    print(f"test accuracy {score.accuracy:.2%}, loss {score.loss:.4f} ({score.examples} examples, batch statistics)")
+    print(
+        f"test accuracy {score.accuracy:.2%}, loss {score.loss:.4f} "
+        f"({score.examples} examples, batch statistics)"
+    )
 
     scale = unit_scale(run.layout)
     size = config.eval_batch_size
     order = np.random.default_rng(config.seed).permutation(len(run.train["label"]))
     samples = [order[i : i + size] for i in range(0, len(order), size)][:_CALIBRATION_BATCHES]
-    inputs = (run.normalize(run.train["image"][sample]) for sample in samples)
+    inputs = (run.normalize(jnp.asarray(run.train["image"][sample])) for sample in samples)
     stats = estimate_batch_stats(run.model, params, inputs, scale)
     variables = {"params": params, "batch_stats": stats}
-    predict = jax.jit(lambda x: jax.nn.softmax(run.model.apply(variables, run.normalize(x), scale=scale)))
+
+    @jax.jit
+    def predict(images: np.ndarray) -> jax.Array:
+        logits: Any = run.model.apply(variables, run.normalize(jnp.asarray(images)), scale=scale)
+        return jax.nn.softmax(logits)
+
     test = run.test
     starts = range(0, len(test["label"]), size)
     guesses = np.concatenate([np.asarray(predict(test["image"][i : i + size])).argmax(-1) for i in starts])
@@ -168,7 +177,9 @@ def main(argv: list[str]) -> int:
 
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder of a finished run", flag_values=values)
-    images = cli.parse(values, argv, "python -m ist_jax.evaluate --workdir=DIR [IMAGE ...]", required=["workdir"])
+    images = cli.parse(
+        values, argv, "python -m ist_jax.evaluate --workdir=DIR [IMAGE ...]", required=["workdir"]
+    )
     with cli.errors():
         evaluate_workdir(Path(values.workdir), images)
     return 0

@@ -13,7 +13,9 @@ Method 'local_sgd' sends every worker's whole model both ways once a round, 'dat
 
 from typing import NamedTuple
 
-from ist_jax.store import Layout, Leaf
+import numpy as np
+
+from ist_jax.layout import Layout, Leaf
 
 
 class Operands(NamedTuple):
@@ -58,10 +60,14 @@ def paper_bytes_per_round(layout: Layout, *, trees: int = 1) -> float:
     return 2 * layout.dtype.itemsize * subnet_parameters(layout) * trees
 
 
+def model_parameters(layout: Layout) -> int:
+    """Parameters of the global model."""
+    return sum(int(np.prod(leaf.shape, dtype=int)) for leaf in layout.leaves.values())
+
+
 def full_model_bytes(layout: Layout) -> int:
     """The same for one exchange of the whole model by all workers: a round of local SGD."""
-    size = sum(_size(leaf) for leaf in layout.leaves.values())
-    return 2 * layout.dtype.itemsize * size * layout.num_workers
+    return 2 * layout.dtype.itemsize * model_parameters(layout) * layout.num_workers
 
 
 def _unit_operand(layout: Layout, path: str, leaf: Leaf) -> int:
@@ -82,10 +88,3 @@ def _assigned(layout: Layout, leaf: Leaf) -> float:
     if leaf.groups[0].fair and leaf.groups[0].name != leaf.groups[1].name:  # independent draws
         return sum(counts[0]) * sum(counts[1]) / layout.num_workers * leaf.row_size
     return sum(a * b for a, b in zip(*counts, strict=True)) * leaf.row_size
-
-
-def _size(leaf: Leaf) -> int:
-    size = leaf.row_size
-    for axis in leaf.unit_axes:
-        size *= leaf.shape[axis]
-    return size

@@ -1,6 +1,6 @@
 """Trains a network as independent subnets.
 
-    python -m ist_jax.main --config=configs/resnet.py [--workdir=DIR] [--config.num_workers=8 ...]
+python -m ist_jax.main --config=configs/resnet.py [--workdir=DIR] [--config.num_workers=8 ...]
 """
 
 import datetime
@@ -35,16 +35,16 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("ist_jax").setLevel(logging.INFO)
 
-    from ist_jax import train  # JAX starts here, after the flags are known to be right
+    from ist_jax import results, train  # JAX starts here, after the flags are known to be right
 
     name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
     default = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     workdir = Path(values.workdir) if values.workdir else default
     with cli.errors():
-        if train.report_if_finished(values.config, workdir):
+        if results.report_if_finished(values.config, workdir):
             return 0
         run = train.set_up(values.config)
-        train.open_workdir(values.config, workdir)
+        results.open_workdir(values.config, workdir)
     train.run_rounds(run, workdir)
     return 0
 

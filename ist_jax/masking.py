@@ -141,17 +141,17 @@ class Tally(NamedTuple):
     total: jax.Array
     first: jax.Array  # the first holder's value; before there is one, the old value
     differs: jax.Array
-    count: jax.Array
+    holders: jax.Array
 
     def add(self, value: jax.Array) -> "Tally":
         """One more holder."""
-        first = jnp.where(self.count == 0, value, self.first)
-        return Tally(self.total + value, first, self.differs | (value != first), self.count + 1)
+        first = jnp.where(self.holders == 0, value, self.first)
+        return Tally(self.total + value, first, self.differs | (value != first), self.holders + 1)
 
     def mean(self) -> jax.Array:
         """The mean. As a product by a reciprocal, and without a sum after it, since XLA may write a
         division so and contract product and sum, in one program and not in another."""
-        weight = 1 / jnp.maximum(self.count, 1).astype(self.total.dtype)
+        weight = 1 / jnp.maximum(self.holders, 1).astype(self.total.dtype)
         return jnp.where(self.differs, self.total * weight, self.first)
 
 
@@ -188,7 +188,12 @@ def _mask(
 
 
 def _scatter(
-    path: str, old: jax.Array, piece: jax.Array, names: tuple, assignment: Mapping[str, Assignment], worker: int
+    path: str,
+    old: jax.Array,
+    piece: jax.Array,
+    names: tuple,
+    assignment: Mapping[str, Assignment],
+    worker: int,
 ) -> jax.Array:
     """A leaf of the global shape with the subnet's values where the worker holds, 0 elsewhere."""
     slots = {a: jnp.asarray(assignment[n].indices)[worker] for a, n in enumerate(names) if n is not None}

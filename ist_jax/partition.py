@@ -112,9 +112,7 @@ def resolve_axes(params: Any, rules: Rules) -> dict[str, tuple[str | None, ...]]
     patterns = traverse_util.flatten_dict(dict(rules), sep="/")
     for pattern in patterns:
         if not any(re.fullmatch(pattern, path) for path in flat):
-            raise ValueError(
-                f"unit_axes rule {pattern!r} matches no parameter; paths are {', '.join(flat)}"
-            )
+            raise ValueError(f"unit_axes rule {pattern!r} matches no parameter; paths are {', '.join(flat)}")
     axes = {}
     for path, leaf in flat.items():
         rule = next((r for p, r in patterns.items() if re.fullmatch(p, path)), (...,))
@@ -174,7 +172,7 @@ def make_groups(
         )
     flat = traverse_util.flatten_dict(params, sep="/")
     sizes = {n: s for p, ns in axes.items() for s, n in zip(flat[p].shape, ns, strict=True) if n}
-    stratified = {[n for n in ns if n][0] for ns in axes.values() if sum(n is not None for n in ns) == 2}
+    stratified = {next(n for n in ns if n) for ns in axes.values() if sum(n is not None for n in ns) == 2}
     groups = {}
     for name, size in sorted(sizes.items()):
         if not 0 <= min_units <= size:

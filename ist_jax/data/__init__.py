@@ -71,7 +71,9 @@ def open_data_set(name: str, directory: str) -> DataSet:
       ValueError: there is no such data set.
     """
     if name not in OPENERS:
-        raise ValueError(f"data.name={name!r} does not exist; set config.data.name to one of {sorted(OPENERS)}")
+        raise ValueError(
+            f"data.name={name!r} does not exist; set config.data.name to one of {sorted(OPENERS)}"
+        )
     return OPENERS[name](directory)
 
 

@@ -25,7 +25,7 @@ class BatchNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         axes = tuple(range(x.ndim - 1))
         if self.has_variable("batch_stats", "mean") and not self.is_mutable_collection("batch_stats"):
-            mean = self.get_variable("batch_stats", "mean")
+            mean: jax.Array = self.get_variable("batch_stats", "mean")
             var = self.get_variable("batch_stats", "mean_square") - mean**2
         else:
             wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -93,7 +93,9 @@ class ResNet(nn.Module):
         """The net with `sizes['section3']` stacked blocks in section 3, and so on."""
         names = [f"section{i + 1}" for i in range(len(self.sections))]
         return self.clone(
-            sections=tuple(sizes[n] + 1 if n in sizes else s for n, s in zip(names, self.sections, strict=True))
+            sections=tuple(
+                sizes[n] + 1 if n in sizes else s for n, s in zip(names, self.sections, strict=True)
+            )
         )
 
     @nn.compact

@@ -1,0 +1,34 @@
+# make run    sets up, then trains: ResIST with 4 workers on scikit-learn's digits
+# make test   sets up, then runs the tests
+# make lint   style and types
+# Another interpreter: make PYTHON=python3.13 run
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := test$(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda12)
+
+.PHONY: run test lint setup clean
+
+run: setup
+	@$(BIN)/python -m ist_jax.main --config=configs/resnet.py --workdir=runs/digits
+
+test: setup
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ist_jax needs Python 3.11 or newer; make PYTHON=... chooses one")'
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing ist_jax[$(EXTRAS)] into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

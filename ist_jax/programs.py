@@ -1,0 +1,126 @@
+"""The compiled programs of a run, each compiled once, and the state that they start from."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax import traverse_util
+
+from ist_jax import devices, evaluate, local_sgd, partition, store
+from ist_jax.layout import init_parts, split
+
+
+class Programs(NamedTuple):
+    """The compiled programs of a run; a phase that a method does not have is None."""
+
+    gather: jax.stages.Compiled | None
+    local: jax.stages.Compiled
+    merge: jax.stages.Compiled | None
+    evaluate: jax.stages.Compiled
+
+
+def init_state(
+    recipe: local_sgd.Recipe, init_params: Callable[[jax.Array], Any], seed: int, chosen: Sequence[jax.Device]
+) -> local_sgd.State:
+    """The state of freshly initialised parameters.
+
+    Made part by part in the host's memory and placed in shards: no accelerator ever holds more than its
+    share, and the values do not depend on the devices.
+    """
+    shards: store.Shards = {}
+    with jax.default_device(devices.host()):
+        key = jax.random.key(seed)
+        for paths in init_parts(recipe.layout):
+            leaves = jax.jit(partial(_init_leaves, init_params, tuple(paths)))(key)
+            for path in paths:
+                whole = np.asarray(leaves.pop(path))
+                parts = split(whole, recipe.layout.leaves[path], recipe.layout.num_devices)
+                shards[path] = devices.put(parts, chosen)
+    return build_state(recipe, {path: shards[path] for path in recipe.layout.leaves}, chosen)
+
+
+def _init_leaves(init_params: Callable[[jax.Array], Any], paths: tuple[str, ...], key: jax.Array) -> dict:
+    """The leaves asked for; under `jit` the others are not computed."""
+    flat = traverse_util.flatten_dict(init_params(key), sep="/")
+    return {path: flat[path] for path in paths}
+
+
+def build_state(
+    recipe: local_sgd.Recipe, shards: store.Shards, chosen: Sequence[jax.Device]
+) -> local_sgd.State:
+    """The state before the first round, from the parameters' shards on the devices."""
+    if not recipe.carry:
+        return local_sgd.State((shards,), ())
+    start = partial(local_sgd.init_state, recipe)
+    return jax.block_until_ready(devices.compile_program(start, (shards,), chosen, in_axes=[0])(shards))
+
+
+def compile_programs(
+    recipe: local_sgd.Recipe,
+    model: nn.Module,
+    normalize: Callable[[jax.Array], jax.Array],
+    state: local_sgd.State,
+    train_data: Any,
+    test_batches: Any,
+    chosen: Sequence[jax.Device],
+    *,
+    local_steps: int,
+    batch_size: int,
+    average_gradients: bool,
+) -> Programs:
+    """Compiles the phases of a round and the evaluation, each once for the whole run.
+
+    Args:
+      recipe: what every worker does.
+      model: the global model.
+      normalize: uint8 images -> inputs.
+      state: from `init_state`.
+      train_data: the training set, replicated.
+      test_batches: the evaluation batches, [D, ...].
+      chosen: the devices.
+      local_steps: l.
+      batch_size: per worker.
+      average_gradients: data-parallel SGD instead of a gather, local steps and a merge.
+    """
+    layout = recipe.layout
+    build = partial(devices.compile_program, devices=chosen)
+    evaluation = partial(evaluate.evaluate_shards, layout, model, normalize)
+    evaluate_program = build(evaluation, (state.trees[0], test_batches), in_axes=[0, 0])
+
+    def per_device(*shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((layout.num_devices, layout.workers_per_device, *shape), dtype)
+
+    indices = per_device(local_steps, batch_size)
+    feed = (
+        indices,
+        jax.ShapeDtypeStruct((local_steps,), np.float32),
+        jax.ShapeDtypeStruct((), np.int32),
+    )
+    if average_gradients:
+        steps = partial(local_sgd.data_parallel_steps, recipe)
+        local = build(steps, (state, train_data, *feed), in_axes=[0, 0, 0, None, None], donate=[0])
+        return Programs(None, local, None, evaluate_program)
+
+    assignment = partition.sample(partition.round_rng(0, 0), layout.groups)
+    gather = merge = None
+    units: Any = tuple({} for _ in state.trees)
+    if layout.groups:
+        gather_fn = partial(local_sgd.gather, recipe)
+        gather = build(gather_fn, (state, assignment), in_axes=[0, None])
+        units = jax.eval_shape(jax.vmap(gather_fn, (0, None), axis_name=store.AXIS), state, assignment)
+    gates = {n: per_device(g.slots, dtype=bool) for n, g in layout.groups.items() if not g.even}
+    steps = partial(local_sgd.local_steps, recipe)
+    args = (state, units, gates, train_data, *feed)
+    in_axes = [0, 0, 0, 0, 0, None, None]
+    local = build(steps, args, in_axes=in_axes, donate=[1])
+    subnets, _ = jax.eval_shape(jax.vmap(steps, in_axes, axis_name=store.AXIS), *args)
+    merge = build(
+        partial(local_sgd.merge, recipe),
+        (state, subnets, assignment, per_device(dtype=bool)),
+        in_axes=[0, 0, None, 0],
+        donate=[0],
+    )
+    return Programs(gather, local, merge, evaluate_program)
