@@ -22,9 +22,9 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
     config.num_workers = 4
     config.num_devices = 0  # 0: on CPU one virtual device per worker; else as many as fit
     config.workers_on_device = "map"  # 'map': one after another | 'vmap': together
-    config.local_steps = 20  # per round and worker
-    config.batch_size = 32  # examples per worker and step
-    config.epochs = 80.0  # passes of all workers together over the training set
+    config.local_steps = 50  # per round and worker
+    config.batch_size = 64  # examples per worker and step
+    config.epochs = 400.0  # passes of all workers together over the training set
     config.rounds = config_dict.placeholder(int)  # unset: from epochs
     config.eval_every = 5  # rounds; 0: after the last only
     config.eval_batch_size = 128  # examples; batch statistics are part of the result
@@ -37,7 +37,7 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
 
     config.model = config_dict.ConfigDict()
     config.model.name = "mlp"
-    config.model.hidden = (512, 512)  # neurons of each hidden layer
+    config.model.hidden = (1024, 1024)  # neurons of each hidden layer
 
     config.partition = config_dict.ConfigDict()
     config.partition.min_units = 0  # least neurons per worker and layer, by overlap; 0: none

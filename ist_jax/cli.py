@@ -3,20 +3,12 @@
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from absl import flags
 
 # What absl and config_flags raise for unknown flags, keys, files and modes, and wrong types.
-_MISTAKES = (
-    flags.Error,
-    OSError,
-    ImportError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-    SyntaxError,
-)
+_MISTAKES = (flags.Error, OSError, ImportError, TypeError, ValueError, SyntaxError)
 
 
 def fail(message: str) -> SystemExit:
@@ -49,10 +41,15 @@ def parse(values: flags.FlagValues, argv: Sequence[str], usage: str, *, required
     if {"--help", "-h", "-help"} & set(argv[1:]):
         print(f"usage: {usage}\n{values.get_help()}")
         raise SystemExit(0)
+    for name in (arg.split("=", 1)[1].split(":")[0] for arg in argv if arg.startswith("--config=")):
+        if not Path(name).is_file():
+            raise fail(f"--config={name}: there is no such file")
     try:
         rest = values(argv)[1:]
-    except _MISTAKES as error:
-        raise fail(f"{error or type(error).__name__} (see --help)") from error
+    except (LookupError, AttributeError) as error:
+        raise fail(f"unknown config key {error.args[0]}") from error
+    except _MISTAKES as error:  # config_flags puts a traceback into its message; its last line says it
+        raise fail(f"{str(error).strip().splitlines()[-1]} (see --help)") from error
     for name in required:
         if values[name].value is None:
             raise fail(f"--{name} is missing; usage: {usage}")

@@ -21,7 +21,7 @@ from flax import traverse_util
 
 from ist_jax.partition import Axes, Group
 
-_INIT_PARTS = 4
+_INIT_PARTS = 2
 
 
 class Leaf(NamedTuple):
@@ -149,7 +149,7 @@ def join(x: Any, leaf: Leaf) -> Any:
 def init_parts(layout: Layout) -> list[list[str]]:
     """Leaves to initialise together, so that the whole model is never made at once.
 
-    Every part holds at most a quarter of the parameters, or one leaf.
+    Every part holds at most half of the parameters, or one leaf.
     """
     sizes = {path: int(np.prod(leaf.shape)) for path, leaf in layout.leaves.items()}
     limit = sum(sizes.values()) / _INIT_PARTS

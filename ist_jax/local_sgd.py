@@ -41,6 +41,7 @@ class Recipe(NamedTuple):
       seed: of the augmentation.
       carry: keep the optimizer's state over rounds, exchanged with its parameters (else: reset).
       vmapped: a device's workers train together by `vmap` instead of one after another.
+      unroll: local steps per iteration of the compiled loop.
     """
 
     layout: Layout
@@ -50,6 +51,7 @@ class Recipe(NamedTuple):
     seed: int
     carry: bool
     vmapped: bool
+    unroll: int = 1
 
 
 class State(NamedTuple):
@@ -125,7 +127,9 @@ def local_steps(
             return (params, opt_state), (loss, accuracy)
 
         xs = (jnp.arange(len(learning_rates)), own_indices, learning_rates)
-        (params, opt_state), (losses, accuracies) = lax.scan(step, (params, opt_state), xs)
+        (params, opt_state), (losses, accuracies) = lax.scan(
+            step, (params, opt_state), xs, unroll=recipe.unroll
+        )
         subnet = _pack(recipe, params, opt_state)
         healthy = jnp.isfinite(losses).all() & _all_finite(subnet.trees)
         return subnet, Metrics(losses.mean(), accuracies.mean(), healthy)

@@ -34,7 +34,8 @@ def init_state(
     with jax.default_device(devices.host()):
         key = jax.random.key(seed)
         for paths in init_parts(recipe.layout):
-            leaves = jax.jit(partial(_init_leaves, init_params, tuple(paths)))(key)
+            lowered = jax.jit(partial(_init_leaves, init_params, tuple(paths))).lower(key)
+            leaves = lowered.compile({"xla_backend_optimization_level": "0"})(key)  # it runs once
             for path in paths:
                 whole = np.asarray(leaves.pop(path))
                 parts = split(whole, recipe.layout.leaves[path], recipe.layout.num_devices)

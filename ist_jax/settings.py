@@ -90,6 +90,11 @@ def make_groups(
     """The unit groups that `config` partitions; none for the baselines."""
     if config.method != "ist":
         return {}
+    if not any(name for names in axes.values() for name in names):
+        raise ValueError(
+            "method='ist' has nothing to partition: the model names no unit axes (partition.sections, for a "
+            "ResNet); name some, or set config.method to 'local_sgd' or 'data_parallel'"
+        )
     return partition.make_groups(
         shapes,
         axes,

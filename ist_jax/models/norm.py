@@ -38,6 +38,6 @@ class BatchNorm(nn.Module):
         if not self.affine:
             return ((x - mean) * factor).astype(x.dtype)
         features = x.shape[-1]
-        factor *= self.param("scale", nn.initializers.ones, (features,))
-        bias = self.param("bias", nn.initializers.zeros, (features,))
+        factor *= self.param("scale", nn.initializers.ones, (features,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
         return ((x - mean) * factor + bias).astype(x.dtype)

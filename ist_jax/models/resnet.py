@@ -71,6 +71,7 @@ class ResNet(nn.Module):
       num_classes: logits.
       partitioned: numbers of the sections that are partitioned, counted from 1.
       fetch: see `models.streamed`.
+      unroll: stacked blocks per iteration of the compiled loop.
     """
 
     sections: tuple[int, ...]
@@ -78,6 +79,7 @@ class ResNet(nn.Module):
     num_classes: int
     partitioned: tuple[int, ...] = (3,)
     fetch: Fetch | None = None
+    unroll: int = 1
 
     def unit_axes(self) -> dict[str, Any]:
         """One group per partitioned section. Raises ValueError where there is nothing to partition."""
@@ -114,6 +116,7 @@ class ResNet(nn.Module):
                 width=self.width * 2**i,
                 strides=2 if i else 1,
                 fetch=self.fetch,
+                unroll=self.unroll,
             )(x, (gates or {}).get(f"section{i + 1}"), (scale or {}).get(f"section{i + 1}", 1.0))
         return nn.Dense(self.num_classes, name="head")(x.mean((1, 2)))
 
@@ -123,6 +126,7 @@ class _Section(nn.Module):
     width: int
     strides: int
     fetch: Fetch | None
+    unroll: int
 
     @nn.compact
     def __call__(self, x: jax.Array, gates: jax.Array | None, scale: float) -> jax.Array:
@@ -135,6 +139,7 @@ class _Section(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast if gates is None else 0, nn.broadcast),
                 length=self.count - 1,
+                unroll=self.unroll,
             )
             x, _ = blocks(self.width, name="blocks")(x, gates, scale)
         return x

@@ -1,0 +1,71 @@
+"""What a round costs beyond its local steps: gather, merge, loop and host work.
+
+    python benchmarks/round_overhead.py [--config=configs/resnet.py] [--rounds=15] [--config.KEY=VALUE ...]
+
+Prints the time of a whole round and of l times one step of the same subnets on the same devices, compiled
+on its own; the two are measured in turn, so that a noisy machine troubles both alike. Also the share of
+gather and merge in a round. Medians.
+"""
+
+import sys
+import time
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from ist_jax import cli, train
+
+
+def one_step_run(run: train.Run) -> train.Run:
+    """The same run with programs for a single local step."""
+    single = run.config.copy_and_resolve_references()
+    single.local_steps = 1
+    return train.set_up(single)
+
+
+def time_round(run: train.Run, state, index: int):
+    started = time.perf_counter()
+    state, _, phases = train.run_round(run, state, index)
+    return state, time.perf_counter() - started, phases
+
+
+def time_step(run: train.Run, state, index: int) -> float:
+    """One step from gathered subnets; only the step is timed."""
+    _, _, phases = train.run_round(run, state, index)
+    return phases["seconds_local"]
+
+
+def main(argv: list[str]) -> int:
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", "configs/resnet.py", "the experiment", flag_values=values)
+    flags.DEFINE_integer("rounds", 15, "rounds to measure", flag_values=values)
+    cli.parse(values, argv, "python benchmarks/round_overhead.py [--config=FILE] [--rounds=N]", required=[])
+    run = train.set_up(values.config)
+    single = one_step_run(run)
+    steps = values.config.local_steps
+    state, step_state = run.state, single.state
+    rounds, locals_, exchanges = [], [], []
+    for index in range(values.rounds + 2):
+        state, seconds, phases = time_round(run, state, index % run.num_rounds)
+        step = []
+        for _ in range(steps):
+            donated = jax.tree.map(lambda x: x.copy(), step_state)
+            step.append(time_step(single, jax.block_until_ready(donated), index % single.num_rounds))
+        if index >= 2:  # the first ones warm up
+            rounds.append(seconds)
+            locals_.append(sum(step))
+            exchanges.append((phases["seconds_gather"] + phases["seconds_merge"]) / seconds)
+    device = run.devices[0]
+    workers = values.config.num_workers
+    print(f"{values.config.method}, {workers} workers on {len(run.devices)} {device.device_kind} device(s)")
+    print(f"round                         {np.median(rounds) * 1e3:8.1f} ms")
+    print(f"{steps:3d} x one step               {np.median(locals_) * 1e3:8.1f} ms")
+    print(f"round / ({steps} x one step)       {np.median(np.divide(rounds, locals_)):8.3f}   (at most 1.10)")
+    print(f"gather + merge of a round     {np.median(exchanges):8.1%}   (below 10%)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

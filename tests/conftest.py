@@ -1,0 +1,32 @@
+"""Eight virtual CPU devices, before anything starts JAX."""
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import jax
+import pytest
+
+from ist_jax import devices
+
+ROOT = Path(__file__).parent.parent
+
+devices.prepare(8)
+logging.getLogger("ist_jax").setLevel(logging.INFO)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _eight_devices(tmp_path_factory):
+    assert len(jax.devices("cpu")) == 8
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def get_config(name, mode="smoke", **overrides):
+    """A config of `configs/`, with overrides such as {'model.width': 4}."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(mode)
+    config.update_from_flattened_dict(overrides)
+    return config

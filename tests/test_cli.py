@@ -1,0 +1,109 @@
+"""The commands as a user meets them: mistakes are one line and exit code 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from ist_jax import evaluate, main, train
+
+RESNET = f"--config={ROOT}/configs/resnet.py:smoke"
+MLP = f"--config={ROOT}/configs/mlp.py:smoke"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--config is missing"),
+        ([MLP, "--wrokdir=x"], "wrokdir"),
+        ([MLP, "stray"], "unexpected argument 'stray'"),
+        ([MLP, "--config.num_wrokers=4"], "num_wrokers"),
+        ([MLP, "--config.num_workers=four"], "four"),
+        ([MLP, "--config.rounds=ten"], "ten"),
+        ([f"--config={ROOT}/configs/nothing.py"], "nothing.py"),
+        ([f"--config={ROOT}/configs/mlp.py:huge"], "no mode 'huge'; it has digits, smoke"),
+        ([MLP, "--config.method=sgd"], "config.method to one of 'ist', 'local_sgd', 'data_parallel'"),
+        ([MLP, "--config.workers_on_device=scan"], "'map', 'vmap'"),
+        ([MLP, "--config.optimizer_state=keep"], "'reset', 'carry'"),
+        ([MLP, "--config.optimizer.schedule=linear"], "'constant', 'cosine', 'step'"),
+        ([MLP, "--config.num_workers=0"], "num_workers=0; set config.num_workers to 1 or more"),
+        ([MLP, "--config.local_steps=0"], "config.local_steps to 1"),
+        ([MLP, "--config.rounds=0"], "rounds=0"),
+        ([MLP, "--config.epochs=-1.0", "--config.rounds=0"], "rounds=0"),
+        ([MLP, "--config.num_workers=64"], "leaves workers without a neuron"),
+        ([MLP, "--config.num_workers=4", "--config.num_devices=3"], "to 0 (automatic) or one of [1, 2, 4]"),
+        ([MLP, "--config.data.name=cifar"], "data.name='cifar' does not exist"),
+        ([MLP, "--config.model.name=vit"], "config.model.name to 'resnet' or 'mlp'"),
+        ([MLP, "--config.model.hidden=()"], "model.hidden=()"),
+        ([MLP, "--config.partition.min_units=33"], "partition.min_units=33 must lie between 0 and the 32"),
+        ([MLP, "--config.partition.shares=(1.0,)"], "partition.shares"),
+        ([MLP, "--workdir=/proc/nowhere/run"], "cannot write to --workdir=/proc/nowhere/run"),
+        ([RESNET, "--config.model.sections=(1,1)"], "no partitionable block"),
+        ([RESNET, "--config.partition.sections=(4,)"], "section 4"),
+        ([RESNET, "--config.partition.sections=()"], "partition.sections"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_2(flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main", *flags])  # where config_flags looks for overrides
+    with pytest.raises(SystemExit) as stop:
+        main.main(sys.argv)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not list(tmp_path.iterdir())  # nothing is left behind
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--workdir is missing"),
+        (["--workdir=nowhere"], "holds no config.json"),
+        (["--workdir=run", "nothing.png"], "cannot read nothing.png as an image"),
+        (["--workdir=run", "run/config.json"], "cannot read run/config.json as an image"),
+    ],
+)
+def test_mistakes_at_evaluation(flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "--workdir=run" in flags:
+        config = train.results.config_dict.ConfigDict()
+        from conftest import get_config
+
+        config = get_config("mlp", rounds=1)
+        train.train(config, tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["evaluate", *flags])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_trains_and_says_its_result_last(tmp_path):
+    command = [sys.executable, "-m", "ist_jax.main", MLP, f"--workdir={tmp_path}/run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("data: digits: 1,797 real 8x8 images")
+    assert "2 workers on 2 cpu device(s)" in lines[1]
+    assert lines[-1].startswith("ist: test accuracy ")
+    assert " of local SGD" in lines[-1]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0
+    assert "finished already" in again.stderr
+
+
+def test_help_is_quick_to_say_and_names_the_flags(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.main(["main", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "--config" in out
+    assert "--workdir" in out
+
+
+def test_a_new_folder_is_made_where_none_is_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["main", MLP]) == 0
+    assert [p.name for p in Path("runs").glob("mlp-*/*") if p.name == "summary.json"] == ["summary.json"]

@@ -1,0 +1,161 @@
+"""Masks, gather and merge on whole pytrees: what a partition means."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from ist_jax import masking, partition
+from ist_jax.partition import Assignment
+
+RULES = {
+    "in/kernel": (None, "h1"),
+    "norm/.*": ("h1",),
+    "mid/kernel": ("h1", None, "h2"),
+    "square": ("h2", "h2"),
+    "out/kernel": ("h2", None),
+}
+
+
+def make_params(h1, h2, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "in/kernel": (3, h1), "norm/scale": (h1,), "mid/kernel": (h1, 2, h2), "square": (h2, h2),
+        "out/kernel": (h2, 4), "out/bias": (4,), "temperature": (),
+    }  # fmt: skip
+    flat = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def make_case(h1, h2, num_workers, *, seed=0, min_units=0, shares=()):
+    params = make_params(h1, h2, seed)
+    axes = partition.resolve_axes(params, RULES)
+    groups = partition.make_groups(params, axes, num_workers, min_units=min_units, shares=shares)
+    return params, axes, groups, partition.sample(partition.round_rng(seed, 0), groups)
+
+
+def leaves(tree):
+    return traverse_util.flatten_dict(tree, sep="/")
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 5, 6, 8])
+@pytest.mark.parametrize("min_units", [0, 4])
+def test_masking_gather_then_merge_is_the_identity_bit_for_bit(num_workers, min_units):
+    params, axes, _, assignment = make_case(7, 6, num_workers, min_units=min_units)
+    subnets = [masking.gather(params, axes, assignment, w) for w in range(num_workers)]
+    merged = masking.merge(params, axes, assignment, subnets)
+    for path, leaf in leaves(merged).items():
+        assert np.array_equal(leaf, leaves(params)[path]), path
+
+
+def test_masking_masks_say_what_gather_cuts_out():
+    params, axes, _, assignment = make_case(7, 6, 3)
+    for worker in range(3):
+        mask = leaves(masking.masks(params, axes, assignment, worker))
+        subnet = leaves(masking.gather(params, axes, assignment, worker))
+        for path, leaf in leaves(params).items():
+            assert mask[path].shape == leaf.shape
+            held = np.sort(np.asarray(leaf)[np.asarray(mask[path])].ravel())
+            cut = np.sort(np.asarray(subnet[path]).ravel())
+            assert np.array_equal(held, cut[cut != 0]), path  # empty slots are zero
+
+
+def test_masking_masks_cover_every_entry_of_rows_once_and_all_of_pairs_never():
+    params, axes, _, assignment = make_case(8, 6, 2)
+    count = [leaves(masking.masks(params, axes, assignment, w)) for w in range(2)]
+    total = {path: sum(np.asarray(c[path], int) for c in count) for path in count[0]}
+    assert (total["in/kernel"] == 1).all()
+    assert (total["out/bias"] == 2).all()  # shared
+    assert total["mid/kernel"].mean() == 0.5  # 1 / S^2 per worker, 1 / S of the matrix per round
+
+
+def test_masking_merge_copies_averages_and_keeps():
+    # derived by hand: unit 0 held by both, 1 and 2 by one each, 3 by nobody
+    params = {"rows": jnp.array([10.0, 20.0, 30.0, 40.0]), "shared": jnp.array(1.0)}
+    axes = {"rows": ("u",), "shared": ()}
+    indices = np.array([[0, 1], [0, 2]], np.int32)
+    assignment = {"u": Assignment(indices, np.ones((2, 2), bool))}
+    subnets = [
+        {"rows": jnp.array([11.0, 21.0]), "shared": jnp.array(2.0)},
+        {"rows": jnp.array([14.0, 33.0]), "shared": jnp.array(4.0)},
+    ]
+    merged = masking.merge(params, axes, assignment, subnets)
+    assert merged["rows"].tolist() == [12.5, 21.0, 33.0, 40.0]
+    assert merged["shared"] == 3.0
+
+
+def test_masking_merge_leaves_sick_workers_out():
+    params, axes, _, assignment = make_case(6, 6, 3)
+    subnets = [jax.tree.map(lambda x: x + 1, masking.gather(params, axes, assignment, w)) for w in range(3)]
+    subnets[1] = jax.tree.map(lambda x: x * jnp.nan, subnets[1])
+    merged = leaves(masking.merge(params, axes, assignment, subnets, [True, False, True]))
+    sick = leaves(masking.masks(params, axes, assignment, 1))
+    for path, leaf in leaves(params).items():
+        assert np.isfinite(merged[path]).all()
+        if len(set(axes[path]) - {None}) == 1 and path != "square":
+            assert np.array_equal(np.asarray(merged[path])[sick[path]], np.asarray(leaf)[sick[path]])
+            assert not np.array_equal(merged[path], leaf)
+    assert np.allclose(merged["temperature"], params["temperature"] + 1)
+
+
+def test_masking_merge_of_nobody_changes_nothing():
+    params, axes, _, assignment = make_case(6, 6, 2)
+    subnets = [
+        jax.tree.map(lambda x: x * jnp.nan, masking.gather(params, axes, assignment, w)) for w in (0, 1)
+    ]
+    merged = masking.merge(params, axes, assignment, subnets, [False, False])
+    for path, leaf in leaves(merged).items():
+        assert np.array_equal(leaf, leaves(params)[path])
+
+
+@pytest.mark.parametrize("num_workers", [2, 3, 5, 6, 7, 8])
+def test_masking_mean_of_equal_values_keeps_their_bits(num_workers):
+    value = jnp.asarray(np.random.default_rng(0).normal(size=1000), jnp.float32)
+    new = jnp.broadcast_to(value, (num_workers, 1000))
+    mean = masking.ordered_mean(value, new, jnp.ones((num_workers, 1), bool))
+    assert np.array_equal(mean, value)
+
+
+def test_masking_mean_is_the_sum_in_worker_order():
+    new = np.random.default_rng(0).normal(size=(5, 1000)).astype(np.float32)
+    held = np.random.default_rng(1).random((5, 1000)) < 0.7
+    total, count = np.zeros(1000, np.float32), held.sum(0)
+    for worker in range(5):
+        total = np.where(held[worker], total + new[worker], total)
+    want = total * (np.float32(1) / np.maximum(count, 1).astype(np.float32))
+    old = np.full(1000, 7, np.float32)
+    for mean in (masking.ordered_mean, jax.jit(masking.ordered_mean)):
+        got = np.asarray(mean(jnp.asarray(old), jnp.asarray(new), jnp.asarray(held)))
+        assert np.array_equal(got[count > 1], want[count > 1])
+        assert (got[count == 0] == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: {}, "no assignment for unit group 'h1'"),
+        (
+            lambda a: a | {"h1": Assignment(a["h1"].indices[0], a["h1"].gates[0])},
+            r"must both be \[workers, slots\]",
+        ),
+        (lambda a: a | {"h1": Assignment(a["h1"].indices, a["h1"].gates[:, :1])}, "must both be"),
+        (
+            lambda a: a | {"h2": Assignment(a["h2"].indices[:1], a["h2"].gates[:1])},
+            "worker 1 is not one of the 1",
+        ),
+    ],
+)
+def test_masking_refuses_assignments_of_the_wrong_shape(change, message):
+    params, axes, _, assignment = make_case(6, 6, 2)
+    for function in (masking.masks, masking.gather):
+        with pytest.raises(ValueError, match=message):
+            function(params, axes, change(assignment), 1)
+
+
+def test_masking_refuses_subnets_of_the_wrong_shape():
+    params, axes, _, assignment = make_case(6, 6, 2)
+    subnets = [masking.gather(params, axes, assignment, w) for w in (0, 1)]
+    subnets[1]["norm"]["scale"] = jnp.zeros(5)
+    with pytest.raises(ValueError, match=r"norm/scale has shape \(5,\), expected \(3,\)"):
+        masking.merge(params, axes, assignment, subnets)

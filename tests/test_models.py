@@ -1,0 +1,145 @@
+"""The models: sizes, gates, subnets, and the convolution that is fast in loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from jax import lax
+
+from ist_jax import ledger, partition
+from ist_jax.layout import make_layout
+from ist_jax.models.conv import conv_general_dilated
+from ist_jax.models.mlp import MLP
+from ist_jax.models.norm import BatchNorm
+from ist_jax.models.resnet import ResNet
+
+
+def shapes(model, *example):
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *example)))["params"]
+
+
+def count(tree):
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def test_resnet101_of_the_paper_has_41396900_parameters():
+    params = shapes(ResNet((3, 4, 23, 3), 64, 100), 32, 32, 3)
+    assert count(params) == 41_396_900
+    assert count(params["section3"]["blocks"]) / count(params) == pytest.approx(0.627, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "min_units", "ist", "local_sgd"),
+    [(2, 11, 0.455, 0.662), (4, 6, 0.720, 1.325), (8, 4, 1.289, 2.649)],
+)
+def test_gigabytes_per_round_of_the_paper(num_workers, min_units, ist, local_sgd):
+    # arXiv:2107.00961, Table 1 (0.454 is printed for S = 2)
+    model = ResNet((3, 4, 23, 3), 64, 100)
+    params = shapes(model, 32, 32, 3)
+    axes = partition.resolve_axes(params, model.unit_axes())
+    groups = partition.make_groups(params, axes, num_workers, min_units=min_units)
+    layout = make_layout(params, axes, groups, num_workers, num_workers)
+    assert ledger.paper_bytes_per_round(layout) / 1e9 == pytest.approx(ist, abs=1e-3)
+    assert ledger.full_model_bytes(layout) / 1e9 == pytest.approx(local_sgd, abs=1e-3)
+
+
+def test_mlp_of_the_paper_has_no_biases_and_a_norm_per_layer():
+    params = shapes(MLP((8, 6), 3), 5)
+    sizes = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(params, sep="/").items()}
+    assert sizes == {
+        "layer1/dense/kernel": (5, 8), "layer1/norm/scale": (8,), "layer1/norm/bias": (8,),
+        "layer2/dense/kernel": (8, 6), "layer2/norm/scale": (6,), "layer2/norm/bias": (6,),
+        "output/dense/kernel": (6, 3),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [(ResNet((1, 1, 5, 1), 4, 10), {"section3": 2}), (MLP((8, 6), 10), {"hidden1": 3, "hidden2": 2})],
+)
+def test_a_subnet_is_the_same_class_with_fewer_units(model, sizes):
+    params, small = shapes(model, 8, 8, 1), shapes(model.subnet(sizes), 8, 8, 1)
+    axes = partition.resolve_axes(params, model.unit_axes())
+    for path, leaf in traverse_util.flatten_dict(small, sep="/").items():
+        whole = traverse_util.flatten_dict(params, sep="/")[path]
+        assert leaf.shape == tuple(sizes.get(n, s) for n, s in zip(axes[path], whole.shape, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "group"), [(ResNet((1, 3), 4, 10, (2,)), "section2"), (MLP((6,), 10), "hidden1")]
+)
+def test_an_empty_slot_is_as_if_it_were_not_there(model, group):
+    size = 2 if group == "section2" else 6
+    x = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
+    params = model.init(jax.random.key(0), x)["params"]
+    axes = partition.resolve_axes(params, model.unit_axes())
+    keep = np.arange(size) != 1
+    cut = {
+        path: np.compress(keep, leaf, axes[path].index(group)) if group in axes[path] else leaf
+        for path, leaf in traverse_util.flatten_dict(params, sep="/").items()
+    }
+    small = model.subnet({group: size - 1})
+    wanted = small.apply({"params": traverse_util.unflatten_dict(cut, sep="/")}, x)
+    got = model.apply({"params": params}, x, gates={group: jnp.asarray(keep)})
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    grads = jax.grad(lambda p: model.apply({"params": p}, x, gates={group: jnp.asarray(keep)}).sum())(params)
+    for path, leaf in traverse_util.flatten_dict(grads, sep="/").items():
+        if group in axes[path] and not path.startswith("output"):
+            assert (np.take(np.asarray(leaf), 1, axes[path].index(group)) == 0).all(), path
+
+
+def test_scale_multiplies_the_residual_branches():
+    model = ResNet((1, 3), 4, 10, (2,))
+    x = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
+    params = model.init(jax.random.key(0), x)["params"]
+    without = model.subnet({"section2": 0}).apply(
+        {"params": params | {"section2": {"first": params["section2"]["first"]}}}, x
+    )
+    np.testing.assert_allclose(
+        model.apply({"params": params}, x, scale={"section2": 0.0}), without, rtol=1e-5
+    )
+    half = jax.tree.map(lambda p: p, params)
+    half["section2"]["blocks"]["conv2"]["kernel"] *= 0.5
+    np.testing.assert_allclose(
+        model.apply({"params": params}, x, scale={"section2": 0.5}),
+        model.apply({"params": half}, x), rtol=1e-4, atol=1e-6,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("sections", [(1, 1, 1, 1), (1, 1)])
+def test_a_section_without_partitionable_blocks_is_refused(sections):
+    with pytest.raises(ValueError, match=r"section 3 .* has no partitionable block"):
+        ResNet(sections, 4, 10).unit_axes()
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1)])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 3)])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((2, 0), (1, 3))])
+def test_convolution_and_its_gradients_equal_xla(strides, kernel, padding):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 7, 8, 3)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(*kernel, 3, 5)), jnp.float32)
+
+    def native(x, w):
+        return lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def ours(x, w):
+        return conv_general_dilated(x, w, strides, padding, feature_group_count=1)
+
+    np.testing.assert_allclose(ours(x, w), native(x, w), rtol=1e-5, atol=1e-5)
+    dy = jnp.asarray(rng.normal(size=native(x, w).shape), jnp.float32)
+    for got, wanted in zip(jax.vjp(ours, x, w)[1](dy), jax.vjp(native, x, w)[1](dy), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_norm_uses_the_batch_or_what_it_is_given():
+    x = jax.random.normal(jax.random.key(0), (64, 3)) * 3 + 1
+    norm = BatchNorm()
+    params = {"params": {"scale": jnp.ones(3), "bias": jnp.zeros(3)}}
+    y = norm.apply(params, x)
+    np.testing.assert_allclose(y.mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(y.std(0), 1, rtol=1e-4)
+    _, stats = norm.apply(params, x, mutable=["batch_stats"])
+    single = norm.apply(params | stats, x[:1])
+    np.testing.assert_allclose(single, y[:1], rtol=1e-4, atol=1e-5)

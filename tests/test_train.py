@@ -1,0 +1,179 @@
+"""Whole runs: what they leave behind, and models that the engine has never seen."""
+
+import json
+import re
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, get_config
+from PIL import Image
+
+from ist_jax import checkpoint, evaluate, metrics, train
+from ist_jax.layout import iter_leaves
+
+
+def read_metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["resnet", "mlp"])
+@pytest.mark.parametrize("method", ["ist", "local_sgd", "data_parallel"])
+def test_every_config_and_method_leaves_a_complete_folder(name, method, tmp_path):
+    config = get_config(name, method=method)
+    summary = train.train(config, tmp_path)
+    records = read_metrics(tmp_path)
+    assert [r["round"] for r in records] == [1, 2, 3]
+    assert [r["examples"] for r in records] == [2 * 2 * 8 * r for r in (1, 2, 3)]
+    for record in records:
+        for key in ("train_loss", "seconds_gather", "seconds_local", "seconds_merge", "lr"):
+            assert np.isfinite(record[key])
+    assert ["test_accuracy" in r for r in records] == [False, True, True]  # eval_every = 2, and the last
+    assert 0 <= records[-1]["test_accuracy"] <= 1
+    assert summary["test_accuracy"] == records[-1]["test_accuracy"]
+    has_gather, has_merge = method == "ist", method != "data_parallel"
+    assert all((r["seconds_gather"] > 0) == has_gather for r in records)
+    assert all((r["seconds_merge"] > 0) == has_merge for r in records)
+    assert json.loads((tmp_path / "config.json").read_text())["method"] == method
+    full = 2 * 4 * summary["parameters"] * 3
+    assert summary["bytes_local_sgd_per_worker"] == full
+    exchanged = {"ist": full * summary["parameters_per_worker"] / summary["parameters"], "local_sgd": full}
+    assert summary["bytes_exchanged_per_worker"] == pytest.approx(exchanged.get(method, full * 2))
+    assert set(summary["versions"]) >= {"python", "jax", "flax"}
+
+
+def test_the_hash_is_of_the_parameters_and_repeats(tmp_path):
+    first = train.train(get_config("mlp"), tmp_path / "a")
+    again = train.train(get_config("mlp"), tmp_path / "b")
+    other = train.train(get_config("mlp", seed=1), tmp_path / "c")
+    assert first["params_sha256"] == again["params_sha256"] != other["params_sha256"]
+    run = train.set_up(get_config("mlp"), params=checkpoint.load_params(tmp_path / "a"))
+    assert metrics.params_sha256(iter_leaves(run.layout, run.state.trees[0])) == first["params_sha256"]
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, caplog):
+    config = get_config("mlp")
+    train.train(config, tmp_path)
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.rglob("*") if p.is_file()}
+    train.train(config, tmp_path)
+    assert "finished already" in caplog.text
+    assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="other settings: seed is 0 there and 5 here"):
+        train.train(get_config("mlp", seed=5), tmp_path)
+
+
+def test_epochs_count_the_examples_of_all_workers(tmp_path):
+    config = get_config("mlp", rounds=None, epochs=0.1)
+    summary = train.train(config, tmp_path)
+    assert summary["rounds"] == 5  # 143.7 examples, 32 a round
+    assert summary["examples"] == 160
+
+
+def test_schedules_follow_the_examples_seen():
+    config = get_config("mlp", local_steps=5)
+    config.optimizer.update({"learning_rate": 1.0, "schedule": "step", "warmup": 0.2, "step_at": (0.5, 0.75)})
+    rates = train.settings.make_learning_rates(config, 20).ravel()
+    assert rates.shape == (100,)
+    np.testing.assert_allclose(rates[:20], np.arange(20) / 20, atol=1e-6)
+    np.testing.assert_allclose(rates[[20, 50, 51, 75, 76]], [1, 1, 0.1, 0.1, 0.01], rtol=1e-5)
+    config.optimizer.schedule = "cosine"
+    rates = train.settings.make_learning_rates(config, 20).ravel()
+    np.testing.assert_allclose(rates[20:], 0.5 * (1 + np.cos(np.pi * np.arange(80) / 80)), atol=1e-6)
+
+
+def test_evaluate_repeats_the_result_and_reads_images(tmp_path, capsys):
+    summary = train.train(get_config("mlp", rounds=60, local_steps=10), tmp_path / "run")
+    digits = train.data.open_data_set("digits", "")
+    files = []
+    for index in range(6):
+        example = digits.test[index]
+        files.append(str(tmp_path / f"{index}.png"))
+        Image.fromarray(example["image"][..., 0]).resize((32, 32), Image.Resampling.NEAREST).save(files[-1])
+    assert evaluate.main(["evaluate", f"--workdir={tmp_path / 'run'}", *files]) == 0
+    out = capsys.readouterr().out
+    assert f"test accuracy {summary['test_accuracy']:.2%}" in out
+    assert float(re.search(r"([\d.]+)% with BatchNorm statistics re-estimated", out).group(1)) > 85
+    guesses = [line.split(": ")[1][0] for line in out.splitlines() if ".png: " in line]
+    right = [guess == str(digits.test[i]["label"]) for i, guess in enumerate(guesses)]
+    assert sum(right) >= 5  # one image each: batch statistics would be useless
+
+
+class TransformerLayer(nn.Module):
+    """Something that the engine has never seen: attention, LayerNorm, biases; it ignores gates."""
+
+    @nn.compact
+    def __call__(self, x, scale):
+        y = nn.SelfAttention(num_heads=2, name="attention")(nn.LayerNorm(name="norm1")(x))
+        x = x + scale * y
+        y = nn.Dense(24, name="up")(nn.LayerNorm(name="norm2")(x))
+        return x + scale * nn.Dense(x.shape[-1], name="down")(nn.gelu(y)), None
+
+
+class TinyTransformer(nn.Module):
+    """Rows of the image are tokens; stacked encoder layers are units."""
+
+    depth: int = 5
+
+    def unit_axes(self):
+        return {"layers/.*": ("layer", ...)}
+
+    def subnet(self, sizes):
+        return self.clone(depth=sizes["layer"])
+
+    @nn.compact
+    def __call__(self, x, gates=None, scale=None):
+        x = nn.Dense(12, name="embed")(x.reshape(*x.shape[:2], -1))
+        layers = nn.scan(TransformerLayer, variable_axes={"params": 0}, split_rngs={"params": True},
+                         in_axes=nn.broadcast, length=self.depth)  # fmt: skip
+        x, _ = layers(name="layers")(x, (scale or {}).get("layer", 1.0))
+        return nn.Dense(10, name="head")(x.mean(1))
+
+
+@pytest.mark.parametrize("num_workers", [2, 5])
+def test_a_model_never_seen_before_trains(num_workers, tmp_path, caplog):
+    config = get_config("mlp", num_workers=num_workers, rounds=30, local_steps=10, batch_size=16)
+    config.optimizer.learning_rate = 0.05
+    summary = train.train(config, tmp_path, model=TinyTransformer())
+    records = read_metrics(tmp_path)
+    assert records[-1]["train_loss"] < 0.6 * records[0]["train_loss"]
+    assert summary["parameters_per_worker"] < summary["parameters"]
+    assert "gathers it whole" in caplog.text
+
+
+def test_an_empty_slot_of_a_model_that_ignores_gates_stays_empty():
+    config = get_config("mlp", num_workers=2)  # 5 layers: 3 and 2
+    run = train.set_up(config, model=TinyTransformer())
+    assignment = train.partition.sample(train.partition.round_rng(config.seed, 0), run.layout.groups)
+    gates = assignment["layer"].gates.reshape(2, 1, -1)
+    assert not gates.all()
+    units = run.programs.gather(run.state, assignment)
+    feed = (np.zeros((2, 1, 2, 8), np.int32), np.full(2, 0.1, np.float32), np.int32(0))
+    subnets, _ = run.programs.local(run.state, units, {"layer": gates}, run.train_data, *feed)
+    for path, leaf in run.layout.leaves.items():
+        if leaf.kind == "rows":
+            empty = np.asarray(subnets.trees[0][path])[~gates]
+            assert (empty == 0).all(), path
+
+
+def test_the_readmes_own_model_runs(tmp_path, monkeypatch):
+    readme = (ROOT / "README.md").read_text()
+    example = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "unit_axes" in b)
+    assert len(example.strip().splitlines()) <= 20
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.syspath_prepend(str(ROOT))
+    exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
+    summaries = list(Path().rglob("summary.json"))
+    assert len(summaries) == 1
+    assert json.loads(summaries[0].read_text())["test_accuracy"] > 0.5
+
+
+def test_loaded_parameters_go_into_apply(tmp_path):
+    train.train(get_config("mlp"), tmp_path)
+    params = checkpoint.load_params(tmp_path)
+    logits = train.settings.MLP((32, 32), 10).apply({"params": params}, jnp.zeros((4, 8, 8, 1)))
+    assert logits.shape == (4, 10)
+    assert jax.tree.all(jax.tree.map(lambda x: isinstance(x, np.ndarray), params))
