@@ -43,9 +43,14 @@ def main(argv: list[str]) -> int:
     with cli.errors():
         if results.report_if_finished(values.config, workdir):
             return 0
+        results.check_writable(workdir)
         run = train.set_up(values.config)
+    try:
         results.open_workdir(values.config, workdir)
-    train.run_rounds(run, workdir)
+        train.run_rounds(run, workdir)
+    except KeyboardInterrupt:
+        print(f"interrupted; the run in {workdir} is not finished and would start over", file=sys.stderr)
+        return 130
     return 0
 
 

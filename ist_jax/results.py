@@ -4,6 +4,7 @@ import datetime
 import json
 import logging
 import platform
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -43,18 +44,26 @@ def report_if_finished(config: config_dict.ConfigDict, workdir: Path) -> bool:
     return True
 
 
-def open_workdir(config: config_dict.ConfigDict, workdir: Path) -> None:
-    """Makes the folder and writes config.json.
-
-    Raises:
-      ValueError: the folder cannot be written.
-    """
+def check_writable(workdir: Path) -> None:
+    """Raises ValueError when the folder cannot be written or made; leaves nothing behind."""
+    missing = [path for path in (workdir, *workdir.parents) if not path.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(_to_json(config) + "\n")
-        (workdir / "metrics.jsonl").write_text("")
+        with tempfile.NamedTemporaryFile(dir=workdir):
+            pass
     except OSError as error:
         raise ValueError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
+    finally:
+        for path in missing:
+            if path.is_dir():
+                path.rmdir()
+
+
+def open_workdir(config: config_dict.ConfigDict, workdir: Path) -> None:
+    """Makes the folder and writes config.json and an empty metrics.jsonl."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(_to_json(config) + "\n")
+    (workdir / "metrics.jsonl").write_text("")
 
 
 def read_config(workdir: Path) -> config_dict.ConfigDict:

@@ -75,6 +75,7 @@ def train(
     """
     workdir = Path(workdir)
     if not results.report_if_finished(config, workdir):
+        results.check_writable(workdir)
         run = set_up(config, model)
         results.open_workdir(config, workdir)
         run_rounds(run, workdir)

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 
@@ -12,6 +13,8 @@ from ist_jax import devices
 ROOT = Path(__file__).parent.parent
 
 devices.prepare(8)
+hypothesis.settings.register_profile("ist_jax", deadline=None)  # the first example compiles
+hypothesis.settings.load_profile("ist_jax")
 logging.getLogger("ist_jax").setLevel(logging.INFO)
 
 
