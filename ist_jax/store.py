@@ -85,12 +85,13 @@ def merge(
         for path, leaf in layout.leaves.items()
         if leaf.kind != "shared"
     }
-    old_shared, new_shared = shared(layout, shards), {p: subnets[p] for p in shared(layout, subnets)}
-    send[_SHARED] = _slices(_ravel(new_shared, workers), devices).swapaxes(0, 1)  # [D, W, q]
+    old_shared, new_shared = shared(layout, shards), shared(layout, subnets)
+    if old_shared:
+        send[_SHARED] = _slices(_ravel(new_shared, workers), devices).swapaxes(0, 1)  # [D, W, q]
     send[_HEALTHY] = jnp.broadcast_to(healthy.astype(layout.dtype), (devices, workers))
     got = _all_to_all(send)
     flags = got.pop(_HEALTHY).reshape(-1) > 0  # [S]
-    mean = _merge_shared(layout, old_shared, got.pop(_SHARED), flags)
+    mean = _merge_shared(layout, old_shared, got.pop(_SHARED), flags) if old_shared else {}
     return mean | {
         path: _put_back(layout, path, shards[path], x, assignment, flags) for path, x in got.items()
     }
@@ -170,8 +171,6 @@ def _put_back(
 
 def _merge_shared(layout: Layout, old: Shards, got: jax.Array, flags: jax.Array) -> Shards:
     """The mean of the shared leaves, a slice per device: the bytes of a ring all-reduce."""
-    if not old:
-        return {}
     flat = _slices(_ravel(old, 1)[0], layout.num_devices)  # [D, q]
     own = lax.dynamic_index_in_dim(flat, lax.axis_index(AXIS), keepdims=False)
     mean = ordered_mean(own, got.reshape(layout.num_workers, -1), flags[:, None])
@@ -183,8 +182,7 @@ def _merge_shared(layout: Layout, old: Shards, got: jax.Array, flags: jax.Array)
 
 def _ravel(leaves: Shards, workers: int) -> jax.Array:
     """All leaves as one vector per worker, [W, sizes]."""
-    flat = [x.reshape(workers, -1) for x in leaves.values()]
-    return jnp.concatenate(flat, axis=1) if flat else jnp.zeros((workers, 0))
+    return jnp.concatenate([x.reshape(workers, -1) for x in leaves.values()], axis=1)
 
 
 def _slices(x: jax.Array, devices: int) -> jax.Array:
