@@ -13,7 +13,6 @@ import time
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 
 from ist_jax import cli, train
 
@@ -39,7 +38,7 @@ def time_step(run: train.Run, state, index: int) -> float:
 
 def main(argv: list[str]) -> int:
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", "configs/resnet.py", "the experiment", flag_values=values)
+    cli.define_config(values, argv, "configs/resnet.py")
     flags.DEFINE_integer("rounds", 15, "rounds to measure", flag_values=values)
     cli.parse(values, argv, "python benchmarks/round_overhead.py [--config=FILE] [--rounds=N]", required=[])
     run = train.set_up(values.config)

@@ -2,13 +2,17 @@
 
 python -m ist_jax.main --config=configs/mlp.py            scikit-learn's digits, seconds
 python -m ist_jax.main --config=configs/mlp.py:smoke      the same machinery, a few rounds
+python -m ist_jax.main --config=configs/mlp.py:speech2 --config.data.dir=DIR
+                                                          the paper's speech net; also speech3
 
-Accuracy and time on the digits: see the table in README.md.
+DIR is the unpacked Speech Commands archive, a folder of WAV files per word. Accuracy and time on the digits:
+see the table in README.md. The paper's figures on all 35 words: .8153 (speech2) and .8327 (speech3) against
+.7998 and .7992 of local SGD.
 """
 
 from ml_collections import config_dict
 
-MODES = ("digits", "smoke")
+MODES = ("digits", "smoke", "speech2", "speech3")
 
 
 def get_config(mode: str = "digits") -> config_dict.ConfigDict:
@@ -34,6 +38,8 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
     config.data.dir = ""  # embedded sets need none
     config.data.pad = 0  # pixels of padding before the random crop
     config.data.flip = False  # mirror half of the training images
+    config.data.sharing = "all"  # 'all': every worker has the whole set | 'disjoint' | 'skewed'
+    config.data.concentration = 0.5  # of 'skewed': Dirichlet; the smaller, the more skewed
 
     config.model = config_dict.ConfigDict()
     config.model.name = "mlp"
@@ -61,4 +67,13 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
         config.batch_size = 8
         config.rounds = 3
         config.eval_every = 2
+    elif mode in ("speech2", "speech3"):
+        config.data.name = "speech_commands"
+        config.model.hidden = (4096,) if mode == "speech2" else (8192, 8192)
+        config.num_workers = 2
+        config.local_steps = 20 if mode == "speech2" else 30
+        config.batch_size = 128
+        config.epochs = 100.0
+        config.optimizer.learning_rate = 0.01
+        config.optimizer.momentum = 0.0
     return config

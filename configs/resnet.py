@@ -1,14 +1,21 @@
 """ResIST (arXiv:2107.00961): a pre-activation ResNet, its blocks dealt to the workers.
 
-python -m ist_jax.main --config=configs/resnet.py            scikit-learn's digits, about a minute
-python -m ist_jax.main --config=configs/resnet.py:smoke      the same machinery in seconds
+python -m ist_jax.main --config=configs/resnet.py                 scikit-learn's digits, half a minute
+python -m ist_jax.main --config=configs/resnet.py:smoke           the same machinery in seconds
+python -m ist_jax.main --config=configs/resnet.py:cifar10_small --config.data.dir=DIR
+                                                                  a net and schedule for a CPU
+python -m ist_jax.main --config=configs/resnet.py:cifar10 --config.data.dir=DIR
+                                                                  the paper's; also cifar100, svhn
 
-Accuracy and time on the digits: see the table in README.md.
+DIR is tensorflow-datasets' data_dir. Accuracy and time on the digits: see the table in README.md. The paper's
+figures for cifar10 / cifar100 with S = 4: 92.35 / 71.30 % (local SGD 92.90 / 71.51), best test accuracy of a
+run, mean of three; 22 blocks dealt out, 6 per worker (S = 2: 11, epochs 80; S = 8: 4); ResNet152 and
+ResNet200 have 36 and 50 blocks in section 3 and l = 100.
 """
 
 from ml_collections import config_dict
 
-MODES = ("digits", "smoke")
+MODES = ("digits", "smoke", "cifar10_small", "cifar10", "cifar100", "svhn")
 
 
 def get_config(mode: str = "digits") -> config_dict.ConfigDict:
@@ -34,6 +41,8 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
     config.data.dir = ""  # embedded sets need none
     config.data.pad = 1  # pixels of padding before the random crop
     config.data.flip = False  # mirror half of the training images
+    config.data.sharing = "all"  # 'all': every worker has the whole set | 'disjoint' | 'skewed'
+    config.data.concentration = 0.5  # of 'skewed': Dirichlet; the smaller, the more skewed
 
     config.model = config_dict.ConfigDict()
     config.model.name = "resnet"
@@ -65,4 +74,23 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
         config.batch_size = 8
         config.rounds = 3
         config.eval_every = 2
+    elif mode != "digits":
+        config.data.name = "svhn_cropped" if mode == "svhn" else mode.removesuffix("_small")
+        config.data.pad = 4
+        config.data.flip = mode != "svhn"  # a mirrored digit is another sign
+        config.eval_batch_size = 100
+    if mode == "cifar10_small":
+        config.local_steps = 20
+        config.batch_size = 64
+        config.epochs = 4.9
+    elif mode in ("cifar10", "cifar100", "svhn"):
+        config.model.sections = (3, 4, 23, 3)
+        config.model.width = 64
+        config.partition.min_units = 6
+        config.local_steps = 50
+        config.batch_size = 128
+        config.epochs = 160.0
+        config.optimizer.learning_rate = 0.03
+        config.optimizer.schedule = "step"
+        config.optimizer.warmup = 0.0
     return config

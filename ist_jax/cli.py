@@ -1,14 +1,19 @@
 """Command lines: a mistake of the user is one line and exit code 2, never a traceback."""
 
 import contextlib
+import difflib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
+from ml_collections import config_dict, config_flags
 
-# What absl and config_flags raise for unknown flags, keys, files and modes, and wrong types.
-_MISTAKES = (flags.Error, OSError, ImportError, TypeError, ValueError, SyntaxError)
+_PLAINLY = {
+    "invalid literal for int() with base 10:": "a whole number is needed, not",
+    "could not convert string to float:": "a number is needed, not",
+}
 
 
 def fail(message: str) -> SystemExit:
@@ -19,11 +24,61 @@ def fail(message: str) -> SystemExit:
 
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
-    """Turns the ValueError of a setting, path or file that cannot work into one line."""
+    """Turns a setting, path or file that cannot work into one line."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise fail(str(error)) from error
+
+
+def define_config(values: flags.FlagValues, argv: Sequence[str], default: str | None) -> None:
+    """Defines --config, checked beforehand: the file, its `get_config`, and the keys of all overrides.
+
+    Raises:
+      SystemExit: 2, after a line that names the file or the key.
+    """
+    words = [
+        part for word in argv[1:] for part in (word.split("=", 1) if word.startswith("--config=") else [word])
+    ]
+    chosen = words[words.index("--config") + 1 :][:1] if "--config" in words else []
+    if path := (*chosen, default)[0]:
+        config = _load_config(path)
+        for key in re.findall(r"^--?(?:no)?config\.([\w.]+)", "\n".join(argv[1:]), re.M):
+            _check_key(config, key)
+    config_flags.DEFINE_config_file(
+        "config",
+        default,
+        "experiment, such as configs/resnet.py or configs/resnet.py:smoke; every key of it is a flag "
+        "(--config.num_workers=8)",
+        flag_values=values,
+        sys_argv=list(argv),
+    )
+
+
+def _load_config(path: str) -> config_dict.ConfigDict:
+    name = path.split(":")[0]
+    if not Path(name).is_file():
+        raise fail(f"--config={name}: there is no such file")
+    probe = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, flag_values=probe, sys_argv=[])
+    try:
+        probe(["", f"--config={path}"])
+    except Exception as error:  # the file is the user's own code; its traceback ends in what went wrong
+        raise fail(f"--config={path}: {str(error).strip().splitlines()[-1]}") from error
+    if not isinstance(probe.config, config_dict.ConfigDict):
+        raise fail(f"--config={path}: get_config() must return an ml_collections.ConfigDict")
+    return probe.config
+
+
+def _check_key(config: config_dict.ConfigDict, key: str) -> None:
+    level = config
+    for part in key.split("."):
+        if not isinstance(level, config_dict.ConfigDict) or part not in level:
+            keys = sorted(level) if isinstance(level, config_dict.ConfigDict) else []
+            close = difflib.get_close_matches(part, keys, 1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise fail(f"unknown key config.{key}; {hint}keys there: {', '.join(keys) or 'none'}")
+        level = level[part] if level.get_type(part) is not type(None) else None
 
 
 def parse(values: flags.FlagValues, argv: Sequence[str], usage: str, *, required: Sequence[str]) -> list[str]:
@@ -41,15 +96,13 @@ def parse(values: flags.FlagValues, argv: Sequence[str], usage: str, *, required
     if {"--help", "-h", "-help"} & set(argv[1:]):
         print(f"usage: {usage}\n{values.get_help()}")
         raise SystemExit(0)
-    for name in (arg.split("=", 1)[1].split(":")[0] for arg in argv if arg.startswith("--config=")):
-        if not Path(name).is_file():
-            raise fail(f"--config={name}: there is no such file")
     try:
-        rest = values(argv)[1:]
-    except (LookupError, AttributeError) as error:
-        raise fail(f"unknown config key {error.args[0]}") from error
-    except _MISTAKES as error:  # config_flags puts a traceback into its message; its last line says it
-        raise fail(f"{str(error).strip().splitlines()[-1]} (see --help)") from error
+        rest = values(list(argv))[1:]
+    except (flags.Error, TypeError, ValueError) as error:
+        text = str(error).strip().splitlines()[-1]
+        for python, plain in _PLAINLY.items():
+            text = text.replace(python, plain)
+        raise fail(f"{text} (see --help)") from error
     for name in required:
         if values[name].value is None:
             raise fail(f"--{name} is missing; usage: {usage}")

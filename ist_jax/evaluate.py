@@ -98,7 +98,7 @@ def estimate_batch_stats(
     Args:
       model: with `models.norm.BatchNorm`s.
       params: nested dict, the global parameters.
-      batches: normalised inputs [B, ...].
+      batches: normalised inputs [B, ...], all of one size.
       scale: from `unit_scale`.
 
     Returns:
@@ -106,11 +106,11 @@ def estimate_batch_stats(
     """
 
     @jax.jit
-    def statistics(inputs: jax.Array) -> Any:
+    def statistics(params: Any, inputs: jax.Array) -> Any:
         _, state = model.apply({"params": params}, inputs, scale=scale, mutable=["batch_stats"])
         return state.get("batch_stats", {})
 
-    collected = [statistics(inputs) for inputs in batches]
+    collected = [statistics(params, inputs) for inputs in batches]
     return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *collected)
 
 
@@ -132,12 +132,28 @@ def read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def evaluate_workdir(workdir: Path, images: list[str]) -> None:
-    """Evaluates a finished run with batch statistics and with re-estimated ones; classifies images."""
+    """Evaluates a finished run with batch statistics and with re-estimated ones; classifies images.
+
+    The first is the streamed evaluation of training; for the others the host's device holds the whole model.
+
+    Raises:
+      ValueError: there is no finished run of a config's model, or an image cannot be read.
+    """
     from ist_jax import checkpoint, results, train
 
     config = results.read_config(workdir)
+    if (custom := results.read_summary(workdir)["custom_model"]) is not None:
+        raise ValueError(
+            f"{workdir} holds a model of your own, {custom.split('(')[0]}: evaluate it from Python"
+        )
     params = checkpoint.load_params(workdir)
-    run = train.set_up(config, params=params)
+    dataset, _, test = train.open_data(config)
+    if images and test["image"].dtype != np.uint8:
+        raise ValueError(
+            f"the examples of data.name={config.data.name!r} are no images, so none can be classified"
+        )
+    pictures = [read_image(name, test["image"].shape[1:]) for name in images]
+    run = train.set_up(config, params=params, evaluation_only=True)
     score = train.evaluate_state(run, run.state)
     print(
         f"test accuracy {score.accuracy:.2%}, loss {score.loss:.4f} "
@@ -145,28 +161,25 @@ def evaluate_workdir(workdir: Path, images: list[str]) -> None:
     )
 
     scale = unit_scale(run.layout)
-    size = config.eval_batch_size
+    size = min(config.eval_batch_size, len(run.train["label"]))
     order = np.random.default_rng(config.seed).permutation(len(run.train["label"]))
-    samples = [order[i : i + size] for i in range(0, len(order), size)][:_CALIBRATION_BATCHES]
-    inputs = (run.normalize(jnp.asarray(run.train["image"][sample])) for sample in samples)
-    stats = estimate_batch_stats(run.model, params, inputs, scale)
-    variables = {"params": params, "batch_stats": stats}
+    starts = range(0, len(order) - size + 1, size)[:_CALIBRATION_BATCHES]
+    inputs = (run.normalize(jnp.asarray(run.train["image"][order[i : i + size]])) for i in starts)
+    variables = {"params": params, "batch_stats": estimate_batch_stats(run.model, params, inputs, scale)}
 
     @jax.jit
-    def predict(images: np.ndarray) -> jax.Array:
+    def predict(variables: Any, images: np.ndarray) -> jax.Array:
         logits: Any = run.model.apply(variables, run.normalize(jnp.asarray(images)), scale=scale)
         return jax.nn.softmax(logits)
 
-    test = run.test
     starts = range(0, len(test["label"]), size)
-    guesses = np.concatenate([np.asarray(predict(test["image"][i : i + size])).argmax(-1) for i in starts])
-    accuracy = (guesses == test["label"]).mean()
+    chunks = [predict(variables, test["image"][i : i + size]) for i in starts]
+    accuracy = (np.concatenate(chunks).argmax(-1) == test["label"]).mean()
     print(f"test accuracy {accuracy:.2%} with BatchNorm statistics re-estimated on training batches")
-    for name in images:
-        image = read_image(name, test["image"].shape[1:])
-        probabilities = np.asarray(predict(image[None]))[0]
+    for name, picture in zip(images, pictures, strict=True):
+        probabilities = np.asarray(predict(variables, picture[None]))[0]
         best = probabilities.argsort()[::-1][:3]
-        print(f"{name}: " + ", ".join(f"{run.dataset.classes[k]} {probabilities[k]:.1%}" for k in best))
+        print(f"{name}: " + ", ".join(f"{dataset.classes[k]} {probabilities[k]:.1%}" for k in best))
 
 
 def main(argv: list[str]) -> int:

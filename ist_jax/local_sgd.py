@@ -156,7 +156,8 @@ def data_parallel_steps(
 ) -> tuple[State, Metrics]:
     """l steps of data-parallel SGD on the same batches: gradients averaged over all workers each step.
 
-    A worker whose loss or gradient is not finite is left out of that step's mean.
+    A worker whose loss or gradient is not finite is left out of that step's mean; a step whose update is not
+    finite is not taken.
 
     Args and returns: as `local_steps`; the state instead of subnets.
     """
@@ -180,8 +181,9 @@ def data_parallel_steps(
         count = lax.psum(healthy.sum(), store.AXIS)
         grads = jax.tree.map(lambda g: lax.psum(g, store.AXIS) / jnp.maximum(count, 1), grads)
         stepped = _update(recipe, params, opt_state, grads, learning_rate)
-        kept = jax.tree.map(lambda new, old: jnp.where(count > 0, new, old), stepped, carry)
-        return kept, (losses, accuracies, healthy)
+        sound = (count > 0) & _all_finite(stepped[0])
+        kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), stepped, carry)
+        return kept, (losses, accuracies, healthy & sound)
 
     xs = (jnp.arange(len(learning_rates)), indices.swapaxes(0, 1), learning_rates)
     (params, opt_state), (losses, accuracies, healthy) = lax.scan(step, _unpack(recipe, state), xs)

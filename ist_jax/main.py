@@ -19,13 +19,7 @@ USAGE = "python -m ist_jax.main --config=FILE[:MODE] [--workdir=DIR] [--config.K
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "experiment, such as configs/resnet.py or configs/resnet.py:smoke; every key of it is a flag "
-        "(--config.num_workers=8)",
-        flag_values=values,
-    )
+    cli.define_config(values, argv, None)
     flags.DEFINE_string(
         "workdir", None, "folder for the results; default: a new one under runs/", flag_values=values
     )
@@ -40,16 +34,16 @@ def main(argv: list[str]) -> int:
     name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
     default = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     workdir = Path(values.workdir) if values.workdir else default
-    with cli.errors():
-        if results.report_if_finished(values.config, workdir):
-            return 0
-        results.check_writable(workdir)
-        run = train.set_up(values.config)
     try:
-        results.open_workdir(values.config, workdir)
+        with cli.errors():
+            if results.report_if_finished(values.config, workdir):
+                return 0
+            results.check_writable(workdir)
+            run = train.set_up(values.config)
+            results.open_workdir(values.config, workdir)
         train.run_rounds(run, workdir)
     except KeyboardInterrupt:
-        print(f"interrupted; the run in {workdir} is not finished and would start over", file=sys.stderr)
+        print(f"interrupted; there is no finished run in {workdir}", file=sys.stderr)
         return 130
     return 0
 

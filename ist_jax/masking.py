@@ -99,7 +99,14 @@ def merge(
     for worker in range(num_workers):
         check_assignment(flat, axes, assignment, worker)
     flags = jnp.ones(num_workers, bool) if healthy is None else jnp.asarray(healthy)
+    counts = {"healthy": len(flags)} | {name: len(a.indices) for name, a in assignment.items()}
+    for name, count in counts.items():
+        if count != num_workers:
+            raise ValueError(f"{num_workers} subnets, but {name!r} is for {count} workers")
     pieces = [traverse_util.flatten_dict(subnet, sep="/") for subnet in subnets]
+    for worker, piece in enumerate(pieces):
+        if piece.keys() != flat.keys():
+            raise ValueError(f"subnet {worker} lacks or adds {sorted(piece.keys() ^ flat.keys())}")
 
     def put_back(path: str, old: jax.Array) -> jax.Array:
         new = [_scatter(path, old, piece[path], axes[path], assignment, w) for w, piece in enumerate(pieces)]

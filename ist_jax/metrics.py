@@ -43,13 +43,13 @@ class Progress:
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
     """Adds a line of JSON; a loss that is not finite is written as null."""
     with path.open("a") as file:
-        file.write(json.dumps({k: _plain(v) for k, v in record.items()}) + "\n")
+        file.write(json.dumps(_plain(dict(record)), allow_nan=False) + "\n")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; numbers that are not finite as null."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.write_text(json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
     part.replace(path)
 
 
@@ -63,5 +63,7 @@ def params_sha256(leaves: Iterable[tuple[str, np.ndarray]]) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
     value = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
     return None if isinstance(value, float) and not np.isfinite(value) else value

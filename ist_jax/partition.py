@@ -165,7 +165,7 @@ def make_groups(
     """
     if num_workers < 1:
         raise ValueError(f"num_workers={num_workers} must be at least 1")
-    if shares and (len(shares) != num_workers or min(shares) <= 0):
+    if shares and (len(shares) != num_workers or not all(0 < share < np.inf for share in shares)):
         raise ValueError(
             f"partition.shares={tuple(shares)} must hold {num_workers} positive numbers, "
             "one per worker, or be empty"
@@ -195,8 +195,9 @@ def _make_group(
     if strips == 1 or (dealt < min_units).any():
         strip_slots = min(strip_size, slots)
     else:
-        per_strip = [np.bincount(deck[i : i + strip_size]).max() for i in range(0, size, strip_size)]
-        strip_slots = int(max(per_strip))
+        cuts = range(size) if shares else range(0, size, strip_size)  # unequal shares: any window of the deck
+        endless = np.concatenate([deck, deck[: strip_size if shares else 0]])
+        strip_slots = int(max(np.bincount(endless[i : i + strip_size]).max() for i in cuts))
     return Group(
         name, size, num_workers, tuple(deck.tolist()), strips, min_units, slots, strip_slots,
         fair=not shares,
@@ -238,7 +239,8 @@ def round_rng(seed: int, round_index: int) -> np.random.Generator:
 
 def _sample_group(rng: np.random.Generator, group: Group) -> Assignment:
     workers = rng.permutation(group.num_workers) if group.fair else np.arange(group.num_workers)
-    owners = workers[np.asarray(group.deck, int)]
+    cut = 0 if group.fair else rng.integers(group.size)  # where the deck begins, so that no unit is favoured
+    owners = workers[np.roll(np.asarray(group.deck, int), cut)]
     held = np.zeros((group.num_workers, group.size), bool)
     for start in range(0, group.size, group.strip_size):
         stop = min(start + group.strip_size, group.size)

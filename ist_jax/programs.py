@@ -17,7 +17,7 @@ class Programs(NamedTuple):
     """The compiled programs of a run; a phase that a method does not have is None."""
 
     gather: jax.stages.Compiled | None
-    local: jax.stages.Compiled
+    local: Any
     merge: jax.stages.Compiled | None
     evaluate: jax.stages.Compiled
 
@@ -71,6 +71,7 @@ def compile_programs(
     local_steps: int,
     batch_size: int,
     average_gradients: bool,
+    evaluation_only: bool = False,
 ) -> Programs:
     """Compiles the phases of a round and the evaluation, each once for the whole run.
 
@@ -84,12 +85,15 @@ def compile_programs(
       chosen: the devices.
       local_steps: l.
       batch_size: per worker.
+      evaluation_only: leave the phases of a round out.
       average_gradients: data-parallel SGD instead of a gather, local steps and a merge.
     """
     layout = recipe.layout
     build = partial(devices.compile_program, devices=chosen)
     evaluation = partial(evaluate.evaluate_shards, layout, model, normalize)
     evaluate_program = build(evaluation, (state.trees[0], test_batches), in_axes=[0, 0])
+    if evaluation_only:
+        return Programs(None, None, None, evaluate_program)
 
     def per_device(*shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((layout.num_devices, layout.workers_per_device, *shape), dtype)

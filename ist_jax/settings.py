@@ -1,11 +1,11 @@
 """What a config means: checked values, and the objects they describe."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import traverse_util
@@ -18,74 +18,104 @@ from ist_jax.models.resnet import ResNet
 _CHOICES = {
     "method": ("ist", "local_sgd", "data_parallel"),
     "workers_on_device": ("map", "vmap"),
+    "data.sharing": ("all", "disjoint", "skewed"),
     "optimizer_state": ("reset", "carry"),
     "optimizer.schedule": ("constant", "cosine", "step"),
 }
-_LEAST = {
-    "num_workers": 1,
-    "num_devices": 0,
-    "local_steps": 1,
-    "batch_size": 1,
-    "eval_every": 0,
-    "eval_batch_size": 1,
-    "data.pad": 0,
-    "partition.min_units": 0,
-    "optimizer.learning_rate": 0,
-    "optimizer.momentum": 0,
-    "optimizer.weight_decay": 0,
-    "optimizer.warmup": 0,
+# Numbers and their bounds, both allowed; tuples are checked element by element.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1),
+    "num_workers": (1, math.inf),
+    "num_devices": (0, math.inf),
+    "local_steps": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "eval_every": (0, math.inf),
+    "eval_batch_size": (1, math.inf),
+    "data.pad": (0, math.inf),
+    "partition.min_units": (0, math.inf),
+    "optimizer.learning_rate": (0, math.inf),
+    "optimizer.momentum": (0, 1),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.warmup": (0, 1),
+    "optimizer.step_at": (0, 1),
+    "optimizer.step_factor": (0, math.inf),
 }
+_TUPLES = {"partition.shares": float, "optimizer.step_at": float}
+_REQUIRED = ("rounds", "epochs", "data.name", "data.dir", "data.flip", "optimizer.nesterov", "model.name")
 
 
 def check(config: config_dict.ConfigDict) -> None:
     """Raises ValueError, naming the key and what is allowed, for values that cannot work."""
+    for key in _REQUIRED:
+        get(config, key)
     for key, allowed in _CHOICES.items():
-        if (value := _get(config, key)) not in allowed:
+        if (value := get(config, key)) not in allowed:
             raise ValueError(f"{key}={value!r}; set config.{key} to one of {', '.join(map(repr, allowed))}")
-    for key, least in _LEAST.items():
-        if not (value := _get(config, key)) >= least:
-            raise ValueError(f"{key}={value}; set config.{key} to {least} or more")
+    for key, kind in _TUPLES.items():
+        get_tuple(config, key, kind)
+    for key, (least, most) in _BOUNDS.items():
+        values = get(config, key)
+        for value in values if isinstance(values, tuple | list) else (values,):
+            if not least <= value <= most:
+                upper = "or more" if most == math.inf else f"to {most}"
+                raise ValueError(f"{key}={values}; set config.{key} to {least} {upper}")
+    if not get(config, "data.concentration") > 0:
+        raise ValueError(f"data.concentration={config.data.concentration}; set it to more than 0")
     if config.rounds is not None and config.rounds < 1:
         raise ValueError(f"rounds={config.rounds}; set config.rounds to 1 or more, or leave it unset")
-    if config.rounds is None and not config.epochs > 0:
-        raise ValueError(f"epochs={config.epochs}; set config.epochs to more than 0")
+    if config.rounds is None and not 0 < config.epochs < math.inf:
+        raise ValueError(f"epochs={config.epochs}; set config.epochs to a number above 0")
 
 
-def _get(config: config_dict.ConfigDict, key: str) -> Any:
+def get(config: config_dict.ConfigDict, key: str) -> Any:
+    """A value by its dotted key.
+
+    Raises:
+      ValueError: the config has no such key.
+    """
     value = config
     for part in key.split("."):
         if part not in value:
-            raise ValueError(f"the config has no key {key!r}")
+            raise ValueError(f"the config has no key {key!r}; keys beside it: {', '.join(sorted(value))}")
         value = value[part]
     return value
 
 
+def get_tuple(config: config_dict.ConfigDict, key: str, kind: type) -> tuple:
+    """A tuple of finite numbers by its dotted key.
+
+    Raises:
+      ValueError: it is missing or something else.
+    """
+    values = get(config, key)
+    numbers = (int,) if kind is int else (int, float)
+    if not isinstance(values, tuple | list) or not all(
+        isinstance(v, numbers) and not isinstance(v, bool) and math.isfinite(v) for v in values
+    ):
+        raise ValueError(
+            f"{key}={values!r}; set config.{key} to a tuple of {kind.__name__}s, such as '(1,2)'"
+        )
+    return tuple(values)
+
+
 def build_model(config: config_dict.ConfigDict, num_classes: int) -> nn.Module:
     """The model that `config.model` describes."""
-    name = _get(config, "model.name")
+    name = get(config, "model.name")
     if name == "resnet":
-        sections = tuple(config.model.sections)
-        if not sections or min(sections) < 1 or config.model.width < 1:
-            raise ValueError(
-                f"model.sections={sections} and model.width={config.model.width} must be positive"
-            )
-        return ResNet(sections, config.model.width, num_classes, tuple(config.partition.sections))
+        sections, width = get_tuple(config, "model.sections", int), get(config, "model.width")
+        if not sections or min(sections) < 1 or width < 1:
+            raise ValueError(f"model.sections={sections} and model.width={width} must be positive")
+        return ResNet(sections, width, num_classes, get_tuple(config, "partition.sections", int))
     if name == "mlp":
-        hidden = tuple(config.model.hidden)
+        hidden = get_tuple(config, "model.hidden", int)
         if not hidden or min(hidden) < 1:
             raise ValueError(f"model.hidden={hidden}; set config.model.hidden to one or more positive widths")
-        if config.method == "ist" and min(hidden) < config.num_workers and config.partition.min_units < 1:
-            raise ValueError(
-                f"num_workers={config.num_workers} leaves workers without a neuron of a layer of "
-                f"model.hidden={hidden}; set config.num_workers to at most {min(hidden)} or "
-                "config.partition.min_units to at least 1"
-            )
         return MLP(hidden, num_classes)
     raise ValueError(f"model.name={name!r}; set config.model.name to 'resnet' or 'mlp'")
 
 
 def make_groups(
-    config: config_dict.ConfigDict, shapes: Any, axes: partition.Axes
+    config: config_dict.ConfigDict, model: nn.Module, shapes: Any, axes: partition.Axes
 ) -> dict[str, partition.Group]:
     """The unit groups that `config` partitions; none for the baselines."""
     if config.method != "ist":
@@ -95,13 +125,22 @@ def make_groups(
             "method='ist' has nothing to partition: the model names no unit axes (partition.sections, for a "
             "ResNet); name some, or set config.method to 'local_sgd' or 'data_parallel'"
         )
-    return partition.make_groups(
+    groups = partition.make_groups(
         shapes,
         axes,
         config.num_workers,
         min_units=config.partition.min_units,
-        shares=tuple(config.partition.shares),
+        shares=get_tuple(config, "partition.shares", float),
     )
+    if isinstance(model, MLP):
+        for group in groups.values():
+            if min(group.counts) < 1:
+                raise ValueError(
+                    f"num_workers={config.num_workers} leaves a worker without a neuron of the {group.size} "
+                    f"of {group.name}; lower config.num_workers, even out config.partition.shares, or set "
+                    "config.partition.min_units to at least 1"
+                )
+    return groups
 
 
 def make_tx(optimizer: config_dict.ConfigDict) -> optax.GradientTransformation:
@@ -111,24 +150,24 @@ def make_tx(optimizer: config_dict.ConfigDict) -> optax.GradientTransformation:
         parts.append(optax.add_decayed_weights(optimizer.weight_decay))
     if optimizer.momentum:
         parts.append(optax.trace(optimizer.momentum, nesterov=optimizer.nesterov))
-    return optax.chain(*parts)
+    return optax.chain(*parts) if parts else optax.identity()
 
 
 def make_learning_rates(config: config_dict.ConfigDict, rounds: int) -> np.ndarray:
     """Learning rates float32 [rounds, l], by the fraction of all examples that all workers have seen."""
     optimizer, total = config.optimizer, rounds * config.local_steps
-    warmup = round(optimizer.warmup * total)
-    schedules: dict[str, optax.Schedule] = {
-        "constant": optax.constant_schedule(optimizer.learning_rate),
-        "cosine": optax.cosine_decay_schedule(optimizer.learning_rate, max(1, total - warmup)),
-        "step": optax.piecewise_constant_schedule(
-            optimizer.learning_rate,
-            {round(at * total) - warmup: optimizer.step_factor for at in optimizer.step_at},
-        ),
+    warmup, step = round(optimizer.warmup * total), np.arange(total)
+    after = (step - warmup) / max(1, total - warmup)  # progress after the warm-up, 0 to 1
+    decays = sum((step >= at * total).astype(int) for at in optimizer.step_at)
+    factors = {
+        "constant": np.ones(total),
+        "cosine": (1 + np.cos(np.pi * np.clip(after, 0, 1))) / 2,
+        "step": optimizer.step_factor ** np.asarray(decays),
     }
-    ramp = optax.linear_schedule(0.0, optimizer.learning_rate, max(1, warmup))
-    schedule = optax.join_schedules([ramp, schedules[optimizer.schedule]], [warmup])
-    return np.asarray(jax.vmap(schedule)(jnp.arange(total)), np.float32).reshape(rounds, -1)
+    ramp = np.minimum(1, (step + 1) / max(1, warmup))
+    return (
+        (optimizer.learning_rate * ramp * factors[optimizer.schedule]).astype(np.float32).reshape(rounds, -1)
+    )
 
 
 def make_loss_fn(model: nn.Module) -> Callable[..., tuple[jax.Array, jax.Array]]:

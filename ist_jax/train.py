@@ -47,6 +47,7 @@ class Run(NamedTuple):
     programs: Programs
     state: local_sgd.State
     train_data: Any
+    shards: list[np.ndarray]
     test_batches: Any
     num_rounds: int
     learning_rates: np.ndarray
@@ -74,40 +75,53 @@ def train(
       ValueError: a setting, data set or folder that cannot work; the message names the key.
     """
     workdir = Path(workdir)
-    if not results.report_if_finished(config, workdir):
+    if not results.report_if_finished(config, workdir, model):
         results.check_writable(workdir)
         run = set_up(config, model)
         results.open_workdir(config, workdir)
-        run_rounds(run, workdir)
+        run_rounds(run, workdir, custom_model=model)
     return json.loads((workdir / "summary.json").read_text())
 
 
 # --- set-up ---------------------------------------------------------------------------------------
 
 
-def set_up(config: config_dict.ConfigDict, model: nn.Module | None = None, params: Any = None) -> Run:
+def open_data(config: config_dict.ConfigDict) -> tuple[data.DataSet, dict[str, Any], dict[str, Any]]:
+    """The data set that `config` names, its training split and its test split, decoded."""
+    dataset = data.open_data_set(settings.get(config, "data.name"), settings.get(config, "data.dir"))
+    splits = data.load(dataset.train), data.load(dataset.test)
+    train_size, test_size = (f"{len(split['label']):,}" for split in splits)
+    log.info("data: %s; %s to train on, %s to test on", dataset.description, train_size, test_size)
+    return dataset, *splits
+
+
+def set_up(
+    config: config_dict.ConfigDict,
+    model: nn.Module | None = None,
+    params: Any = None,
+    *,
+    evaluation_only: bool = False,
+) -> Run:
     """Opens the data, places the model on the devices and compiles the programs of a run.
 
     Args:
       config: as from `configs/`.
       model: as for `train`.
       params: the global parameters to start from (nested dict of host arrays); None: fresh ones.
+      evaluation_only: compile no program but the evaluation.
 
     Raises:
       ValueError: a setting that cannot work; the message names the key.
     """
     settings.check(config)
     devices.prepare(config.num_devices or config.num_workers)
-    dataset = data.open_data_set(config.data.name, config.data.dir)
-    train_set, test_set = data.load(dataset.train), data.load(dataset.test)
-    log.info("data: %s; %s to train on, %s to test on", dataset.description, *(
-        f"{len(x['label']):,}" for x in (train_set, test_set)))  # fmt: skip
+    dataset, train_set, test_set = open_data(config)
     normalize = augment.make_normalize(*augment.channel_statistics(train_set["image"]))
     model = model or settings.build_model(config, len(dataset.classes))
     example = jnp.zeros((1, *train_set["image"].shape[1:]))
     shapes = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
-    axes = partition.resolve_axes(shapes, model.unit_axes())
-    groups = settings.make_groups(config, shapes, axes)
+    axes = partition.resolve_axes(shapes, model.unit_axes() if config.method == "ist" else {})
+    groups = settings.make_groups(config, model, shapes, axes)
     chosen = devices.choose(config.num_workers, config.num_devices)
     layout = make_layout(shapes, axes, groups, config.num_workers, len(chosen))
     recipe = local_sgd.Recipe(
@@ -125,11 +139,13 @@ def set_up(config: config_dict.ConfigDict, model: nn.Module | None = None, param
     if params is None:
         state = init_state(recipe, lambda key: model.init(key, example)["params"], config.seed, chosen)
     else:
-        shards = devices.put(from_params(layout, params), chosen)
-        state = build_state(recipe, shards, chosen)
+        state = build_state(recipe, devices.put(from_params(layout, params), chosen), chosen)
     plan = batches.eval_batches(len(test_set["label"]), config.eval_batch_size, len(chosen))
     test_batches = {name: x[plan.indices] for name, x in test_set.items()} | {"weight": plan.weights}
     test_batches = devices.put(test_batches, chosen)
+    shards = batches.share_examples(
+        config.seed, train_set["label"], config.num_workers, config.data.sharing, config.data.concentration
+    )
     train_data = devices.replicate(train_set, chosen)
     programs = compile_programs(
         recipe,
@@ -142,13 +158,28 @@ def set_up(config: config_dict.ConfigDict, model: nn.Module | None = None, param
         local_steps=config.local_steps,
         batch_size=config.batch_size,
         average_gradients=config.method == "data_parallel",
+        evaluation_only=evaluation_only,
     )
     per_round = config.num_workers * config.local_steps * config.batch_size
     rounds = config.rounds or math.ceil(config.epochs * len(train_set["label"]) / per_round)
     run = Run(
-        config, dataset, train_set, test_set, model, normalize, chosen, recipe, programs, state, train_data,
-        test_batches, rounds, settings.make_learning_rates(config, rounds), time.perf_counter() - started,
-    )  # fmt: skip
+        config=config,
+        dataset=dataset,
+        train=train_set,
+        test=test_set,
+        model=model,
+        normalize=normalize,
+        devices=chosen,
+        recipe=recipe,
+        programs=programs,
+        state=state,
+        train_data=train_data,
+        shards=shards,
+        test_batches=test_batches,
+        num_rounds=rounds,
+        learning_rates=settings.make_learning_rates(config, rounds),
+        seconds_compile=time.perf_counter() - started,
+    )
     _log_set_up(run)
     return run
 
@@ -172,8 +203,8 @@ def _log_set_up(run: Run) -> None:
         waste = group.strips * group.strip_slots / group.slots
         if group.strips > 1 and waste > 1:
             log.info(
-                "units: %d workers squared do not divide %s: its exchange carries %.2f times the slots",
-                group.num_workers, group.name, waste,
+                "units: %s does not fall evenly into %d strips; its exchange carries %.2f times the slots",
+                group.name, group.strips, waste,
             )  # fmt: skip
     if not evaluate.is_streamable(run.model):
         log.info(
@@ -190,12 +221,13 @@ def _log_set_up(run: Run) -> None:
 # --- the rounds -----------------------------------------------------------------------------------
 
 
-def run_rounds(run: Run, workdir: Path) -> dict[str, Any]:
+def run_rounds(run: Run, workdir: Path, custom_model: nn.Module | None = None) -> dict[str, Any]:
     """Trains for all rounds, writing metrics as they come, then the parameters and the summary.
 
     Args:
       run: from `set_up`; its state is used up.
       workdir: from `open_workdir`.
+      custom_model: the model, where it is not the config's; recorded.
 
     Returns:
       What summary.json holds.
@@ -210,12 +242,12 @@ def run_rounds(run: Run, workdir: Path) -> dict[str, Any]:
         round_started = time.perf_counter()
         state, means, seconds = run_round(run, state, index)
         if not means.healthy.all():
-            warn_left_out(index + 1, means.healthy)
+            warn_left_out(index + 1, means.healthy, "steps" if config.method == "data_parallel" else "round")
         record = {
             "round": index + 1,
             "examples": (index + 1) * per_round,
-            "train_loss": float(means.loss[means.healthy].mean()) if means.healthy.any() else float("nan"),
-            "train_accuracy": float(means.accuracy.mean()),
+            "train_loss": mean_of_healthy(means.loss, means.healthy),
+            "train_accuracy": mean_of_healthy(means.accuracy, means.healthy),
             "lr": float(run.learning_rates[index, -1]),
             **seconds,
             "seconds_evaluate": 0.0,
@@ -242,6 +274,7 @@ def run_rounds(run: Run, workdir: Path) -> dict[str, Any]:
         trees=len(state.trees),
         dataset=run.dataset.description,
         device=run.devices[0],
+        custom_model=results.describe(custom_model),
         seconds_total=seconds_total,
         seconds_compile=run.seconds_compile,
         params_sha256=metrics.params_sha256(iter_leaves(layout, state.trees[0])),
@@ -262,12 +295,7 @@ def run_round(
     config, layout, programs = run.config, run.layout, run.programs
     grid = (layout.num_devices, layout.workers_per_device)
     indices = batches.train_indices(
-        config.seed,
-        index,
-        num_examples=len(run.train["label"]),
-        num_workers=config.num_workers,
-        local_steps=config.local_steps,
-        batch_size=config.batch_size,
+        config.seed, index, run.shards, local_steps=config.local_steps, batch_size=config.batch_size
     )
     feed = (indices.reshape(*grid, *indices.shape[1:]), run.learning_rates[index], np.int32(index))
     assignment = partition.sample(partition.round_rng(config.seed, index), layout.groups)
@@ -302,9 +330,15 @@ def evaluate_state(run: Run, state: local_sgd.State) -> evaluate.Score:
     )
 
 
-def warn_left_out(round_number: int, healthy: np.ndarray) -> None:
-    """Says which workers' rounds were left out of the merge."""
+def mean_of_healthy(values: np.ndarray, healthy: np.ndarray) -> float:
+    """Mean over the workers that are not left out; NaN where there is none."""
+    return float(values[healthy].mean()) if healthy.any() else float("nan")
+
+
+def warn_left_out(round_number: int, healthy: np.ndarray, what: str) -> None:
+    """Says which workers' rounds (or, data-parallel, single steps) were left out."""
     for worker in np.flatnonzero(~healthy):
         log.warning(
-            "round %d: worker %d had a non-finite loss or update; its round is left out", round_number, worker
-        )
+            "round %d: worker %d had a non-finite loss or update; its %s left out",
+            round_number, worker, "round is" if what == "round" else "steps that had one are",
+        )  # fmt: skip

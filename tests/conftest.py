@@ -2,7 +2,10 @@
 
 import importlib.util
 import logging
+import os
 from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported, on a machine with a GPU too
 
 import hypothesis
 import jax

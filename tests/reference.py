@@ -30,16 +30,23 @@ def sgd_step(recipe, params, opt_state, inputs, labels, learning_rate, gates=Non
     return {k: params[k] - learning_rate * updates[k] for k in params}, opt_state
 
 
-def ist_round(recipe, params, axes, groups, data, indices, learning_rates, seed, round_index):
-    """One round of IST; `groups` empty: of local SGD. Momentum starts at zero in every round."""
+def ist_round(recipe, params, axes, groups, data, indices, learning_rates, seed, round_index, trace=None):
+    """One round of IST; `groups` empty: of local SGD.
+
+    Momentum starts at zero, or, where `trace` (shaped like the parameters) is given, is cut out, merged and
+    returned like them.
+    """
     assignment = partition.sample(partition.round_rng(seed, round_index), groups)
     axes = {path: tuple(n if n in groups else None for n in names) for path, names in axes.items()}
     step = jax.jit(lambda *args: sgd_step(recipe, *args))
     gather = jax.jit(lambda p, a, w: masking.gather(p, axes, a, w), static_argnums=2)
-    subnets = []
+    subnets, traces = [], []
     for worker in range(len(indices)):  # in parallel, on a cluster
         subnet = flat(gather(params, assignment, worker))
         opt_state = recipe.tx.init(subnet)
+        if trace is not None:
+            treedef = jax.tree.structure(opt_state, is_leaf=lambda x: isinstance(x, dict))
+            opt_state = jax.tree.unflatten(treedef, [flat(gather(trace, assignment, worker))])
         gates = {n: jnp.asarray(a.gates[worker]) for n, a in assignment.items() if not groups[n].even}
         key = worker_key(seed, round_index, worker)
         for i, batch in enumerate(indices[worker]):
@@ -51,7 +58,12 @@ def ist_round(recipe, params, axes, groups, data, indices, learning_rates, seed,
                         others = [a for a in range(len(names)) if a != axis]
                         subnet[path] = jnp.where(jnp.expand_dims(gates[name], others), subnet[path], 0)
         subnets.append(nested(subnet))
-    return jax.jit(lambda p, a, s: masking.merge(p, axes, a, s))(params, assignment, subnets)
+        if trace is not None:
+            (own,) = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, dict))
+            traces.append(nested(own))
+    merge = jax.jit(lambda p, a, s: masking.merge(p, axes, a, s))
+    merged = merge(params, assignment, subnets)
+    return merged if trace is None else (merged, merge(trace, assignment, traces))
 
 
 def data_parallel_round(recipe, params, opt_state, data, indices, learning_rates, seed, round_index):

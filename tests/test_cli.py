@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, get_config
 
 from ist_jax import evaluate, main, train
 
@@ -19,9 +19,24 @@ MLP = f"--config={ROOT}/configs/mlp.py:smoke"
         ([], "--config is missing"),
         ([MLP, "--wrokdir=x"], "wrokdir"),
         ([MLP, "stray"], "unexpected argument 'stray'"),
-        ([MLP, "--config.num_wrokers=4"], "num_wrokers"),
-        ([MLP, "--config.num_workers=four"], "four"),
-        ([MLP, "--config.rounds=ten"], "ten"),
+        ([MLP, "--config.num_wrokers=4"], "config.num_wrokers; did you mean 'num_workers'? keys there: "),
+        ([MLP, "--config.optimizer.lr=1"], "unknown key config.optimizer.lr; keys there: learning_rate, m"),
+        ([MLP, "--config.seed.x=1"], "unknown key config.seed.x; keys there: none"),
+        ([MLP, "--config.num_workers=four"], "num_workers=four: a whole number is needed, not 'four'"),
+        ([MLP, "--config.rounds=ten"], "a whole number is needed, not 'ten'"),
+        ([MLP, "--config.epochs=much"], "a number is needed, not 'much'"),
+        ([MLP, "--config.model.hidden=abc"], "model.hidden"),
+        ([MLP, "--config.model.hidden=(32.5,32)"], "(32.5, 32); set config.model.hidden to a tuple of ints"),
+        ([MLP, "--config.partition.shares=('a','b')"], "config.partition.shares to a tuple of floats"),
+        ([MLP, "--config.partition.shares=(1000.0,1.0)"], "leaves a worker without a neuron"),
+        ([MLP, "--config.optimizer.step_at=('a',)"], "config.optimizer.step_at to a tuple"),
+        ([MLP, "--config.optimizer.warmup=2.0"], "config.optimizer.warmup to 0 to 1"),
+        ([MLP, "--config.seed=-1"], "config.seed to 0 to 2147483647"),
+        ([MLP, "--config.seed=12345678901234567890123"], "config.seed to 0 to 2147483647"),
+        ([f"--config={ROOT}/configs/mlp.py", "--config.epochs=inf"], "config.epochs to a number above 0"),
+        ([MLP, "--config.model.name=resnet"], "no key 'model.sections'; keys beside it: hidden, name"),
+        (["--config", f"{ROOT}/configs/nothing.py"], "nothing.py: there is no such file"),
+        ([f"--config={ROOT}/README.md"], "--config="),
         ([f"--config={ROOT}/configs/nothing.py"], "nothing.py"),
         ([f"--config={ROOT}/configs/mlp.py:huge"], "no mode 'huge'; it has digits, smoke"),
         ([MLP, "--config.method=sgd"], "config.method to one of 'ist', 'local_sgd', 'data_parallel'"),
@@ -32,7 +47,7 @@ MLP = f"--config={ROOT}/configs/mlp.py:smoke"
         ([MLP, "--config.local_steps=0"], "config.local_steps to 1"),
         ([MLP, "--config.rounds=0"], "rounds=0"),
         ([MLP, "--config.epochs=-1.0", "--config.rounds=0"], "rounds=0"),
-        ([MLP, "--config.num_workers=64"], "leaves workers without a neuron"),
+        ([MLP, "--config.num_workers=64"], "leaves a worker without a neuron"),
         ([MLP, "--config.num_workers=4", "--config.num_devices=3"], "to 0 (automatic) or one of [1, 2, 4]"),
         ([MLP, "--config.data.name=cifar"], "data.name='cifar' does not exist"),
         ([MLP, "--config.model.name=vit"], "config.model.name to 'resnet' or 'mlp'"),
@@ -47,9 +62,8 @@ MLP = f"--config={ROOT}/configs/mlp.py:smoke"
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_2(flags, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["main", *flags])  # where config_flags looks for overrides
     with pytest.raises(SystemExit) as stop:
-        main.main(sys.argv)
+        main.main(["main", *flags])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2
     assert len(lines) == 1
@@ -64,16 +78,20 @@ def test_a_mistake_is_one_line_and_exit_2(flags, message, capsys, tmp_path, monk
         (["--workdir=nowhere"], "holds no config.json"),
         (["--workdir=run", "nothing.png"], "cannot read nothing.png as an image"),
         (["--workdir=run", "run/config.json"], "cannot read run/config.json as an image"),
+        (["--workdir=own"], "holds a model of your own, Own"),
+        (["--workdir=broken"], "cannot read broken/config.json"),
     ],
 )
 def test_mistakes_at_evaluation(flags, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "--workdir=run" in flags:
-        config = train.results.config_dict.ConfigDict()
-        from conftest import get_config
+        train.train(get_config("mlp", rounds=1), tmp_path / "run")
+    if "--workdir=own" in flags:
+        from ist_jax.models.mlp import MLP as Own
 
-        config = get_config("mlp", rounds=1)
-        train.train(config, tmp_path / "run")
+        train.train(get_config("mlp", rounds=1), tmp_path / "own", model=type("Own", (Own,), {})((8,), 10))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text('{"seed": ')
     with pytest.raises(SystemExit) as stop:
         evaluate.main(["evaluate", *flags])
     assert stop.value.code == 2
@@ -107,3 +125,30 @@ def test_a_new_folder_is_made_where_none_is_given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main.main(["main", MLP]) == 0
     assert [p.name for p in Path("runs").glob("mlp-*/*") if p.name == "summary.json"] == ["summary.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config():\n    return undefined\n", "name 'undefined' is not defined"),
+        ("x = 1\n", "get_config"),
+        ("def get_config():\n    return {'a': 1}\n", "must return an ml_collections.ConfigDict"),
+        ("import ml_collections as m\ndef get_config():\n    return m.ConfigDict({})\n", "no key 'rounds'"),
+    ],
+)  # fmt: skip
+def test_a_config_file_that_fails_says_how(text, message, tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        main.main(["main", f"--config={path}", f"--workdir={tmp_path}/run"])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_interrupt_is_one_line(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run_round", interrupted)
+    assert main.main(["main", MLP, f"--workdir={tmp_path}/run"]) == 130
+    assert "interrupted; there is no finished run in" in capsys.readouterr().err

@@ -12,10 +12,8 @@ from ist_jax.data import augment, batches
 
 
 def indices(seed=0, round_index=0, num_examples=50, num_workers=3, local_steps=4, batch_size=5):
-    return batches.train_indices(
-        seed, round_index, num_examples=num_examples, num_workers=num_workers, local_steps=local_steps,
-        batch_size=batch_size,
-    )  # fmt: skip
+    shards = [np.arange(num_examples)] * num_workers
+    return batches.train_indices(seed, round_index, shards, local_steps=local_steps, batch_size=batch_size)
 
 
 @given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 9))
@@ -108,5 +106,5 @@ def test_digits_are_scikit_learns():
 
 
 def test_an_unknown_data_set_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"data.name='imagenot' does not exist.*\['digits'"):
+    with pytest.raises(ValueError, match=r"data.name='imagenot' does not exist.*'cifar10'.*'digits'"):
         data.open_data_set("imagenot", "")

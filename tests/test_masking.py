@@ -153,6 +153,18 @@ def test_masking_refuses_assignments_of_the_wrong_shape(change, message):
             function(params, axes, change(assignment), 1)
 
 
+def test_masking_refuses_numbers_of_workers_that_differ():
+    params, axes, _, assignment = make_case(6, 6, 2)
+    subnets = [masking.gather(params, axes, assignment, w) for w in (0, 1)]
+    with pytest.raises(ValueError, match="2 subnets, but 'healthy' is for 1 workers"):
+        masking.merge(params, axes, assignment, subnets, [True])
+    with pytest.raises(ValueError, match="1 subnets, but 'h1' is for 2 workers"):
+        masking.merge(params, axes, assignment, subnets[:1])
+    del subnets[1]["out"]
+    with pytest.raises(ValueError, match="subnet 1 lacks or adds"):
+        masking.merge(params, axes, assignment, subnets)
+
+
 def test_masking_refuses_subnets_of_the_wrong_shape():
     params, axes, _, assignment = make_case(6, 6, 2)
     subnets = [masking.gather(params, axes, assignment, w) for w in (0, 1)]

@@ -84,16 +84,18 @@ def test_more_workers_than_units():
 
 
 @pytest.mark.parametrize("stratified", [False, True])
-def test_draws_are_uniform(stratified):
-    group = make(9, 4, stratified=stratified)
+@pytest.mark.parametrize("shares", [(), (2.0, 5.0, 5.0, 6.0)])
+def test_draws_are_uniform(stratified, shares):
+    group = make(9, 4, stratified=stratified, shares=shares)
     owner = np.zeros((9, 4))
     rounds = 4000
     for seed in range(rounds):
         indices, gates = draw(group, seed)
         for worker in range(4):
             owner[indices[worker][gates[worker]], worker] += 1
-    # each unit is with each worker 1/4 of the time; 5 standard deviations
-    assert np.abs(owner / rounds - 0.25).max() < 5 * np.sqrt(0.25 * 0.75 / rounds)
+    # each unit is with each worker as often as any other unit is; 5 standard deviations
+    wanted = np.array(group.counts) / 9 if shares else 0.25
+    assert np.abs(owner / rounds - wanted).max() < 5 * np.sqrt(0.25 / rounds)
 
 
 def test_pairs_of_units_meet():

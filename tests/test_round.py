@@ -1,7 +1,5 @@
 """The round: equal to a plain-Python loop, on any number of devices, and sparing with memory."""
 
-import logging
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,9 +30,8 @@ def run_all(config, rounds=ROUNDS, params=None):
 def round_indices(run, index):
     config = run.config
     return train.batches.train_indices(
-        config.seed, index, num_examples=len(run.train["label"]), num_workers=config.num_workers,
-        local_steps=config.local_steps, batch_size=config.batch_size,
-    )  # fmt: skip
+        config.seed, index, run.shards, local_steps=config.local_steps, batch_size=config.batch_size
+    )
 
 
 def plain_rounds(run, params, rounds=ROUNDS):
@@ -179,6 +176,25 @@ def test_learning_rate_zero_leaves_the_store_bit_identical(name, optimizer_state
         assert np.array_equal(x.view(np.uint32), y.view(np.uint32))
 
 
+@pytest.mark.parametrize("overrides", [{}, {"partition.min_units": 20}, {"method": "local_sgd"}])
+def test_carried_momentum_equals_the_plain_loop(overrides):
+    config = get_config("mlp", optimizer_state="carry", num_workers=3, **overrides)
+    run, state = run_all(config)
+    fresh = train.set_up(config)
+    params = params_of(fresh, fresh.state)
+    axes = partition.resolve_axes(params, run.model.unit_axes())
+    data = {name: jnp.asarray(x) for name, x in run.train.items()}
+    trace = jax.tree.map(np.zeros_like, params)
+    for index in range(ROUNDS):
+        params, trace = reference.ist_round(
+            run.recipe, params, axes, run.layout.groups, data, round_indices(run, index),
+            run.learning_rates[index], config.seed, index, trace,
+        )  # fmt: skip
+    assert reference.max_difference(params, params_of(run, state)) < 2e-5
+    assert reference.max_difference(trace, to_params(run.layout, state.trees[1])) < 2e-4
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(trace)) > 0.1
+
+
 def test_carried_momentum_travels_with_its_unit():
     config = get_config("mlp", optimizer_state="carry", num_workers=2)
     run, state = run_all(config, rounds=1)
@@ -197,68 +213,66 @@ def to_flat(run, state, tree):
     return traverse_util.flatten_dict(to_params(run.layout, state.trees[tree]), sep="/")
 
 
-@pytest.mark.parametrize("method", ["ist", "local_sgd"])
-def test_a_sick_worker_changes_nothing_and_is_named(method, caplog):
-    config = get_config("mlp", method=method, num_workers=2)
-    run = train.set_up(config)
-    params = jax.tree.map(np.array, params_of(run, run.state))
-    assignment = partition.sample(partition.round_rng(config.seed, 0), run.layout.groups)
-    # poison a parameter that worker 1 alone holds (or, where all is shared, its data)
-    clean = train.set_up(config)
-    if method == "ist":
-        unit = assignment["hidden1"].indices[1][0]
-        params["layer1"]["norm"]["scale"][unit] = np.nan
-        run = train.set_up(config, params=params)
-    else:
-        images = {n: np.array(x) for n, x in run.train_data.items()}
-        rates = np.full_like(run.learning_rates, 0.01)
-        run = run._replace(learning_rates=rates)
-        loss_fn = run.recipe.loss_fn
+def poisoned(run, worker):
+    """The run with a loss that is NaN for one worker: its device's labels carry a mark."""
+    labels = {name: np.array(x) for name, x in run.train_data.items()}
+    labels["label"][worker] = run.train_data["label"][worker] + 200
+    loss_fn = run.recipe.loss_fn
 
-        def sick(*args):  # a label that only worker 1's device has
-            return jax.tree.map(lambda v: v * jnp.where(args[2][0] == 200, jnp.nan, 1), loss_fn(*args))
+    def sick(params, inputs, marked, gates):
+        loss, accuracy = loss_fn(params, inputs, marked % 200, gates)
+        return loss * jnp.where(marked[0] >= 200, jnp.nan, 1), accuracy
 
-        images["label"][1] = 200
-        run = rebuild(run, run.recipe._replace(loss_fn=sick), images)
-    before = params_of(run, run.state)
-    state, means, _ = train.run_round(run, run.state, 0)
-    assert means.healthy.tolist() == [True, False]
-    with caplog.at_level(logging.WARNING):
-        train.warn_left_out(1, means.healthy)
-    assert "round 1: worker 1 had a non-finite loss or update" in caplog.text
-    after = params_of(run, state)
-    reference_state, _, _ = train.run_round(clean, clean.state, 0)
-    healthy_alone = params_of(clean, reference_state)
-    if method == "ist":
-        kernel, mine = "kernel", assignment["hidden1"].indices
-        rows = after["layer1"]["dense"][kernel]
-        assert np.array_equal(rows[:, mine[1]], before["layer1"]["dense"][kernel][:, mine[1]])
-        assert np.array_equal(rows[:, mine[0]], healthy_alone["layer1"]["dense"][kernel][:, mine[0]])
-        del params["layer1"]["norm"]["scale"]
-        del after["layer1"]["norm"]["scale"]
-    for leaf in jax.tree.leaves(after):
-        assert np.isfinite(leaf).all()
-    assert reference.max_difference(before["output"], after["output"]) > 0
-
-
-def rebuild(run, recipe, images):
-    """The run with another recipe and other training data per device."""
-    from ist_jax.programs import compile_programs
-
-    data = devices.put(images, run.devices)
-    config = run.config
-    programs = compile_programs(
+    recipe, config, data = run.recipe._replace(loss_fn=sick), run.config, devices.put(labels, run.devices)
+    programs = train.compile_programs(
         recipe, run.model, run.normalize, run.state, data, run.test_batches, run.devices,
-        local_steps=config.local_steps, batch_size=config.batch_size, average_gradients=False,
+        local_steps=config.local_steps, batch_size=config.batch_size,
+        average_gradients=config.method == "data_parallel",
     )  # fmt: skip
     return run._replace(recipe=recipe, programs=programs, train_data=data)
 
 
-def test_all_sick_workers_leave_the_store_as_it_was():
+def test_a_sick_worker_changes_nothing_that_only_it_holds():
     config = get_config("mlp", num_workers=2)
-    config.optimizer.learning_rate = float("inf")
-    run = train.set_up(config)
+    clean, run = train.set_up(config), poisoned(train.set_up(config), worker=1)
     before = params_of(run, run.state)
+    state, means, _ = train.run_round(run, run.state, 0)
+    assert means.healthy.tolist() == [True, False]
+    after = params_of(run, state)
+    wanted = params_of(clean, train.run_round(clean, clean.state, 0)[0])
+    mine = partition.sample(partition.round_rng(config.seed, 0), run.layout.groups)["hidden1"].indices
+    kernels = [tree["layer1"]["dense"]["kernel"] for tree in (before, after, wanted)]
+    assert np.array_equal(kernels[1][:, mine[1]], kernels[0][:, mine[1]])  # the sick one's: as before
+    assert np.array_equal(kernels[1][:, mine[0]], kernels[2][:, mine[0]])  # the healthy one's: trained
+    assert not np.array_equal(kernels[1][:, mine[0]], kernels[0][:, mine[0]])
+
+
+@pytest.mark.parametrize("method", ["local_sgd", "data_parallel"])
+def test_a_sick_worker_is_left_out_of_the_mean(method):
+    config = get_config("mlp", method=method, num_workers=2)
+    run = poisoned(train.set_up(config), worker=1)
+    fresh = train.set_up(config)
+    params = params_of(fresh, fresh.state)
+    state, means, _ = train.run_round(run, run.state, 0)
+    assert means.healthy.tolist() == [True, False]
+    data, alone = {n: jnp.asarray(x) for n, x in run.train.items()}, round_indices(run, 0)[:1]
+    args = (data, alone, run.learning_rates[0], config.seed, 0)
+    if method == "data_parallel":
+        opt_state = run.recipe.tx.init(reference.flat(params))
+        wanted, _ = reference.data_parallel_round(fresh.recipe, params, opt_state, *args)
+    else:
+        axes = partition.resolve_axes(params, {})
+        wanted = reference.ist_round(fresh.recipe, params, axes, {}, *args)
+    assert reference.max_difference(wanted, params_of(run, state)) < 1e-5
+    assert reference.max_difference(params, wanted) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["ist", "local_sgd", "data_parallel"])
+def test_all_sick_workers_leave_the_store_as_it_was(method):
+    config = get_config("mlp", method=method, num_workers=2)
+    run = train.set_up(config)
+    run = run._replace(learning_rates=np.full_like(run.learning_rates, np.inf))
+    before = jax.tree.map(np.array, params_of(run, run.state))
     state, means, _ = train.run_round(run, run.state, 0)
     assert not means.healthy.any()
     for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(params_of(run, state)), strict=True):
@@ -277,7 +291,15 @@ def test_nothing_is_compiled_once_the_rounds_have_begun():
     for index in range(3):
         state, _, _ = train.run_round(run, state, index)
         train.evaluate_state(run, state)
+    jax.monitoring.unregister_event_duration_listener(listener)
     assert compiled == []
+
+
+@pytest.mark.parametrize("name", ["resnet", "mlp"])
+def test_local_steps_do_not_communicate(name):
+    text = train.set_up(get_config(name, num_workers=2)).programs.local.as_text()
+    for collective in ("all-to-all", "all-gather", "all-reduce", "collective-permute", "reduce-scatter"):
+        assert collective not in text
 
 
 def test_a_worker_with_fewer_blocks_skips_them():

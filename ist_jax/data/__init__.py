@@ -1,9 +1,11 @@
 """Data sets: a random-access source per split, opened by name."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from tqdm import tqdm
 
 
 class Source(Protocol):
@@ -12,7 +14,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        """Example `index`: 'image' uint8 [H, W, C] and 'label' int."""
+        """Example `index`: 'image' [H, W, C] (uint8, or float32 for features) and 'label' int."""
 
 
 class DataSet(NamedTuple):
@@ -35,7 +37,7 @@ class ArraySource:
     """A source over arrays in memory.
 
     Args:
-      image: uint8 [N, H, W, C].
+      image: uint8 [N, H, W, C], or float32 for features.
       label: int [N].
     """
 
@@ -57,7 +59,24 @@ def _open_digits(directory: str) -> DataSet:
     return digits.load()
 
 
-OPENERS: dict[str, Callable[[str], DataSet]] = {"digits": _open_digits}
+def _open_speech_commands(directory: str) -> DataSet:
+    from ist_jax.data import speech_commands
+
+    return speech_commands.load(directory)
+
+
+def _open_tfds(directory: str, *, name: str) -> DataSet:
+    from ist_jax.data import tfds_images
+
+    return tfds_images.load(name, directory)
+
+
+_TFDS_NAMES = ("cifar10", "cifar100", "svhn_cropped", "mnist", "fashion_mnist")
+OPENERS: dict[str, Callable[[str], DataSet]] = {
+    "digits": _open_digits,
+    "speech_commands": _open_speech_commands,
+    **{name: functools.partial(_open_tfds, name=name) for name in _TFDS_NAMES},
+}
 
 
 def open_data_set(name: str, directory: str) -> DataSet:
@@ -78,10 +97,11 @@ def open_data_set(name: str, directory: str) -> DataSet:
 
 
 def load(source: Source) -> dict[str, np.ndarray]:
-    """All examples of a source, decoded once: 'image' uint8 [N, H, W, C], 'label' int32 [N]."""
+    """All examples of a source, decoded once: 'image' [N, H, W, C], 'label' int32 [N]."""
     if isinstance(source, ArraySource):
         return {"image": source.image, "label": source.label.astype(np.int32)}
-    examples = [source[i] for i in range(len(source))]
+    indices = tqdm(range(len(source)), desc="decoding", unit="image", leave=False, disable=None)
+    examples = [source[i] for i in indices]
     return {
         "image": np.stack([example["image"] for example in examples]),
         "label": np.array([example["label"] for example in examples], np.int32),

@@ -8,7 +8,10 @@ import numpy as np
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of uint8 images [N, H, W, C], in units of 0 to 255."""
+    """Mean and standard deviation per channel of images [N, H, W, C], in their own units."""
+    if images.dtype != np.uint8:
+        mean, std = images.mean((0, 1, 2), np.float64), images.std((0, 1, 2), np.float64)
+        return tuple(mean.tolist()), tuple(std.tolist())
     counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
     weights, levels = counts / counts.sum(1, keepdims=True), np.arange(256)
     mean = weights @ levels
@@ -17,7 +20,7 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
 
 
 def make_normalize(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[jax.Array], jax.Array]:
-    """A function from uint8 images [..., C] to float32 of mean 0 and deviation 1 per channel."""
+    """A function from images [..., C] to float32 of mean 0 and deviation 1 per channel."""
     return lambda images: (images.astype(jnp.float32) - jnp.array(mean)) / jnp.array(std)
 
 

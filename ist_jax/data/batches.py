@@ -1,24 +1,66 @@
 """Which examples make up which batch: index arrays, on the host, functions of seed and position."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 
+def share_examples(
+    seed: int, labels: np.ndarray, num_workers: int, sharing: str, concentration: float
+) -> list[np.ndarray]:
+    """The training examples that each worker draws from.
+
+    Args:
+      seed: of the run.
+      labels: int [N].
+      num_workers: S.
+      sharing: 'all': everybody has the whole set, as in both papers; 'disjoint': shards of equal size, drawn
+        at random; 'skewed': disjoint shards in which the workers' shares of every class are drawn from a
+        Dirichlet distribution (Hsu et al., arXiv:1909.06335, 2019).
+      concentration: of that distribution; the smaller, the more a class belongs to few workers.
+
+    Returns:
+      S sorted int32 arrays; none is empty.
+
+    Raises:
+      ValueError: there are fewer examples than workers.
+    """
+    examples = np.arange(len(labels), dtype=np.int32)
+    if sharing == "all":
+        return [examples] * num_workers
+    if len(labels) < num_workers:
+        raise ValueError(f"num_workers={num_workers} is more than the {len(labels)} examples to share out")
+    rng = np.random.default_rng((seed, num_workers))
+    if sharing == "disjoint":
+        return [np.sort(part) for part in np.array_split(rng.permutation(examples), num_workers)]
+    shards: list[list[np.ndarray]] = [[] for _ in range(num_workers)]
+    for label in np.unique(labels):
+        own = rng.permutation(examples[labels == label])
+        shares = rng.dirichlet(np.full(num_workers, concentration))
+        ends = np.round(np.cumsum(shares)[:-1] * len(own)).astype(int)
+        for shard, part in zip(shards, np.split(own, ends), strict=True):
+            shard.append(part)
+    joined = [np.concatenate(shard) for shard in shards]
+    for poor in (worker for worker in range(num_workers) if not len(joined[worker])):
+        rich = int(np.argmax([len(shard) for shard in joined]))
+        joined[poor], joined[rich] = joined[rich][:1], joined[rich][1:]
+    return [np.sort(shard) for shard in joined]
+
+
 def train_indices(
-    seed: int, round_index: int, *, num_examples: int, num_workers: int, local_steps: int, batch_size: int
+    seed: int, round_index: int, shards: Sequence[np.ndarray], *, local_steps: int, batch_size: int
 ) -> np.ndarray:
     """The training examples of a round, the same whatever the method and the devices.
 
-    Every worker draws from the whole training set with its own seed, without replacement within each
-    of its epochs, as in both papers. Nothing is dropped: a batch may span two epochs.
+    Every worker draws from its examples with its own seed, without replacement within each of its epochs.
+    Nothing is dropped: a batch may span two epochs.
 
     Args:
       seed: of the run.
       round_index: counted from 0.
-      num_examples: N, the size of the training set.
-      num_workers: S.
+      shards: the examples of each worker, from `share_examples`.
       local_steps: l.
       batch_size: B, per worker.
 
@@ -28,17 +70,17 @@ def train_indices(
     start = round_index * local_steps * batch_size
     stop = start + local_steps * batch_size
     rows = []
-    for worker in range(num_workers):
-        epochs = range(start // num_examples, -(-stop // num_examples))
-        stream = np.concatenate([_epoch_order(seed, worker, epoch, num_examples) for epoch in epochs])
-        first = start - epochs[0] * num_examples
-        rows.append(stream[first : first + stop - start])
-    return np.stack(rows).reshape(num_workers, local_steps, batch_size)
+    for worker, shard in enumerate(shards):
+        epochs = range(start // len(shard), -(-stop // len(shard)))
+        stream = np.concatenate([_epoch_order(seed, worker, epoch, len(shard)) for epoch in epochs])
+        first = start - epochs[0] * len(shard)
+        rows.append(shard[stream[first : first + stop - start]])
+    return np.stack(rows).reshape(len(shards), local_steps, batch_size)
 
 
 @functools.lru_cache(maxsize=64)
 def _epoch_order(seed: int, worker: int, epoch: int, num_examples: int) -> np.ndarray:
-    return np.random.default_rng((seed, worker, epoch)).permutation(num_examples).astype(np.int32)
+    return np.random.default_rng((seed, worker, epoch)).permutation(num_examples)
 
 
 class EvalBatches(NamedTuple):

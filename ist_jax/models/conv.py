@@ -41,7 +41,9 @@ def conv_general_dilated(
         and all(d in (None, 1, (1, 1)) for d in (options.get("lhs_dilation"), options.get("rhs_dilation")))
     )
     if jax.default_backend() != "cpu" or not plain:
-        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
+        return lax.conv_general_dilated(
+            lhs, rhs, window_strides, padding, **{"dimension_numbers": _DIMS, **options}
+        )
     strides = (window_strides[0], window_strides[1])
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)

@@ -1,0 +1,164 @@
+"""The data sets on tiny files made here, and on real data where it lies beside the checkout."""
+
+import logging
+
+import numpy as np
+import pytest
+from conftest import ROOT, get_config
+from scipy.io import wavfile
+
+from ist_jax import data, train
+from ist_jax.data import batches, speech_commands
+
+SHARED = ROOT.parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real data beside the checkout")
+
+
+def write_clip(path, samples, rate=16_000):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wavfile.write(path, rate, samples.astype(np.int16))
+
+
+@pytest.fixture
+def speech_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for word in ("yes", "no"):
+        for speaker in range(40):
+            write_clip(tmp_path / word / f"{speaker:08x}_nohash_0.wav", rng.normal(size=16_000) * 1000)
+    write_clip(tmp_path / "_background_noise_" / "hum.wav", rng.normal(size=50_000))
+    return tmp_path
+
+
+def test_speech_is_split_by_speaker_and_noise_is_no_word(speech_folder):
+    dataset = data.open_data_set("speech_commands", str(speech_folder))
+    assert dataset.classes == ("no", "yes")
+    train_set, test_set = data.load(dataset.train), data.load(dataset.test)
+    assert train_set["image"].shape[1:] == (128, 32, 1)
+    assert train_set["image"].dtype == np.float32
+    assert len(train_set["label"]) + len(test_set["label"]) == 80
+    # both clips of a speaker fall on the same side, so the sides hold as many of each word
+    assert np.bincount(test_set["label"]).tolist() == [len(test_set["label"]) // 2] * 2
+    assert 0 < len(test_set["label"]) < 40
+
+
+def test_speech_features_are_cached_and_renewed_when_files_change(speech_folder, monkeypatch):
+    first = data.open_data_set("speech_commands", str(speech_folder)).train
+    calls = []
+    real = speech_commands.log_mel
+    monkeypatch.setattr(speech_commands, "log_mel", lambda clip: calls.append(1) or real(clip))
+    again = data.open_data_set("speech_commands", str(speech_folder)).train
+    assert not calls
+    assert np.array_equal(first.image, again.image)
+    write_clip(speech_folder / "yes" / "ffff_nohash_0.wav", np.ones(16_000))
+    data.open_data_set("speech_commands", str(speech_folder))
+    assert len(calls) == 81
+
+
+def test_unreadable_clips_are_counted_and_named(speech_folder, caplog):
+    (speech_folder / "yes" / "broken_nohash_0.wav").write_bytes(b"RIFF....WAVE")
+    write_clip(speech_folder / "yes" / "slow_nohash_0.wav", np.zeros(8000), rate=8000)
+    with caplog.at_level(logging.WARNING):
+        dataset = data.open_data_set("speech_commands", str(speech_folder))
+    assert len(dataset.train) + len(dataset.test) == 80
+    assert "2 of 82 clips could not be read" in caplog.text
+    assert "broken_nohash_0.wav" in caplog.text
+
+
+def test_short_clips_are_padded_and_long_ones_cut(tmp_path):
+    write_clip(tmp_path / "short.wav", np.full(5000, 2**14))
+    write_clip(tmp_path / "long.wav", np.full(20_000, 2**14))
+    short = speech_commands.read_clip(tmp_path / "short.wav")
+    long = speech_commands.read_clip(tmp_path / "long.wav")
+    assert short.shape == long.shape == (16_000,)
+    assert short.sum() == 5000 * 0.5
+    assert long.min() == 0.5
+
+
+def test_log_mel_is_librosas():
+    # librosa 0.11.0: np.log(np.maximum(librosa.feature.melspectrogram(y=y, sr=16000), 1e-10))
+    time = np.arange(16_000) / 16_000
+    y = np.sin(2 * np.pi * 440 * time).astype(np.float32) * 0.5
+    y += (
+        np.sin(2 * np.pi * 3000 * time).astype(np.float32) * 0.1 * np.linspace(0, 1, 16_000, dtype=np.float32)
+    )
+    got = speech_commands.log_mel(y)
+    wanted = {
+        (0, 0): 0.07121572, (13, 5): -9.44930363, (14, 16): -7.95207357, (15, 31): 2.64208031,
+        (40, 10): -18.84254265, (76, 20): -23.02585030, (127, 31): -7.92803574,
+    }  # fmt: skip
+    assert got.shape == (128, 32)
+    for place, value in wanted.items():
+        assert got[place] == pytest.approx(value, abs=1e-4)
+
+
+def test_all_clips_of_a_speaker_are_on_one_side():
+    names = [f"{speaker:08x}_nohash_{take}.wav" for speaker in range(500) for take in range(3)]
+    sides = np.array([speech_commands.is_test(name) for name in names]).reshape(500, 3)
+    assert (sides == sides[:, :1]).all()
+    assert abs(sides[:, 0].mean() - 0.2) < 5 * np.sqrt(0.2 * 0.8 / 500)
+
+
+def test_a_missing_speech_folder_is_one_clear_error(tmp_path):
+    for directory in ("", str(tmp_path / "nowhere"), str(tmp_path)):
+        with pytest.raises(ValueError, match=r"config.data.dir"):
+            data.open_data_set("speech_commands", directory)
+
+
+def test_an_unprepared_set_says_what_to_run(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    def no_network(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", no_network)
+    with pytest.raises(
+        ValueError, match=r"'mnist' is not prepared in .*no route to host.*download_and_prepare"
+    ):
+        data.open_data_set("mnist", str(tmp_path))
+
+
+@needs_shared
+def test_cifar10_is_read_by_index_and_trains():
+    dataset = data.open_data_set("cifar10", str(SHARED / "tfds"))
+    assert (len(dataset.train), len(dataset.test), len(dataset.classes)) == (50_000, 10_000, 10)
+    assert dataset.train[7]["image"].shape == (32, 32, 3)
+    assert dataset.train[7]["image"].dtype == np.uint8
+    labels = [dataset.test[i]["label"] for i in range(200)]
+    assert set(labels) == set(range(10))
+
+
+@needs_shared
+def test_speech_of_real_clips_trains_above_chance(tmp_path):
+    config = get_config(
+        "mlp", "speech2", **{"data.dir": str(SHARED / "speech_commands"), "model.hidden": (64,)}
+    )
+    config.update({"rounds": 20, "eval_every": 0})
+    config.optimizer.learning_rate = 0.05
+    summary = train.train(config, tmp_path)
+    assert "1,500 clips of 10 words" in summary["data"]
+    assert summary["test_accuracy"] > 0.25
+
+
+def test_disjoint_shards_cover_everything_once():
+    labels = np.arange(103) % 10
+    shards = batches.share_examples(0, labels, 4, "disjoint", 1.0)
+    assert sorted(np.concatenate(shards)) == list(range(103))
+    assert sorted(map(len, shards)) == [25, 26, 26, 26]
+
+
+@pytest.mark.parametrize("concentration", [0.01, 0.5, 100.0])
+def test_skewed_shards_cover_everything_once_and_are_skewed(concentration):
+    labels = np.arange(5000) % 10
+    shards = batches.share_examples(0, labels, 8, "skewed", concentration)
+    assert sorted(np.concatenate(shards)) == list(range(5000))
+    counts = np.array([np.bincount(labels[shard], minlength=10) for shard in shards])
+    largest = (counts / counts.sum(0)).max(0).mean()  # of a class, with the worker that has most of it
+    assert {0.01: largest > 0.9, 0.5: 0.3 < largest < 0.8, 100.0: largest < 0.2}[concentration]
+    assert min(map(len, shards)) >= 1
+
+
+def test_workers_draw_from_their_shards_alone():
+    shards = batches.share_examples(0, np.arange(100) % 10, 4, "disjoint", 1.0)
+    drawn = batches.train_indices(0, 2, shards, local_steps=5, batch_size=7)
+    for shard, own in zip(shards, drawn, strict=True):
+        assert set(own.ravel()) <= set(shard)
