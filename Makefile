@@ -14,7 +14,7 @@ run: setup
 	@$(BIN)/python -m ist_jax.main --config=configs/resnet.py --workdir=runs/digits
 
 test: setup
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses=2
 
 lint: setup
 	@$(BIN)/ruff check .
