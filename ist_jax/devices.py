@@ -58,8 +58,12 @@ def choose(num_workers: int, num_devices: int) -> list[jax.Device]:
 
 
 def host() -> jax.Device:
-    """The CPU as a device, for work that accelerators have no memory for."""
-    return jax.local_devices(backend="cpu")[0]
+    """The CPU as a device, for work that accelerators have no memory for.
+
+    Where JAX_PLATFORMS leaves the CPU out: the first accelerator.
+    """
+    platforms = os.environ.get("JAX_PLATFORMS")
+    return jax.local_devices(backend="cpu" if not platforms or "cpu" in platforms else None)[0]
 
 
 def put(tree: Any, devices: Sequence[jax.Device]) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from absl import flags
 from ml_collections import config_flags
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ist_jax import cli
 
@@ -41,7 +42,8 @@ def main(argv: list[str]) -> int:
             results.check_writable(workdir)
             run = train.set_up(values.config)
             results.open_workdir(values.config, workdir)
-        train.run_rounds(run, workdir)
+        with logging_redirect_tqdm():  # warnings go above the bar
+            train.run_rounds(run, workdir)
     except KeyboardInterrupt:
         print(f"interrupted; there is no finished run in {workdir}", file=sys.stderr)
         return 130
