@@ -136,7 +136,9 @@ def test_a_new_folder_is_made_where_none_is_given(tmp_path, monkeypatch):
         ("import ml_collections as m\ndef get_config():\n    return m.ConfigDict({})\n", "no key 'rounds'"),
     ],
 )  # fmt: skip
-def test_a_config_file_that_fails_says_how(text, message, tmp_path, capsys):
+def test_a_config_file_that_fails_says_how(text, message, tmp_path, capsys, monkeypatch):
+    # config_flags executes every file into the same module; a fresh process would have none
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
     path = tmp_path / "mine.py"
     path.write_text(text)
     with pytest.raises(SystemExit) as stop:
