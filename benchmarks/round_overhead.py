@@ -14,23 +14,23 @@ import jax
 import numpy as np
 from absl import flags
 
-from ist_jax import cli, train
+from ist_jax import cli, experiment, train
 
 
-def one_step_run(run: train.Run) -> train.Run:
+def one_step_run(run: experiment.Run) -> experiment.Run:
     """The same run with programs for a single local step."""
     single = run.config.copy_and_resolve_references()
     single.local_steps = 1
-    return train.set_up(single)
+    return experiment.set_up(single)
 
 
-def time_round(run: train.Run, state, index: int):
+def time_round(run: experiment.Run, state, index: int):
     started = time.perf_counter()
     state, _, phases = train.run_round(run, state, index)
     return state, time.perf_counter() - started, phases
 
 
-def time_step(run: train.Run, state, index: int) -> float:
+def time_step(run: experiment.Run, state, index: int) -> float:
     """One step from gathered subnets; only the step is timed."""
     _, _, phases = train.run_round(run, state, index)
     return phases["seconds_local"]
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     cli.define_config(values, argv, "configs/resnet.py")
     flags.DEFINE_integer("rounds", 15, "rounds to measure", flag_values=values)
     cli.parse(values, argv, "python benchmarks/round_overhead.py [--config=FILE] [--rounds=N]", required=[])
-    run = train.set_up(values.config)
+    run = experiment.set_up(values.config)
     single = one_step_run(run)
     steps = values.config.local_steps
     state, step_state = run.state, single.state

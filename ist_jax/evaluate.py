@@ -139,7 +139,7 @@ def evaluate_workdir(workdir: Path, images: list[str]) -> None:
     Raises:
       ValueError: there is no finished run of a config's model, or an image cannot be read.
     """
-    from ist_jax import checkpoint, results, train
+    from ist_jax import checkpoint, experiment, results, train
 
     config = results.read_config(workdir)
     if (custom := results.read_summary(workdir)["custom_model"]) is not None:
@@ -147,13 +147,13 @@ def evaluate_workdir(workdir: Path, images: list[str]) -> None:
             f"{workdir} holds a model of your own, {custom.split('(')[0]}: evaluate it from Python"
         )
     params = checkpoint.load_params(workdir)
-    dataset, _, test = train.open_data(config)
+    dataset, _, test = experiment.open_data(config)
     if images and test["image"].dtype != np.uint8:
         raise ValueError(
             f"the examples of data.name={config.data.name!r} are no images, so none can be classified"
         )
     pictures = [read_image(name, test["image"].shape[1:]) for name in images]
-    run = train.set_up(config, params=params, evaluation_only=True)
+    run = experiment.set_up(config, params=params, evaluation_only=True)
     score = train.evaluate_state(run, run.state)
     print(
         f"test accuracy {score.accuracy:.2%}, loss {score.loss:.4f} "

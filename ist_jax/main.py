@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("ist_jax").setLevel(logging.INFO)
 
-    from ist_jax import results, train  # JAX starts here, after the flags are known to be right
+    from ist_jax import experiment, results, train  # JAX starts here, after the flags are known to be right
 
     name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
     default = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
             if results.report_if_finished(values.config, workdir):
                 return 0
             results.check_writable(workdir)
-            run = train.set_up(values.config)
+            run = experiment.set_up(values.config)
             results.open_workdir(values.config, workdir)
         with logging_redirect_tqdm():  # warnings go above the bar
             train.run_rounds(run, workdir)

@@ -8,8 +8,10 @@ import reference
 from conftest import get_config
 from flax import traverse_util
 
-from ist_jax import devices, evaluate, local_sgd, partition, store, train
+from ist_jax import devices, evaluate, experiment, ledger, local_sgd, partition, settings, store, train
+from ist_jax.data import batches
 from ist_jax.layout import from_params, to_params
+from ist_jax.programs import compile_programs
 
 ROUNDS = 2
 
@@ -19,7 +21,7 @@ def params_of(run, state):
 
 
 def run_all(config, rounds=ROUNDS, params=None):
-    run = train.set_up(config, params=params)
+    run = experiment.set_up(config, params=params)
     state = run.state
     for index in range(rounds):
         state, means, _ = train.run_round(run, state, index)
@@ -29,7 +31,7 @@ def run_all(config, rounds=ROUNDS, params=None):
 
 def round_indices(run, index):
     config = run.config
-    return train.batches.train_indices(
+    return batches.train_indices(
         config.seed, index, run.shards, local_steps=config.local_steps, batch_size=config.batch_size
     )
 
@@ -61,7 +63,7 @@ CASES = {
 def test_rounds_equal_the_plain_loop(case):
     name, overrides = CASES[case]
     run, state = run_all(get_config(name, **overrides))
-    start = train.set_up(run.config)
+    start = experiment.set_up(run.config)
     wanted = plain_rounds(run, params_of(start, start.state))
     assert reference.max_difference(wanted, params_of(run, state)) < 2e-4
     assert reference.max_difference(params_of(start, start.state), wanted) > 1e-2
@@ -70,7 +72,7 @@ def test_rounds_equal_the_plain_loop(case):
 def test_rounds_equal_the_plain_loop_in_float64():
     with jax.enable_x64(True):
         config = get_config("mlp", num_workers=4, **{"model.hidden": (32, 16)})
-        fresh = train.set_up(config)
+        fresh = experiment.set_up(config)
         params = jax.tree.map(lambda x: x.astype(np.float64), params_of(fresh, fresh.state))
         run, state = run_all_float64(config, params)
         assert reference.max_difference(plain_rounds(run, params), params_of(run, state)) < 1e-10
@@ -78,7 +80,7 @@ def test_rounds_equal_the_plain_loop_in_float64():
 
 def run_all_float64(config, params):
     """Runs in float64 by vmap: the engine's dtype is that of the parameters."""
-    run = train.set_up(config)
+    run = experiment.set_up(config)
     layout = run.layout._replace(dtype=np.dtype(np.float64))
     recipe = run.recipe._replace(layout=layout)
     run = run._replace(recipe=recipe)
@@ -111,7 +113,7 @@ def vmapped_rounds(run, state, rounds=ROUNDS):
 def test_pmap_equals_vmap(case):
     name, overrides = CASES[case]
     run, state = run_all(get_config(name, **overrides))
-    fresh = train.set_up(run.config)
+    fresh = experiment.set_up(run.config)
     start = local_sgd.State((from_params(run.layout, params_of(fresh, fresh.state)),), ())
     other = vmapped_rounds(run, start)
     assert reference.max_difference(params_of(run, other), params_of(run, state)) < 2e-5
@@ -133,16 +135,16 @@ def test_one_worker_is_ordinary_sgd(method):
     config = get_config("mlp", method=method, num_workers=1, optimizer_state="carry")
     config.optimizer.weight_decay = 1e-3
     run, state = run_all(config)
-    fresh = train.set_up(config)
-    loss_fn = train.settings.make_loss_fn(run.model)
-    batches = [
+    fresh = experiment.set_up(config)
+    loss_fn = settings.make_loss_fn(run.model)
+    drawn = [
         run.recipe.batch_fn(run.train, batch, jax.random.key(0))
         for index in range(ROUNDS)
         for batch in round_indices(run, index)[0]
     ]
     wanted = reference.train_plainly(
         lambda p, x, y: loss_fn(reference.flat(p), x, y, None),
-        params_of(fresh, fresh.state), batches,
+        params_of(fresh, fresh.state), drawn,
         config.optimizer.learning_rate, config.optimizer.momentum, config.optimizer.weight_decay,
     )  # fmt: skip
     assert reference.max_difference(wanted, params_of(run, state)) < 1e-5
@@ -152,7 +154,7 @@ def test_one_worker_is_ordinary_sgd(method):
 def test_data_parallel_is_the_mean_of_the_workers_gradients(num_devices):
     config = get_config("mlp", method="data_parallel", num_workers=4, num_devices=num_devices)
     run, state = run_all(config)
-    fresh = train.set_up(config)
+    fresh = experiment.set_up(config)
     params = params_of(fresh, fresh.state)
     data = {name: jnp.asarray(x) for name, x in run.train.items()}
     opt_state = run.recipe.tx.init(reference.flat(params))
@@ -170,7 +172,7 @@ def test_learning_rate_zero_leaves_the_store_bit_identical(name, optimizer_state
     config = get_config(name, optimizer_state=optimizer_state, num_workers=3, **{"partition.min_units": 2})
     config.optimizer.learning_rate = 0.0
     run, state = run_all(config)
-    fresh = train.set_up(config)
+    fresh = experiment.set_up(config)
     before, after = params_of(fresh, fresh.state), params_of(run, state)
     for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
         assert np.array_equal(x.view(np.uint32), y.view(np.uint32))
@@ -180,7 +182,7 @@ def test_learning_rate_zero_leaves_the_store_bit_identical(name, optimizer_state
 def test_carried_momentum_equals_the_plain_loop(overrides):
     config = get_config("mlp", optimizer_state="carry", num_workers=3, **overrides)
     run, state = run_all(config)
-    fresh = train.set_up(config)
+    fresh = experiment.set_up(config)
     params = params_of(fresh, fresh.state)
     axes = partition.resolve_axes(params, run.model.unit_axes())
     data = {name: jnp.asarray(x) for name, x in run.train.items()}
@@ -224,7 +226,7 @@ def poisoned(run, worker):
         return loss * jnp.where(marked[0] >= 200, jnp.nan, 1), accuracy
 
     recipe, config, data = run.recipe._replace(loss_fn=sick), run.config, devices.put(labels, run.devices)
-    programs = train.compile_programs(
+    programs = compile_programs(
         recipe, run.model, run.normalize, run.state, data, run.test_batches, run.devices,
         local_steps=config.local_steps, batch_size=config.batch_size,
         average_gradients=config.method == "data_parallel",
@@ -234,7 +236,7 @@ def poisoned(run, worker):
 
 def test_a_sick_worker_changes_nothing_that_only_it_holds():
     config = get_config("mlp", num_workers=2)
-    clean, run = train.set_up(config), poisoned(train.set_up(config), worker=1)
+    clean, run = experiment.set_up(config), poisoned(experiment.set_up(config), worker=1)
     before = params_of(run, run.state)
     state, means, _ = train.run_round(run, run.state, 0)
     assert means.healthy.tolist() == [True, False]
@@ -250,8 +252,8 @@ def test_a_sick_worker_changes_nothing_that_only_it_holds():
 @pytest.mark.parametrize("method", ["local_sgd", "data_parallel"])
 def test_a_sick_worker_is_left_out_of_the_mean(method):
     config = get_config("mlp", method=method, num_workers=2)
-    run = poisoned(train.set_up(config), worker=1)
-    fresh = train.set_up(config)
+    run = poisoned(experiment.set_up(config), worker=1)
+    fresh = experiment.set_up(config)
     params = params_of(fresh, fresh.state)
     state, means, _ = train.run_round(run, run.state, 0)
     assert means.healthy.tolist() == [True, False]
@@ -270,7 +272,7 @@ def test_a_sick_worker_is_left_out_of_the_mean(method):
 @pytest.mark.parametrize("method", ["ist", "local_sgd", "data_parallel"])
 def test_all_sick_workers_leave_the_store_as_it_was(method):
     config = get_config("mlp", method=method, num_workers=2)
-    run = train.set_up(config)
+    run = experiment.set_up(config)
     run = run._replace(learning_rates=np.full_like(run.learning_rates, np.inf))
     before = jax.tree.map(np.array, params_of(run, run.state))
     state, means, _ = train.run_round(run, run.state, 0)
@@ -284,7 +286,7 @@ def test_nothing_is_compiled_once_the_rounds_have_begun():
     listener = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listener)
     config = get_config("resnet", num_workers=3, **{"model.sections": (1, 6)})  # uneven: 2, 2, 1
-    run = train.set_up(config)
+    run = experiment.set_up(config)
     assert compiled
     state = run.state
     compiled.clear()
@@ -297,14 +299,14 @@ def test_nothing_is_compiled_once_the_rounds_have_begun():
 
 @pytest.mark.parametrize("name", ["resnet", "mlp"])
 def test_local_steps_do_not_communicate(name):
-    text = train.set_up(get_config(name, num_workers=2)).programs.local.as_text()
+    text = experiment.set_up(get_config(name, num_workers=2)).programs.local.as_text()
     for collective in ("all-to-all", "all-gather", "all-reduce", "collective-permute", "reduce-scatter"):
         assert collective not in text
 
 
 def test_a_worker_with_fewer_blocks_skips_them():
     config = get_config("resnet", num_workers=3, num_devices=3, **{"model.sections": (1, 6)})
-    text = train.set_up(config).programs.local.as_text()
+    text = experiment.set_up(config).programs.local.as_text()
     assert "conditional(" in text  # the convolutions of an empty slot are in a branch that is not taken
 
 
@@ -316,10 +318,10 @@ def memory(program):
 def test_memory_per_device_is_the_share_of_the_store_and_a_subnet():
     # wide layers, so that parameters outweigh activations
     overrides = {"num_workers": 4, "model.hidden": (1024, 1024)}
-    ist = train.set_up(get_config("mlp", **overrides))
-    sgd = train.set_up(get_config("mlp", method="local_sgd", **overrides))
-    full = 4 * train.ledger.model_parameters(ist.layout)
-    subnet = 4 * train.ledger.subnet_parameters(ist.layout) / 4
+    ist = experiment.set_up(get_config("mlp", **overrides))
+    sgd = experiment.set_up(get_config("mlp", method="local_sgd", **overrides))
+    full = 4 * ledger.model_parameters(ist.layout)
+    subnet = 4 * ledger.subnet_parameters(ist.layout) / 4
     data = sum(x.nbytes for x in ist.train.values())
     store_share = sum(np.asarray(x[0]).nbytes for x in ist.state.trees[0].values())
     assert store_share < 1.02 * full / 4  # 1 / D; all is partitioned, rows of one number are padded to D
@@ -334,8 +336,8 @@ def test_memory_per_device_is_the_share_of_the_store_and_a_subnet():
 
 def test_memory_of_resist_is_below_local_sgd():
     overrides = {"num_workers": 4, "model.sections": (1, 9)}
-    ist = train.set_up(get_config("resnet", **overrides))
-    sgd = train.set_up(get_config("resnet", method="local_sgd", **overrides))
+    ist = experiment.set_up(get_config("resnet", **overrides))
+    sgd = experiment.set_up(get_config("resnet", method="local_sgd", **overrides))
     assert memory(ist.programs.local) < memory(sgd.programs.local)
     assert memory(ist.programs.merge) < memory(sgd.programs.merge)
 
@@ -343,16 +345,16 @@ def test_memory_of_resist_is_below_local_sgd():
 @pytest.mark.parametrize("case", ["resnet uneven", "mlp uneven"])
 def test_streamed_evaluation_equals_the_whole_model(case):
     name, overrides = CASES[case]
-    run = train.set_up(get_config(name, **overrides))
+    run = experiment.set_up(get_config(name, **overrides))
     streamed = train.evaluate_state(run, run.state)
     params, scale = params_of(run, run.state), evaluate.unit_scale(run.layout)
-    plan = train.batches.eval_batches(len(run.test["label"]), run.config.eval_batch_size, 1)
+    plan = batches.eval_batches(len(run.test["label"]), run.config.eval_batch_size, 1)
     sums = []
     for indices, weights in zip(plan.indices[0], plan.weights[0], strict=True):
         inputs = run.normalize(jnp.asarray(run.test["image"][indices]))
         logits = run.model.apply({"params": params}, inputs, scale=scale)
         labels = run.test["label"][indices]
-        losses = train.settings.optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        losses = settings.optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         correct = logits.argmax(-1) == labels
         sums.append([(weights * losses).sum(), (weights * correct).sum(), weights.sum()])
     whole = evaluate.total_score(np.array(sums))
@@ -362,7 +364,7 @@ def test_streamed_evaluation_equals_the_whole_model(case):
 
 
 def test_streamed_evaluation_gathers_one_block_at_a_time():
-    run = train.set_up(get_config("resnet", num_workers=2, **{"model.sections": (1, 9)}))
+    run = experiment.set_up(get_config("resnet", num_workers=2, **{"model.sections": (1, 9)}))
     kernel = run.layout.leaves["section2/blocks/conv1/kernel"]
     text = run.programs.evaluate.as_text()
     gathered = [line for line in text.splitlines() if " all-gather(" in line]
@@ -372,18 +374,18 @@ def test_streamed_evaluation_gathers_one_block_at_a_time():
 
 
 def test_scale_is_the_share_of_the_workers_that_held_a_unit():
-    run = train.set_up(get_config("resnet", num_workers=2))
+    run = experiment.set_up(get_config("resnet", num_workers=2))
     assert evaluate.unit_scale(run.layout) == {"section2": 0.5}
-    run = train.set_up(get_config("resnet", num_workers=2, **{"partition.min_units": 2}))
+    run = experiment.set_up(get_config("resnet", num_workers=2, **{"partition.min_units": 2}))
     assert evaluate.unit_scale(run.layout) == {"section2": 1.0}
-    run = train.set_up(get_config("resnet", num_workers=1))
+    run = experiment.set_up(get_config("resnet", num_workers=1))
     assert evaluate.unit_scale(run.layout) == {"section2": 1.0}
 
 
 def test_initial_values_do_not_depend_on_devices_or_method():
     config = get_config("mlp", num_workers=4)
-    first = train.set_up(config)
+    first = experiment.set_up(config)
     for overrides in ({"num_devices": 2}, {"num_devices": 1}, {"method": "local_sgd"}):
-        other = train.set_up(get_config("mlp", num_workers=4, **overrides))
+        other = experiment.set_up(get_config("mlp", num_workers=4, **overrides))
         a, b = params_of(first, first.state), params_of(other, other.state)
         assert reference.max_difference(a, b) == 0

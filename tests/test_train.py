@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, get_config
 from PIL import Image
 
-from ist_jax import checkpoint, evaluate, metrics, train
+from ist_jax import checkpoint, data, evaluate, experiment, metrics, partition, settings, train
 from ist_jax.layout import iter_leaves
 
 
@@ -50,7 +50,7 @@ def test_the_hash_is_of_the_parameters_and_repeats(tmp_path):
     again = train.train(get_config("mlp"), tmp_path / "b")
     other = train.train(get_config("mlp", seed=1), tmp_path / "c")
     assert first["params_sha256"] == again["params_sha256"] != other["params_sha256"]
-    run = train.set_up(get_config("mlp"), params=checkpoint.load_params(tmp_path / "a"))
+    run = experiment.set_up(get_config("mlp"), params=checkpoint.load_params(tmp_path / "a"))
     assert metrics.params_sha256(iter_leaves(run.layout, run.state.trees[0])) == first["params_sha256"]
 
 
@@ -109,21 +109,21 @@ def test_epochs_count_the_examples_of_all_workers(tmp_path):
 def test_schedules_follow_the_examples_seen():
     config = get_config("mlp", local_steps=5)
     config.optimizer.update({"learning_rate": 1.0, "schedule": "step", "warmup": 0.2, "step_at": (0.5, 0.75)})
-    rates = train.settings.make_learning_rates(config, 20).ravel()
+    rates = settings.make_learning_rates(config, 20).ravel()
     assert rates.shape == (100,)
     np.testing.assert_allclose(rates[:20], np.arange(1, 21) / 20, atol=1e-6)
     np.testing.assert_allclose(rates[[20, 49, 50, 74, 75]], [1, 1, 0.1, 0.1, 0.01], rtol=1e-5)
-    few = train.settings.make_learning_rates(config, 1).ravel()  # boundaries that fall on one step: both
+    few = settings.make_learning_rates(config, 1).ravel()  # boundaries that fall on one step: both
     np.testing.assert_allclose(few, [1, 1, 1, 0.1, 0.01], rtol=1e-5)
     config.optimizer.schedule = "cosine"
-    rates = train.settings.make_learning_rates(config, 20).ravel()
+    rates = settings.make_learning_rates(config, 20).ravel()
     np.testing.assert_allclose(rates[20:], 0.5 * (1 + np.cos(np.pi * np.arange(80) / 80)), atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "width"), [("mlp", {}), ("resnet", {"model.width": 8, "batch_size": 32})])
 def test_evaluate_repeats_the_result_and_reads_images(name, width, tmp_path, capsys):
     summary = train.train(get_config(name, rounds=60, local_steps=10, **width), tmp_path / "run")
-    digits = train.data.open_data_set("digits", "")
+    digits = data.open_data_set("digits", "")
     files = []
     for index in range(6):
         example = digits.test[index]
@@ -184,8 +184,8 @@ def test_a_model_never_seen_before_trains(num_workers, tmp_path, caplog):
 
 def test_an_empty_slot_of_a_model_that_ignores_gates_stays_empty():
     config = get_config("mlp", num_workers=2)  # 5 layers: 3 and 2
-    run = train.set_up(config, model=TinyTransformer())
-    assignment = train.partition.sample(train.partition.round_rng(config.seed, 0), run.layout.groups)
+    run = experiment.set_up(config, model=TinyTransformer())
+    assignment = partition.sample(partition.round_rng(config.seed, 0), run.layout.groups)
     gates = assignment["layer"].gates.reshape(2, 1, -1)
     assert not gates.all()
     units = run.programs.gather(run.state, assignment)
@@ -213,6 +213,6 @@ def test_the_readmes_own_model_runs(tmp_path, monkeypatch):
 def test_loaded_parameters_go_into_apply(tmp_path):
     train.train(get_config("mlp"), tmp_path)
     params = checkpoint.load_params(tmp_path)
-    logits = train.settings.MLP((32, 32), 10).apply({"params": params}, jnp.zeros((4, 8, 8, 1)))
+    logits = settings.MLP((32, 32), 10).apply({"params": params}, jnp.zeros((4, 8, 8, 1)))
     assert logits.shape == (4, 10)
     assert jax.tree.all(jax.tree.map(lambda x: isinstance(x, np.ndarray), params))
