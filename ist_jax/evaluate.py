@@ -114,20 +114,25 @@ def estimate_batch_stats(
     return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *collected)
 
 
-def read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """An image file as uint8 [H, W, C], resized to the shape of the data set's images.
+def read_image(path: str) -> Any:
+    """An image file as a PIL image.
 
     Raises:
       ValueError: the file is missing or not an image.
     """
     from PIL import Image, UnidentifiedImageError
 
-    height, width, channels = shape
     try:
         with Image.open(path) as image:
-            resized = image.convert("L" if channels == 1 else "RGB").resize((width, height))
+            return image.copy()
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"cannot read {path} as an image: {error}") from None
+
+
+def to_example(image: Any, shape: tuple[int, int, int]) -> np.ndarray:
+    """A PIL image as uint8 [H, W, C], resized to the shape of a data set's images."""
+    height, width, channels = shape
+    resized = image.convert("L" if channels == 1 else "RGB").resize((width, height))
     return np.asarray(resized, np.uint8).reshape(shape)
 
 
@@ -147,13 +152,11 @@ def evaluate_workdir(workdir: Path, images: list[str]) -> None:
             f"{workdir} holds a model of your own, {custom.split('(')[0]}: evaluate it from Python"
         )
     params = checkpoint.load_params(workdir)
-    dataset, _, test = experiment.open_data(config)
-    if images and test["image"].dtype != np.uint8:
-        raise ValueError(
-            f"the examples of data.name={config.data.name!r} are no images, so none can be classified"
-        )
-    pictures = [read_image(name, test["image"].shape[1:]) for name in images]
+    pictures = [read_image(name) for name in images]  # before the wait, so that a typo costs none
     run = experiment.set_up(config, params=params, evaluation_only=True)
+    test = run.test
+    if images and test["image"].dtype != np.uint8:
+        raise ValueError(f"the examples of data.name={config.data.name!r} are no images: nothing to classify")
     score = train.evaluate_state(run, run.state)
     print(
         f"test accuracy {score.accuracy:.2%}, loss {score.loss:.4f} "
@@ -177,9 +180,9 @@ def evaluate_workdir(workdir: Path, images: list[str]) -> None:
     accuracy = (np.concatenate(chunks).argmax(-1) == test["label"]).mean()
     print(f"test accuracy {accuracy:.2%} with BatchNorm statistics re-estimated on training batches")
     for name, picture in zip(images, pictures, strict=True):
-        probabilities = np.asarray(predict(variables, picture[None]))[0]
+        probabilities = np.asarray(predict(variables, to_example(picture, test["image"].shape[1:])[None]))[0]
         best = probabilities.argsort()[::-1][:3]
-        print(f"{name}: " + ", ".join(f"{dataset.classes[k]} {probabilities[k]:.1%}" for k in best))
+        print(f"{name}: " + ", ".join(f"{run.dataset.classes[k]} {probabilities[k]:.1%}" for k in best))
 
 
 def main(argv: list[str]) -> int:

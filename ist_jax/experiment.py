@@ -165,7 +165,7 @@ def _log_set_up(run: Run) -> None:
                 "units: %s does not fall evenly into %d strips; its exchange carries %.2f times the slots",
                 group.name, group.strips, waste,
             )  # fmt: skip
-    if not evaluate.is_streamable(run.model):
+    if layout.groups and not evaluate.is_streamable(run.model):
         log.info(
             "evaluation: the model has no field `fetch`, so every device gathers it whole to evaluate it"
         )
