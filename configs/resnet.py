@@ -36,6 +36,14 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
     config.eval_every = 5  # rounds; 0: after the last only
     config.eval_batch_size = 128  # examples; batch statistics are part of the result
 
+    config.participation = 1.0  # chance of each worker to take part in a round; the others change nothing
+    config.max_rounds_left_out = 10  # in a row, of a worker with non-finite values: stops the run; 0: never
+    config.lost_after = 60.0  # seconds without a sign of life until a process counts as lost
+
+    config.checkpoint = config_dict.ConfigDict()
+    config.checkpoint.every = 10  # rounds; 0: at the end alone
+    config.checkpoint.keep = 2  # the latest ones; the best is kept as well
+
     config.data = config_dict.ConfigDict()
     config.data.name = "digits"
     config.data.dir = ""  # embedded sets need none
@@ -74,6 +82,7 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
         config.batch_size = 8
         config.rounds = 3
         config.eval_every = 2
+        config.checkpoint.every = 1
     elif mode != "digits":
         config.data.name = "svhn_cropped" if mode == "svhn" else mode.removesuffix("_small")
         config.data.pad = 4

@@ -1,7 +1,6 @@
 """An experiment that is set up: data opened, model placed on the devices, programs compiled."""
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 
-from ist_jax import data, devices, evaluate, ledger, local_sgd, partition, settings
+from ist_jax import checkpoint, data, devices, evaluate, ledger, local_sgd, partition, settings
 from ist_jax.data import augment, batches
 from ist_jax.layout import Layout, from_params, make_layout
-from ist_jax.programs import Programs, build_state, compile_programs, init_state
+from ist_jax.programs import Programs, build_state, compile_programs, init_state, restore_state
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +35,10 @@ class Run(NamedTuple):
     train_data: Any
     shards: list[np.ndarray]
     test_batches: Any
+    first_round: int  # counted from 0: the rounds done by earlier sessions
+    examples_before: int  # seen in them
     num_rounds: int
-    learning_rates: np.ndarray
+    learning_rates: np.ndarray  # [num_rounds, l]; the rows before first_round are not used
     seconds_compile: float
 
     @property
@@ -59,6 +60,7 @@ def set_up(
     model: nn.Module | None = None,
     params: Any = None,
     *,
+    start: checkpoint.Saved | None = None,
     evaluation_only: bool = False,
 ) -> Run:
     """Opens the data, places the model on the devices and compiles the programs of a run.
@@ -67,6 +69,7 @@ def set_up(
       config: as from `configs/`.
       model: as for `train`.
       params: the global parameters to start from (nested dict of host arrays); None: fresh ones.
+      start: the checkpoint to go on from.
       evaluation_only: compile no program but the evaluation.
 
     Raises:
@@ -95,7 +98,9 @@ def set_up(
         vmapped=config.workers_on_device == "vmap",
     )
     started = time.perf_counter()
-    if params is None:
+    if start is not None:
+        state = restore_state(recipe, start, chosen)
+    elif params is None:
         state = init_state(recipe, lambda key: model.init(key, example)["params"], config.seed, chosen)
     else:
         state = build_state(recipe, devices.put(from_params(layout, params), chosen), chosen)
@@ -119,8 +124,13 @@ def set_up(
         average_gradients=config.method == "data_parallel",
         evaluation_only=evaluation_only,
     )
-    per_round = config.num_workers * config.local_steps * config.batch_size
-    rounds = config.rounds or math.ceil(config.epochs * len(train_set["label"]) / per_round)
+    first, before = (start.round, start.about["examples"]) if start else (0, 0)
+    rounds = settings.count_rounds(config, len(train_set["label"]), first, before)
+    if first > rounds:
+        raise ValueError(
+            f"the run has {first} rounds already, more than the {rounds} that config.rounds or config.epochs "
+            "ask for"
+        )
     run = Run(
         config=config,
         dataset=dataset,
@@ -135,8 +145,10 @@ def set_up(
         train_data=train_data,
         shards=shards,
         test_batches=test_batches,
+        first_round=first,
+        examples_before=before,
         num_rounds=rounds,
-        learning_rates=settings.make_learning_rates(config, rounds),
+        learning_rates=settings.make_learning_rates(config, rounds, first, before),
         seconds_compile=time.perf_counter() - started,
     )
     _log_set_up(run)

@@ -143,6 +143,38 @@ def join(x: Any, leaf: Leaf) -> Any:
     return restore(x.reshape(-1, *x.shape[3:])[: leaf.groups[0].size], leaf)
 
 
+# --- one leaf on disk: its canonical form without padding, whatever the devices ---------------------
+
+
+def stored_shape(leaf: Leaf) -> tuple[int, ...]:
+    """The shape of `canonical` (that of the leaf itself, where it is shared)."""
+    if leaf.kind == "shared":
+        return leaf.shape
+    return (*(leaf.shape[a] for a in leaf.unit_axes), leaf.row_size)
+
+
+def stored_piece(leaf: Leaf, device: int, num_devices: int) -> tuple[int, int, int]:
+    """(axis, start, stop): the part of the stored form that a device keeps; shared leaves are device 0's."""
+    if leaf.kind == "shared":
+        return 0, 0, (leaf.shape or (1,))[0] if device == 0 else 0
+    if leaf.kind == "rows":
+        axis, size, step = 1, leaf.row_size, -(-leaf.row_size // num_devices)
+    else:
+        axis, size = 0, leaf.groups[0].size
+        step = leaf.groups[0].strip_size * leaf.groups[0].strips // num_devices
+    return axis, min(device * step, size), min((device + 1) * step, size)
+
+
+def to_stored(shard: np.ndarray, leaf: Leaf, device: int, num_devices: int) -> np.ndarray:
+    """That part, from what the device keeps."""
+    if leaf.kind == "shared":
+        return shard
+    _, start, stop = stored_piece(leaf, device, num_devices)
+    if leaf.kind == "rows":
+        return shard[:, : stop - start]
+    return shard.reshape(-1, *shard.shape[2:])[: stop - start]
+
+
 # --- the whole model ------------------------------------------------------------------------------
 
 

@@ -149,6 +149,7 @@ def merge(recipe: Recipe, state: State, subnets: State, assignment: Assignments,
 def data_parallel_steps(
     recipe: Recipe,
     state: State,
+    present: jax.Array,
     data: Data,
     indices: jax.Array,
     learning_rates: jax.Array,
@@ -159,7 +160,8 @@ def data_parallel_steps(
     A worker whose loss or gradient is not finite is left out of that step's mean; a step whose update is not
     finite is not taken.
 
-    Args and returns: as `local_steps`; the state instead of subnets.
+    Args and returns: as `local_steps`, and `present`, bool [W], whose gradients count; the state instead of
+    subnets.
     """
     workers = _worker_numbers(recipe.layout)
 
@@ -168,21 +170,26 @@ def data_parallel_steps(
         number, batches, learning_rate = xs
 
         def gradient(args: tuple) -> tuple:
-            worker, batch = args
+            worker, here, batch = args
             key = jax.random.fold_in(_worker_key(recipe, round_index, worker), number)
             inputs, labels = recipe.batch_fn(data, batch, key)
             (loss, accuracy), grads = jax.value_and_grad(recipe.loss_fn, has_aux=True)(
                 params, inputs, labels, None
             )
             healthy = jnp.isfinite(loss) & _all_finite(grads)
-            return jax.tree.map(lambda g: jnp.where(healthy, g, 0), grads), loss, accuracy, healthy
+            counts = healthy & here
+            grads = jax.tree.map(lambda g: jnp.where(counts, g, 0), grads)
+            return grads, loss, accuracy, healthy, counts
 
-        grads, losses, accuracies, healthy = _sum_over_workers(recipe, gradient, (workers, batches))
-        count = lax.psum(healthy.sum(), store.AXIS)
+        grads, losses, accuracies, healthy, counts = _sum_over_workers(
+            recipe, gradient, (workers, present, batches)
+        )
+        count = lax.psum(counts.sum(), store.AXIS)
         grads = jax.tree.map(lambda g: lax.psum(g, store.AXIS) / jnp.maximum(count, 1), grads)
         stepped = _update(recipe, params, opt_state, grads, learning_rate)
-        sound = (count > 0) & _all_finite(stepped[0])
-        kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), stepped, carry)
+        sound = _all_finite(stepped[0])
+        taken = sound & (count > 0)
+        kept = jax.tree.map(lambda new, old: jnp.where(taken, new, old), stepped, carry)
         return kept, (losses, accuracies, healthy & sound)
 
     xs = (jnp.arange(len(learning_rates)), indices.swapaxes(0, 1), learning_rates)

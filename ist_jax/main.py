@@ -30,23 +30,32 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("ist_jax").setLevel(logging.INFO)
 
-    from ist_jax import experiment, results, train  # JAX starts here, after the flags are known to be right
+    from ist_jax import (
+        experiment,
+        results,
+        signals,
+        train,
+    )  # JAX starts here, after the flags are known to be right
 
     name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
     default = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     workdir = Path(values.workdir) if values.workdir else default
     try:
-        with cli.errors():
+        with signals.handled(deferred=False), cli.errors():
             if results.report_if_finished(values.config, workdir):
                 return 0
             results.check_writable(workdir)
-            run = experiment.set_up(values.config)
-            results.open_workdir(values.config, workdir)
+            start = results.find_start(workdir)
+            run = experiment.set_up(values.config, start=start)
+            results.open_workdir(values.config, workdir, start)
         with logging_redirect_tqdm():  # warnings go above the bar
             train.run_rounds(run, workdir)
-    except KeyboardInterrupt:
-        print(f"interrupted; there is no finished run in {workdir}", file=sys.stderr)
-        return 130
+    except signals.Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    except (train.Diverged, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

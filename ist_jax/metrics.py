@@ -17,11 +17,12 @@ class Progress:
     Args:
       total: rounds of the run.
       desc: what is being trained.
+      done: rounds of earlier sessions.
     """
 
-    def __init__(self, total: int, desc: str):
+    def __init__(self, total: int, desc: str, done: int = 0):
         self._every = max(1, total // 20)
-        self._bar = tqdm(total=total, desc=desc, unit="round", disable=not sys.stderr.isatty())
+        self._bar = tqdm(total=total, desc=desc, unit="round", initial=done, disable=not sys.stderr.isatty())
         self._total = total
         self._test = ""
 
@@ -46,6 +47,32 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
         file.write(json.dumps(_plain(dict(record)), allow_nan=False) + "\n")
 
 
+def read_records(workdir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; what follows a line that a killed process left unfinished is no record.
+
+    Returns:
+      Records of rounds 1, 2, ... without a gap; none where there is no file.
+    """
+    path = workdir / "metrics.jsonl"
+    records: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(record, dict) or record.get("round") != len(records) + 1:
+            break
+        records.append(record)
+    return records
+
+
+def write_records(workdir: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Writes metrics.jsonl anew, whole or not at all."""
+    part = workdir / "metrics.part"
+    part.write_text("".join(json.dumps(_plain(dict(r)), allow_nan=False) + "\n" for r in records))
+    part.replace(workdir / "metrics.jsonl")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a file whole or not at all; numbers that are not finite as null."""
     part = path.with_suffix(".part")
@@ -65,5 +92,7 @@ def params_sha256(leaves: Iterable[tuple[str, np.ndarray]]) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
     value = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
     return None if isinstance(value, float) and not np.isfinite(value) else value

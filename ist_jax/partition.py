@@ -237,6 +237,11 @@ def round_rng(seed: int, round_index: int) -> np.random.Generator:
     return np.random.default_rng((seed, round_index))
 
 
+def sample_present(seed: int, round_index: int, num_workers: int, participation: float) -> np.ndarray:
+    """Which workers take part in a round: bool [S], each with the given probability, independently."""
+    return np.random.default_rng((seed, round_index, num_workers)).random(num_workers) < participation
+
+
 def _sample_group(rng: np.random.Generator, group: Group) -> Assignment:
     workers = rng.permutation(group.num_workers) if group.fair else np.arange(group.num_workers)
     cut = 0 if group.fair else rng.integers(group.size)  # where the deck begins, so that no unit is favoured

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from ist_jax import devices, evaluate, local_sgd, partition, store
+from ist_jax import checkpoint, devices, evaluate, local_sgd, partition, store
 from ist_jax.layout import init_parts, split
 
 
@@ -41,6 +41,31 @@ def init_state(
                 parts = split(whole, recipe.layout.leaves[path], recipe.layout.num_devices)
                 shards[path] = devices.put(parts, chosen)
     return build_state(recipe, {path: shards[path] for path in recipe.layout.leaves}, chosen)
+
+
+def restore_state(
+    recipe: local_sgd.Recipe, saved: checkpoint.Saved, chosen: Sequence[jax.Device]
+) -> local_sgd.State:
+    """The state of a checkpoint, placed leaf by leaf: no process ever holds the whole model.
+
+    Raises:
+      ValueError: the checkpoint is not of this model or optimizer, or damaged.
+    """
+    layout = recipe.layout
+
+    def place(tree: str) -> store.Shards:
+        parts = {
+            path: devices.put(split(x, layout.leaves[path], layout.num_devices), chosen)
+            for path, x in saved.leaves(tree)
+            if path in layout.leaves and x.shape == layout.leaves[path].shape
+        }
+        if parts.keys() != layout.leaves.keys():
+            raise ValueError(f"{saved.folder} is of another model; choose another --workdir")
+        return {path: parts[path] for path in layout.leaves}
+
+    trees = tuple(place(tree) for tree in (saved.trees() if recipe.carry else saved.trees()[:1]))
+    rest = [saved.read(name) for name in saved.arrays if name.startswith("rest/")]
+    return local_sgd.State(trees, tuple(devices.replicate(x, chosen) for x in rest))
 
 
 def _init_leaves(init_params: Callable[[jax.Array], Any], paths: tuple[str, ...], key: jax.Array) -> dict:
@@ -106,7 +131,10 @@ def compile_programs(
     )
     if average_gradients:
         steps = partial(local_sgd.data_parallel_steps, recipe)
-        local = build(steps, (state, train_data, *feed), in_axes=[0, 0, 0, None, None], donate=[0])
+        present = per_device(dtype=bool)
+        local = build(
+            steps, (state, present, train_data, *feed), in_axes=[0, 0, 0, 0, None, None], donate=[0]
+        )
         return Programs(None, local, None, evaluate_program)
 
     assignment = partition.sample(partition.round_rng(0, 0), layout.groups)

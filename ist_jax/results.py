@@ -14,14 +14,22 @@ import jax
 from flax import traverse_util
 from ml_collections import config_dict
 
-from ist_jax import __version__, ledger
+from ist_jax import __version__, checkpoint, ledger, metrics
 from ist_jax.layout import Layout
 
 log = logging.getLogger(__name__)
 
+# Settings with which a run may go on: they change how long or on what it trains, not what was trained so far.
+_MAY_CHANGE = (
+    "rounds", "epochs", "num_workers", "num_devices", "workers_on_device", "partition.shares",
+    "partition.min_units", "eval_every", "data.dir", "checkpoint.every", "checkpoint.keep",
+    "max_rounds_left_out", "lost_after",
+)  # fmt: skip
+_LENGTH = ("rounds", "epochs")
+
 
 def report_if_finished(config: config_dict.ConfigDict, workdir: Path, model: nn.Module | None = None) -> bool:
-    """Whether the folder holds a finished run of this config and model; says its result.
+    """Whether the folder holds a finished run of this config, length and model; says its result.
 
     Args:
       config: of the run that is asked for.
@@ -36,21 +44,66 @@ def report_if_finished(config: config_dict.ConfigDict, workdir: Path, model: nn.
     before, now = _read_json(workdir / "config.json"), json.loads(_to_json(config))
     before, now = (traverse_util.flatten_dict(x, sep=".") for x in (before, now))
     differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-    if differing:
+    refused = [k for k in differing if k not in _MAY_CHANGE]
+    if refused:
         raise ValueError(
             f"{workdir} holds a run with other settings: "
-            + ", ".join(f"{k} is {before.get(k)!r} there and {now.get(k)!r} here" for k in differing)
+            + ", ".join(f"{k} is {before.get(k)!r} there and {now.get(k)!r} here" for k in refused)
             + "; choose another --workdir"
         )
     if not _is_file(workdir / "summary.json"):
-        log.info("%s holds a run that did not finish; it starts over", workdir)
         return False
     summary = read_summary(workdir)
-    if summary["custom_model"] != describe(model):
-        raise ValueError(f"{workdir} holds a run of another model; choose another --workdir")
+    check_model(workdir, summary["custom_model"], model)
+    if any(k in _LENGTH for k in differing):
+        return False
     log.info("%s is finished already; nothing to do", workdir)
     log.info(last_line(summary))
     return True
+
+
+def find_start(workdir: Path, model: nn.Module | None = None) -> checkpoint.Saved | None:
+    """The checkpoint to go on from; None where there is no run yet, or one that did not get that far.
+
+    Args:
+      workdir: the folder.
+      model: the model, where it is not the config's.
+
+    Raises:
+      ValueError: checkpoints are damaged or missing, or of another model; never a silent start from scratch.
+    """
+    if not _is_file(workdir / "config.json"):
+        return None
+    saved, records = checkpoint.newest_intact(workdir), metrics.read_records(workdir)
+    every = _read_json(workdir / "config.json")["checkpoint"]["every"]
+    if saved is None:
+        if every and len(records) > every:
+            raise ValueError(
+                f"{workdir} holds a run of {len(records)} rounds without a checkpoint; restore its "
+                f"{checkpoint.FOLDER}/ from a copy, or choose another --workdir to start over"
+            )
+        log.info("%s holds a run that did not get to its first checkpoint; it starts over", workdir)
+        return None
+    if len(records) < saved.round:
+        raise ValueError(
+            f"{workdir}/metrics.jsonl ends at round {len(records)}, before the checkpoint of round "
+            f"{saved.round}; restore it from a copy, or choose another --workdir to start over"
+        )
+    check_model(workdir, saved.about["custom_model"], model)
+    lost = len(records) - saved.round
+    log.info(
+        "resuming %s after round %d%s",
+        workdir,
+        saved.round,
+        f"; {lost} later ones are trained again" if lost else "",
+    )
+    return saved
+
+
+def check_model(workdir: Path, recorded: str | None, model: nn.Module | None) -> None:
+    """Raises ValueError when a run was of another model."""
+    if recorded != describe(model):
+        raise ValueError(f"{workdir} holds a run of another model; choose another --workdir")
 
 
 def describe(model: nn.Module | None) -> str | None:
@@ -99,11 +152,13 @@ def check_writable(workdir: Path) -> None:
                 path.rmdir()
 
 
-def open_workdir(config: config_dict.ConfigDict, workdir: Path) -> None:
-    """Makes the folder and writes config.json and an empty metrics.jsonl."""
+def open_workdir(config: config_dict.ConfigDict, workdir: Path, start: checkpoint.Saved | None) -> None:
+    """Makes the folder ready for the rounds after `start`: config.json, metrics up to it, no summary."""
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(_to_json(config) + "\n")
-    (workdir / "metrics.jsonl").write_text("")
+    records = metrics.read_records(workdir)[: start.round] if start else []
+    metrics.write_records(workdir, records)
+    (workdir / "summary.json").unlink(missing_ok=True)
+    metrics.write_json(workdir / "config.json", config.to_dict())
 
 
 def read_config(workdir: Path) -> config_dict.ConfigDict:
@@ -122,6 +177,27 @@ def _to_json(config: config_dict.ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2)
 
 
+def round_bytes(config: config_dict.ConfigDict, layout: Layout, *, trees: int) -> dict[str, float | None]:
+    """Bytes of a round, as `ledger` counts them, for its record.
+
+    Args:
+      config: of the run.
+      layout: of the store.
+      trees: parameter-shaped trees that are exchanged (1, and 1 per carried moment).
+
+    Returns:
+      'bytes_per_worker' by the papers' count, and 'wire_bytes_per_device'; the latter is None for
+      data-parallel SGD, whose gradients travel as the backend likes.
+    """
+    if config.method == "data_parallel":  # gradients alone, every step; momentum is the same everywhere
+        per_step = ledger.full_model_bytes(layout) / config.num_workers
+        return {"bytes_per_worker": per_step * config.local_steps, "wire_bytes_per_device": None}
+    return {
+        "bytes_per_worker": ledger.paper_bytes_per_round(layout, trees=trees) / config.num_workers,
+        "wire_bytes_per_device": ledger.wire_bytes(layout, trees=trees),
+    }
+
+
 def summarize(
     config: config_dict.ConfigDict,
     layout: Layout,
@@ -131,7 +207,6 @@ def summarize(
     dataset: str,
     device: jax.Device,
     custom_model: str | None,
-    seconds_total: float,
     seconds_compile: float,
     params_sha256: str,
 ) -> dict[str, Any]:
@@ -141,21 +216,16 @@ def summarize(
       config: of the run.
       layout: of the store.
       records: of all rounds, as in metrics.jsonl.
-      trees: parameter-shaped trees that are exchanged (1, and 1 per carried moment).
+      trees: parameter-shaped trees of the state.
       dataset: the data set's description.
       device: one of those used.
       custom_model: from `describe`.
-      seconds_total: of all rounds.
       seconds_compile: of set-up.
       params_sha256: hash of the final parameters.
     """
     last, rounds = records[-1], len(records)
-    full = ledger.full_model_bytes(layout) * trees * rounds / config.num_workers
-    exchanged = ledger.paper_bytes_per_round(layout, trees=trees) * rounds / config.num_workers
-    wire: float | None = ledger.wire_bytes(layout, trees=trees) * rounds
-    if config.method == "data_parallel":  # gradients, every step; how they travel is the backend's
-        full /= trees  # momentum is the same everywhere and never sent
-        exchanged, wire = full * config.local_steps, None
+    full = ledger.full_model_bytes(layout) / config.num_workers * rounds
+    wire = [r["wire_bytes_per_device"] for r in records]
     phases = ("gather", "local", "merge", "evaluate")
     return {
         "method": config.method,
@@ -164,15 +234,16 @@ def summarize(
         "train_loss": last["train_loss"],
         "rounds": rounds,
         "examples": last["examples"],
-        "seconds_total": seconds_total,
+        "seconds_total": sum(r["seconds_round"] for r in records),
         "seconds_compile": seconds_compile,
         **{f"seconds_{p}": sum(r[f"seconds_{p}"] for r in records) for p in phases},
         "parameters": ledger.model_parameters(layout),
         "parameters_per_worker": ledger.subnet_parameters(layout) / config.num_workers,
-        "bytes_exchanged_per_worker": exchanged,
-        "bytes_local_sgd_per_worker": full,
-        "wire_bytes_per_device": wire,
+        "bytes_exchanged_per_worker": sum(r["bytes_per_worker"] for r in records),
+        "bytes_local_sgd_per_worker": full * (1 if config.method == "data_parallel" else trees),
+        "wire_bytes_per_device": None if None in wire else sum(wire),
         "workers_left_out": sum(r["workers_left_out"] for r in records),
+        "workers_absent": sum(r["workers_absent"] for r in records),
         "params_sha256": params_sha256,
         "data": dataset,
         "num_workers": config.num_workers,

@@ -32,6 +32,11 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "eval_every": (0, math.inf),
     "eval_batch_size": (1, math.inf),
     "data.pad": (0, math.inf),
+    "participation": (0, 1),
+    "max_rounds_left_out": (0, math.inf),
+    "checkpoint.every": (0, math.inf),
+    "checkpoint.keep": (1, math.inf),
+    "lost_after": (1, math.inf),
     "partition.min_units": (0, math.inf),
     "optimizer.learning_rate": (0, math.inf),
     "optimizer.momentum": (0, 1),
@@ -153,21 +158,48 @@ def make_tx(optimizer: config_dict.ConfigDict) -> optax.GradientTransformation:
     return optax.chain(*parts) if parts else optax.identity()
 
 
-def make_learning_rates(config: config_dict.ConfigDict, rounds: int) -> np.ndarray:
-    """Learning rates float32 [rounds, l], by the fraction of all examples that all workers have seen."""
-    optimizer, total = config.optimizer, rounds * config.local_steps
-    warmup, step = round(optimizer.warmup * total), np.arange(total)
+def count_rounds(config: config_dict.ConfigDict, num_examples: int, first: int, before: int) -> int:
+    """Rounds of the whole run: `rounds`, or as many as `epochs` of the training set take.
+
+    Args:
+      config: of the run.
+      num_examples: in the training set.
+      first: rounds done by earlier sessions, perhaps with another number of workers.
+      before: examples seen in them.
+    """
+    if config.rounds is not None:
+        return config.rounds
+    per_round = config.num_workers * config.local_steps * config.batch_size
+    left = (config.epochs * num_examples - before) / per_round
+    return first + max(0, math.ceil(left - 1e-9))
+
+
+def make_learning_rates(
+    config: config_dict.ConfigDict, rounds: int, first: int = 0, before: int = 0
+) -> np.ndarray:
+    """Learning rates float32 [rounds, l], by the fraction of all examples that all workers have seen.
+
+    Args:
+      config: of the run.
+      rounds: of the whole run.
+      first: rounds done by earlier sessions; their rows are NaN.
+      before: examples seen in them.
+    """
+    optimizer, left = config.optimizer, max(0, rounds - first) * config.local_steps
+    done = before / (config.num_workers * config.batch_size)  # in steps of today's workers
+    total, step = done + left, done + np.arange(left)
+    warmup = round(optimizer.warmup * total)
     after = (step - warmup) / max(1, total - warmup)  # progress after the warm-up, 0 to 1
     decays = sum((step >= at * total).astype(int) for at in optimizer.step_at)
     factors = {
-        "constant": np.ones(total),
+        "constant": np.ones(left),
         "cosine": (1 + np.cos(np.pi * np.clip(after, 0, 1))) / 2,
         "step": optimizer.step_factor ** np.asarray(decays),
     }
     ramp = np.minimum(1, (step + 1) / max(1, warmup))
-    return (
-        (optimizer.learning_rate * ramp * factors[optimizer.schedule]).astype(np.float32).reshape(rounds, -1)
-    )
+    rates = optimizer.learning_rate * ramp * factors[optimizer.schedule]
+    past = np.full(rounds * config.local_steps - left, np.nan)
+    return np.concatenate([past, rates]).astype(np.float32).reshape(rounds, -1)
 
 
 def make_loss_fn(model: nn.Module) -> Callable[..., tuple[jax.Array, jax.Array]]:

@@ -3,6 +3,8 @@
 import json
 import logging
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,7 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from ist_jax import (
-    checkpoint,
-    evaluate,
-    local_sgd,
-    metrics,
-    partition,
-    results,
-)
+from ist_jax import checkpoint, checkpoint_writer, evaluate, local_sgd, metrics, partition, results, signals
 from ist_jax.data import batches
 from ist_jax.experiment import Run, set_up
 from ist_jax.layout import iter_leaves
@@ -45,14 +40,19 @@ def train(
     workdir = Path(workdir)
     if not results.report_if_finished(config, workdir, model):
         results.check_writable(workdir)
-        run = set_up(config, model)
-        results.open_workdir(config, workdir)
+        start = results.find_start(workdir, model)
+        run = set_up(config, model, start=start)
+        results.open_workdir(config, workdir, start)
         run_rounds(run, workdir, custom_model=model)
     return json.loads((workdir / "summary.json").read_text())
 
 
+class Diverged(RuntimeError):
+    """A worker's rounds had to be left out too many times in a row."""
+
+
 def run_rounds(run: Run, workdir: Path, custom_model: nn.Module | None = None) -> dict[str, Any]:
-    """Trains for all rounds, writing metrics as they come, then the parameters and the summary.
+    """Trains for the rounds that remain, writing metrics and checkpoints as they come, then the summary.
 
     Args:
       run: from `set_up`; its state is used up.
@@ -61,63 +61,117 @@ def run_rounds(run: Run, workdir: Path, custom_model: nn.Module | None = None) -
 
     Returns:
       What summary.json holds.
+
+    Raises:
+      Interrupted: SIGINT or SIGTERM; the round was finished and a checkpoint written.
+      Diverged: a worker was left out too many times in a row; a checkpoint was written.
     """
-    config, layout, state = run.config, run.layout, run.state
-    per_round = config.num_workers * config.local_steps * config.batch_size
+    config, state = run.config, run.state
     log.info("results: %s", workdir)
-    progress = metrics.Progress(run.num_rounds, config.method)
-    records: list[dict[str, Any]] = []
-    started = time.perf_counter()
-    for index in range(run.num_rounds):
-        round_started = time.perf_counter()
-        state, means, seconds = run_round(run, state, index)
-        if not means.healthy.all():
-            warn_left_out(index + 1, means.healthy, "steps" if config.method == "data_parallel" else "round")
-        record = {
-            "round": index + 1,
-            "examples": (index + 1) * per_round,
-            "train_loss": mean_of_healthy(means.loss, means.healthy),
-            "train_accuracy": mean_of_healthy(means.accuracy, means.healthy),
-            "lr": float(run.learning_rates[index, -1]),
-            **seconds,
-            "seconds_evaluate": 0.0,
-            "workers_left_out": int((~means.healthy).sum()),
-        }
-        last = index + 1 == run.num_rounds
-        if last or (config.eval_every and (index + 1) % config.eval_every == 0):
-            evaluation_started = time.perf_counter()
-            score = evaluate_state(run, state)
-            record |= {"test_loss": score.loss, "test_accuracy": score.accuracy}
-            record["seconds_evaluate"] = time.perf_counter() - evaluation_started
-        record["seconds_round"] = time.perf_counter() - round_started
-        record["examples_per_second"] = per_round / record["seconds_round"]
-        metrics.append_record(workdir / "metrics.jsonl", record)
-        progress.update(record)
-        records.append(record)
-    progress.close()
-    seconds_total = time.perf_counter() - started
-    checkpoint.save_params(workdir, iter_leaves(layout, state.trees[0]))
+    records = metrics.read_records(workdir)
+    progress = metrics.Progress(run.num_rounds, config.method, done=run.first_round)
+    writer = checkpoint_writer.Writer(workdir, run.layout, keep=config.checkpoint.keep)
+    stuck = None
+    with signals.handled(deferred=True) as request, closing(writer), closing(progress):
+        for index in range(run.first_round, run.num_rounds):
+            state, record = train_round(run, state, index)
+            writer.wait()  # so that a kill never costs more than `checkpoint.every` recorded rounds
+            metrics.append_record(workdir / "metrics.jsonl", record)
+            records.append(record)
+            progress.update(record)
+            stuck = diverged(records, config.max_rounds_left_out)
+            stopping = index + 1 == run.num_rounds or bool(request.signum) or stuck is not None
+            if stopping or (config.checkpoint.every and (index + 1) % config.checkpoint.every == 0):
+                about = {
+                    "round": index + 1,
+                    "examples": record["examples"],
+                    "test_accuracy": record.get("test_accuracy"),
+                    "custom_model": results.describe(custom_model),
+                    "config": config.to_dict(),
+                }
+                writer.save(state, about, records)
+            if stopping:
+                break
+    safe = max(checkpoint.rounds(workdir), default=0)
+    if safe < len(records):
+        raise OSError(
+            f"the checkpoint of round {len(records)} could not be written to {workdir}; the same command "
+            f"goes on from round {safe}"
+        )
+    if stuck is not None:
+        raise Diverged(
+            f"round {len(records)}: worker {stuck} has been left out {config.max_rounds_left_out} times in a "
+            f"row (config.max_rounds_left_out); stopped, results so far are in {workdir}"
+        )
+    if len(records) < run.num_rounds:
+        raise signals.Interrupted(
+            request.signum,
+            f"stopped after round {len(records)} of {run.num_rounds}; the same command goes on from there",
+        )
+    if "test_accuracy" not in records[-1]:  # a run that was stopped, and is now wanted no longer than it is
+        records[-1] |= evaluated(run, state)
+        metrics.write_records(workdir, records)
     summary = results.summarize(
         config,
-        layout,
+        run.layout,
         records,
         trees=len(state.trees),
         dataset=run.dataset.description,
         device=run.devices[0],
         custom_model=results.describe(custom_model),
-        seconds_total=seconds_total,
         seconds_compile=run.seconds_compile,
-        params_sha256=metrics.params_sha256(iter_leaves(layout, state.trees[0])),
+        params_sha256=metrics.params_sha256(iter_leaves(run.layout, state.trees[0])),
     )
     metrics.write_json(workdir / "summary.json", summary)
     log.info(results.last_line(summary))
     return summary
 
 
+def train_round(run: Run, state: local_sgd.State, index: int) -> tuple[local_sgd.State, dict[str, Any]]:
+    """One round and, when it is due, the evaluation: the state after it, and its record."""
+    config = run.config
+    per_round = config.num_workers * config.local_steps * config.batch_size
+    started = time.perf_counter()
+    present = partition.sample_present(config.seed, index, config.num_workers, config.participation)
+    state, means, seconds = run_round(run, state, index, present)
+    sick = np.flatnonzero(~means.healthy & present)
+    warn_left_out(index + 1, sick, "steps" if config.method == "data_parallel" else "round")
+    merged = means.healthy & present
+    record = {
+        "round": index + 1,
+        "examples": run.examples_before + (index + 1 - run.first_round) * per_round,
+        "train_loss": mean_where(merged, means.loss),
+        "train_accuracy": mean_where(merged, means.accuracy),
+        "lr": float(run.learning_rates[index, -1]),
+        **results.round_bytes(config, run.layout, trees=len(state.trees)),
+        **seconds,
+        "seconds_evaluate": 0.0,
+        "workers_left_out": len(sick),
+        "left_out": sick.tolist(),
+        "workers_absent": int((~present).sum()),
+    }
+    last = index + 1 == run.num_rounds
+    if last or (config.eval_every and (index + 1) % config.eval_every == 0):
+        record |= evaluated(run, state)
+    record["seconds_round"] = time.perf_counter() - started
+    record["examples_per_second"] = per_round / record["seconds_round"]
+    return state, record
+
+
+def evaluated(run: Run, state: local_sgd.State) -> dict[str, float]:
+    """The part of a record that an evaluation adds."""
+    started = time.perf_counter()
+    score = evaluate_state(run, state)
+    seconds = time.perf_counter() - started
+    return {"test_loss": score.loss, "test_accuracy": score.accuracy, "seconds_evaluate": seconds}
+
+
 def run_round(
-    run: Run, state: local_sgd.State, index: int
+    run: Run, state: local_sgd.State, index: int, present: np.ndarray
 ) -> tuple[local_sgd.State, local_sgd.Metrics, dict[str, float]]:
     """One round: the state after it, the workers' metrics [S], and the seconds of its phases.
+
+    Workers that are not `present` (bool [S]) train, but nobody hears of it.
 
     The programs are waited for one after another: that is how the phases are timed, and it keeps CPU
     devices from meeting a collective too far apart.
@@ -135,8 +189,9 @@ def run_round(
         if not layout.groups[name].even
     }
     times = [time.perf_counter()] * 4
+    here = present.reshape(grid)
     if programs.merge is None:
-        state, means = jax.block_until_ready(programs.local(state, run.train_data, *feed))
+        state, means = jax.block_until_ready(programs.local(state, here, run.train_data, *feed))
         times[2] = times[3] = time.perf_counter()
     else:
         units: Any = tuple({} for _ in state.trees)
@@ -145,7 +200,7 @@ def run_round(
             times[1] = time.perf_counter()
         subnets, means = jax.block_until_ready(programs.local(state, units, gates, run.train_data, *feed))
         times[2] = time.perf_counter()
-        state = jax.block_until_ready(programs.merge(state, subnets, assignment, means.healthy))
+        state = jax.block_until_ready(programs.merge(state, subnets, assignment, means.healthy & here))
         times[3] = time.perf_counter()
     phases = dict(
         zip(("seconds_gather", "seconds_local", "seconds_merge"), np.diff(times).tolist(), strict=True)
@@ -160,15 +215,23 @@ def evaluate_state(run: Run, state: local_sgd.State) -> evaluate.Score:
     )
 
 
-def mean_of_healthy(values: np.ndarray, healthy: np.ndarray) -> float:
-    """Mean over the workers that are not left out; NaN where there is none."""
-    return float(values[healthy].mean()) if healthy.any() else float("nan")
+def mean_where(chosen: np.ndarray, values: np.ndarray) -> float:
+    """Mean over the chosen workers; NaN where there is none."""
+    return float(values[chosen].mean()) if chosen.any() else float("nan")
 
 
-def warn_left_out(round_number: int, healthy: np.ndarray, what: str) -> None:
+def warn_left_out(round_number: int, workers: np.ndarray, what: str) -> None:
     """Says which workers' rounds (or, data-parallel, single steps) were left out."""
-    for worker in np.flatnonzero(~healthy):
+    for worker in workers:
         log.warning(
             "round %d: worker %d had a non-finite loss or update; its %s left out",
             round_number, worker, "round is" if what == "round" else "steps that had one are",
         )  # fmt: skip
+
+
+def diverged(records: Sequence[dict[str, Any]], limit: int) -> int | None:
+    """The worker that was left out in each of the last `limit` rounds, if there is one; 0: no limit."""
+    if not limit or len(records) < limit:
+        return None
+    always = set.intersection(*(set(r["left_out"]) for r in records[-limit:]))
+    return min(always, default=None)

@@ -145,12 +145,3 @@ def test_a_config_file_that_fails_says_how(text, message, tmp_path, capsys, monk
         main.main(["main", f"--config={path}", f"--workdir={tmp_path}/run"])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_an_interrupt_is_one_line(tmp_path, monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "run_round", interrupted)
-    assert main.main(["main", MLP, f"--workdir={tmp_path}/run"]) == 130
-    assert "interrupted; there is no finished run in" in capsys.readouterr().err

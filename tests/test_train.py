@@ -28,6 +28,7 @@ def test_every_config_and_method_leaves_a_complete_folder(name, method, tmp_path
     records = read_metrics(tmp_path)
     assert [r["round"] for r in records] == [1, 2, 3]
     assert [r["examples"] for r in records] == [2 * 2 * 8 * r for r in (1, 2, 3)]
+    assert checkpoint.rounds(tmp_path)[-2:] == [2, 3]
     for record in records:
         for key in ("train_loss", "seconds_gather", "seconds_local", "seconds_merge", "lr"):
             assert np.isfinite(record[key])

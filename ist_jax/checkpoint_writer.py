@@ -1,0 +1,192 @@
+"""Writes checkpoints of a run: in the background, from the shards, whole or not at all.
+
+orbax decides what is kept, writes beside the training and makes a checkpoint appear when it is complete; the
+arrays inside are tensorstore's. What they hold is described in `checkpoint`.
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from ist_jax.checkpoint import FOLDER, ITEM, PARAMS, array_spec, digest_of, region, rounds, shape_on_disk
+from ist_jax.layout import Layout, stored_piece, stored_shape, to_stored
+from ist_jax.local_sgd import State
+
+log = logging.getLogger(__name__)
+
+
+class Piece(NamedTuple):
+    """What a device contributes to an array: `data` at `start` along `axis`."""
+
+    array: str
+    axis: int
+    start: int
+    data: np.ndarray
+
+
+def snapshot(layout: Layout, state: State) -> list[Piece]:
+    """Copies of what this process's devices keep, for a write in the background.
+
+    Shared leaves are taken from device 0 alone.
+    """
+    pieces = []
+    for number, tree in enumerate(state.trees):
+        for path, leaf in layout.leaves.items():
+            for shard in tree[path].addressable_shards:
+                device = shard.index[0].start or 0
+                axis, start, stop = stored_piece(leaf, device, layout.num_devices)
+                if start < stop:
+                    part = to_stored(np.asarray(shard.data)[0], leaf, device, layout.num_devices)
+                    pieces.append(Piece(_name(number, path), axis, start, np.array(part, order="C")))
+    for number, x in enumerate(state.rest):
+        pieces += [
+            Piece(f"rest/{number}", 0, 0, np.array(shard.data)[0])
+            for shard in x.addressable_shards
+            if not shard.index[0].start
+        ]
+    return pieces
+
+
+class Writer:
+    """Writes checkpoints of a run in the background, and decides which are kept.
+
+    Args:
+      workdir: of the run; checkpoints go to `workdir/checkpoints/<round>`.
+      layout: of the store.
+      keep: how many of the latest to keep, beside the best.
+    """
+
+    def __init__(self, workdir: Path, layout: Layout, *, keep: int):
+        self.layout = layout
+        self._kept = _KeepLatestAndBest(keep)
+        self._manager = ocp.CheckpointManager(
+            (workdir / FOLDER).resolve(),
+            item_handlers={ITEM: _Handler()},
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._kept, cleanup_tmp_directories=True, save_root_metadata=False
+            ),
+        )
+
+    def save(self, state: State, about: Mapping[str, Any], records: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Copies the state to the host and starts the write; `wait` (or the next save) ends it.
+
+        Args:
+          state: of this process's devices.
+          about: 'round' (rounds done), 'examples', 'config' and whatever a later run should know.
+          records: of the rounds so far, which say what is best.
+        """
+        self.wait()
+        self._kept.accuracies = {
+            r["round"]: r["test_accuracy"] for r in records if r.get("test_accuracy") is not None
+        }
+        item = _Save(snapshot(self.layout, state), _entries(self.layout, state), dict(about))
+        try:
+            self._manager.save(about["round"], args=ocp.args.Composite(**{ITEM: item}), force=True)
+        except OSError as error:
+            self._failed(error)
+
+    def wait(self) -> None:
+        """Waits for the write at hand; one that failed, on a full disk say, is reported as a warning."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # orbax and tensorstore wrap a full disk in errors of their own
+            self._failed(error)
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    def _failed(self, error: Exception) -> None:
+        there = rounds(Path(self._manager.directory).parent)
+        last = f"the last one is of round {there[-1]}" if there else "there is none yet"
+        log.warning("a checkpoint could not be written, training goes on; %s (%s)", last, _one_line(error))
+
+
+class _KeepLatestAndBest:
+    """orbax's preservation policy: the latest ones, and the one with the best accuracy."""
+
+    def __init__(self, latest: int):
+        self.latest = latest
+        self.accuracies: dict[int, float] = {}
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        scored = [c.step for c in checkpoints if c.step in self.accuracies]
+        best = max(scored, key=lambda step: self.accuracies[step], default=None)
+        recent = len(checkpoints) - self.latest
+        return [i >= recent or c.step == best for i, c in enumerate(checkpoints)]
+
+
+class _Handler(ocp.AsyncCheckpointHandler):
+    """Writes a `_Save`; reading is `Saved`'s, since it needs no run and no orbax manager."""
+
+    async def async_save(self, directory: Any, args: "_Save") -> list[ocp.future.Future]:
+        write = _write(Path(directory), args)
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write, name="ist_jax_checkpoint")]
+
+    def save(self, directory: Any, args: "_Save") -> None:
+        asyncio.run(_write(Path(directory), args))
+
+    def restore(self, directory: Any, args: Any = None) -> Any:
+        raise NotImplementedError("checkpoints are read by ist_jax.checkpoint.open_round")
+
+
+@ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
+@dataclass
+class _Save(ocp.args.CheckpointArgs):
+    pieces: list[Piece]
+    arrays: dict[str, dict[str, Any]]
+    about: dict[str, Any]
+
+
+def _entries(layout: Layout, state: State) -> dict[str, dict[str, Any]]:
+    """What there is to know of every array; the same in all processes."""
+    entries = {}
+    for number in range(len(state.trees)):
+        for path, leaf in layout.leaves.items():
+            axis, start, stop = stored_piece(leaf, 0, layout.num_devices)
+            chunk = tuple(stop - start if a == axis else s for a, s in enumerate(stored_shape(leaf)))
+            entries[_name(number, path)] = _entry(leaf.shape, leaf.unit_axes, layout.dtype, chunk)
+    for number, x in enumerate(state.rest):
+        entries[f"rest/{number}"] = _entry(x.shape[1:], (), x.dtype, x.shape[1:])
+    return entries
+
+
+def _entry(shape: Sequence[int], unit_axes: Sequence[int], dtype: Any, chunk: Sequence[int]) -> dict:
+    return {"shape": shape, "unit_axes": unit_axes, "dtype": str(dtype), "chunk": chunk}
+
+
+def _name(tree: int, path: str) -> str:
+    return f"{PARAMS if tree == 0 else f'moment{tree}'}/{path}"
+
+
+async def _write(folder: Path, save: _Save) -> None:
+    arrays = {name: entry | {"pieces": []} for name, entry in save.arrays.items()}
+    await asyncio.gather(*(_write_piece(folder, piece, arrays[piece.array]) for piece in save.pieces))
+    content = json.dumps({"about": save.about, "arrays": arrays, "processes": jax.process_count()})
+    index = folder / f"index-{jax.process_index()}.json"
+    index.write_text(f"{hashlib.sha256(content.encode()).hexdigest()}\n{content}\n")
+
+
+async def _write_piece(folder: Path, piece: Piece, entry: dict[str, Any]) -> None:
+    name, axis, start, data = piece
+    stop = start + (data.shape[axis] if data.ndim else 1)
+    entry["pieces"].append([axis, start, stop, digest_of(data)])
+    metadata = {"shape": shape_on_disk(entry), "chunks": entry["chunk"], "compressor": None}
+    spec = array_spec(folder, name) | {"dtype": entry["dtype"], "metadata": metadata}
+    store = await tensorstore.open(spec | {"create": True, "open": True})
+    await store[region(data.ndim, axis, start, stop)].write(data)
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

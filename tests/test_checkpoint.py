@@ -1,0 +1,297 @@
+"""Nothing is lost: checkpoints, exact resume, signals, damaged files, faulty and absent workers."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, get_config
+
+from ist_jax import checkpoint, checkpoint_writer, main, metrics, signals, train
+
+MLP = f"--config={ROOT}/configs/mlp.py:smoke"
+UNTIMED = (
+    "round",
+    "examples",
+    "train_loss",
+    "train_accuracy",
+    "lr",
+    "test_loss",
+    "test_accuracy",
+    "left_out",
+)
+
+
+def untimed(workdir):
+    return [{k: r.get(k) for k in UNTIMED} for r in metrics.read_records(workdir)]
+
+
+def stop_after(monkeypatch, number, signum=signal.SIGTERM):
+    """A real signal in the middle of a round."""
+    real = train.train_round
+
+    def with_signal(run, state, index):
+        if index + 1 == number:
+            os.kill(os.getpid(), signum)
+        return real(run, state, index)
+
+    monkeypatch.setattr(train, "train_round", with_signal)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("mlp", {}),
+        ("mlp", {"optimizer_state": "carry", "participation": 0.7}),
+        ("mlp", {"method": "data_parallel"}),
+        ("resnet", {"num_workers": 3, "num_devices": 1, "data.sharing": "disjoint"}),  # cosine, augmentation
+    ],
+)
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(name, overrides, tmp_path, monkeypatch):
+    config = get_config(name, rounds=4, **overrides)
+    whole = train.train(config, tmp_path / "whole")
+    for number in (1, 3):
+        with monkeypatch.context() as patch, pytest.raises(signals.Interrupted, match=f"round {number} of 4"):
+            stop_after(patch, number)
+            train.train(config, tmp_path / f"{number}")
+        resumed = train.train(config, tmp_path / f"{number}")
+        assert resumed["params_sha256"] == whole["params_sha256"]
+        assert untimed(tmp_path / f"{number}") == untimed(tmp_path / "whole")
+        assert resumed["bytes_exchanged_per_worker"] == whole["bytes_exchanged_per_worker"]
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_round_and_says_how_to_go_on(signum, code, tmp_path, monkeypatch, capsys):
+    stop_after(monkeypatch, 2, signum)
+    assert main.main(["main", MLP, f"--workdir={tmp_path}"]) == code
+    assert "stopped after round 2 of 3; the same command goes on from there" in capsys.readouterr().err
+    assert checkpoint.rounds(tmp_path)[-1] == 2
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_second_signal_ends_at_once(tmp_path, monkeypatch, capsys):
+    real = train.run_round
+
+    def two_signals(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(train, "run_round", two_signals)
+    assert main.main(["main", MLP, f"--workdir={tmp_path}"]) == 130
+    assert metrics.read_records(tmp_path) == []
+
+
+def test_killed_processes_resume_to_the_same_bits(tmp_path):
+    overrides = {"rounds": 150, "eval_every": 50, "checkpoint.every": 4}
+    command = [
+        sys.executable,
+        "-m",
+        "ist_jax.main",
+        MLP,
+        *(f"--config.{k}={v}" for k, v in overrides.items()),
+    ]
+    wanted = train.train(get_config("mlp", **overrides), tmp_path / "whole")
+    workdir = tmp_path / "killed"
+    for rounds in (1, 30):
+        process = subprocess.Popen([*command, f"--workdir={workdir}"], cwd=ROOT, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(metrics.read_records(workdir)) < rounds:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        done, safe = len(metrics.read_records(workdir)), checkpoint.rounds(workdir)
+        assert done < 150  # it was killed in the middle
+        assert done - max(safe, default=0) <= 4  # checkpoint.every
+    done = subprocess.run([*command, f"--workdir={workdir}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stderr
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert summary["params_sha256"] == wanted["params_sha256"]
+    assert untimed(workdir) == untimed(tmp_path / "whole")
+
+
+def test_more_rounds_and_other_workers_or_devices_go_on(tmp_path, caplog):
+    for number, overrides in enumerate([{}, {"num_devices": 1}, {"num_workers": 4}, {"num_workers": 1}]):
+        summary = train.train(get_config("mlp", rounds=3 * number + 3, **overrides), tmp_path)
+        assert summary["rounds"] == 3 * number + 3
+        assert [r["round"] for r in metrics.read_records(tmp_path)] == list(range(1, 3 * number + 4))
+    assert summary["examples"] == 3 * 16 * (2 + 2 + 4 + 1)
+    assert caplog.text.count("resuming") == 3
+    with pytest.raises(ValueError, match=r"optimizer.momentum is 0.9 there and 0.5 here; choose another"):
+        train.train(get_config("mlp", **{"optimizer.momentum": 0.5}), tmp_path)
+    with pytest.raises(ValueError, match="has 12 rounds already, more than the 5"):
+        train.train(get_config("mlp", rounds=5), tmp_path)
+
+
+def test_the_schedule_goes_on_by_examples_when_the_workers_change(tmp_path):
+    overrides = {"optimizer.schedule": "step", "optimizer.step_at": (0.5,), "eval_every": 0}
+    train.train(get_config("mlp", num_workers=4, rounds=6, **overrides), tmp_path)
+    summary = train.train(get_config("mlp", num_workers=8, rounds=None, epochs=1.0, **overrides), tmp_path)
+    records = metrics.read_records(tmp_path)[6:]
+    assert len(records) == 9  # 6 x 64 examples were seen; 9 x 128 more make at least the 1,437 of an epoch
+    total = summary["examples"]
+    assert total == 6 * 64 + 9 * 128
+    for record in records:
+        before_last_step = record["examples"] - 8 * 8
+        assert record["lr"] == pytest.approx(0.05 if before_last_step < total / 2 else 0.005)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """The same run on 1, 2 and 3 devices: neither divides all of the leaves' sizes."""
+    folder = tmp_path_factory.mktemp("stored")
+    for devices in (1, 2, 3, 6):
+        config = get_config("mlp", num_workers=6, num_devices=devices, optimizer_state="carry")
+        train.train(config, folder / str(devices))
+    return folder
+
+
+def test_what_is_stored_does_not_depend_on_devices(stored):
+    first = checkpoint.open_round(stored / "1", 3)
+    assert first.trees() == ["params", "moment1"]
+    for devices in ("2", "3", "6"):
+        saved = checkpoint.open_round(stored / devices, 3)
+        assert saved.arrays.keys() == first.arrays.keys()
+        for name, entry in saved.arrays.items():
+            assert entry["shape"] == first.arrays[name]["shape"]
+            assert (saved.read(name) == first.read(name)).all()
+            metadata = json.loads((saved.folder / "model" / name / ".zarray").read_text())
+            assert np.prod(metadata["shape"]) == np.prod(entry["shape"])  # no padding
+
+
+def test_best_and_latest_checkpoints_are_kept(tmp_path):
+    config = get_config("mlp", rounds=8, eval_every=1, **{"checkpoint.keep": 2})
+    train.train(config, tmp_path)
+    accuracies = {r["round"]: r["test_accuracy"] for r in metrics.read_records(tmp_path)}
+    kept = checkpoint.rounds(tmp_path)
+    assert kept[-2:] == [7, 8]
+    assert len(kept) <= 3
+    number = max(kept, key=lambda r: accuracies[r])
+    assert accuracies[number] == max(accuracies.values())
+    best, same, last = (checkpoint.load_params(tmp_path, which) for which in ("best", number, "last"))
+    assert (best["output"]["dense"]["kernel"] == same["output"]["dense"]["kernel"]).all()
+    assert number == 8 or (best["output"]["dense"]["kernel"] != last["output"]["dense"]["kernel"]).any()
+    with pytest.raises(ValueError, match=r"no checkpoint of round 99; there are \["):
+        checkpoint.load_params(tmp_path, 99)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_damage_is_detected_or_harmless(seed, stored, tmp_path):
+    source = stored / "2"
+    wanted = {
+        name: checkpoint.open_round(source, 3).read(name) for name in checkpoint.open_round(source, 3).arrays
+    }
+    damage(source / "checkpoints" / "3", tmp_path / "checkpoints" / "3", np.random.default_rng(seed))
+    try:
+        saved = checkpoint.open_round(tmp_path, 3)
+        got = {name: saved.read(name) for name in saved.arrays}
+    except checkpoint.Damaged as error:
+        assert str(tmp_path) in str(error)
+    else:
+        assert got.keys() == wanted.keys()
+        assert all((got[name] == wanted[name]).all() for name in wanted)
+
+
+def damage(source, target, rng):
+    """A copy with one file truncated, deleted, or with flipped bits."""
+    shutil.copytree(source, target)
+    files = sorted(p for p in target.rglob("*") if p.is_file())
+    path = files[rng.integers(len(files))]
+    content = bytearray(path.read_bytes())
+    kind = rng.integers(3)
+    if kind == 0:
+        path.unlink()
+    elif kind == 1:
+        path.write_bytes(content[: rng.integers(len(content))] if content else b"x")
+    else:
+        at = rng.integers(max(1, len(content)))
+        content[at : at + 1] = bytes([(content[at] if content else 0) ^ (1 << rng.integers(8))])
+        path.write_bytes(content)
+
+
+def test_the_newest_intact_checkpoint_is_used_and_damaged_ones_are_named(tmp_path, caplog):
+    whole = train.train(get_config("mlp", rounds=6), tmp_path / "whole")
+    workdir = tmp_path / "run"
+    train.train(get_config("mlp", rounds=3), workdir)
+    chunk = next(p for p in (workdir / "checkpoints" / "3").rglob("0.0") if p.is_file())
+    content = bytearray(chunk.read_bytes())
+    content[5] ^= 4
+    chunk.write_bytes(content)
+    resumed = train.train(get_config("mlp", rounds=6), workdir)
+    assert "the checkpoint of round 3 is damaged" in caplog.text
+    assert "after round 2; 1 later ones are trained again" in caplog.text
+    assert resumed["params_sha256"] == whole["params_sha256"]
+    assert (workdir / "checkpoints" / "damaged-3").is_dir()
+
+
+def test_without_an_intact_checkpoint_nothing_starts_from_scratch(tmp_path):
+    train.train(get_config("mlp", rounds=3), tmp_path)
+    for path in (tmp_path / "checkpoints").rglob("index-0.json"):
+        path.write_text("{}")
+    with pytest.raises(ValueError, match=r"none of the 2 checkpoints in .* is intact"):
+        train.train(get_config("mlp", rounds=6), tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="a run of 3 rounds without a checkpoint"):
+        train.train(get_config("mlp", rounds=6), tmp_path)
+
+
+def test_a_full_disk_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+    real, rounds = checkpoint_writer._write_piece, []
+
+    async def full_for_a_while(folder, piece, entry):
+        if "3." in folder.parent.name or folder.parent.name.startswith("3"):
+            rounds.append(3)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        await real(folder, piece, entry)
+
+    monkeypatch.setattr(checkpoint_writer, "_write_piece", full_for_a_while)
+    whole = train.train(get_config("mlp", rounds=5), tmp_path)
+    assert rounds
+    assert "could not be written, training goes on; the last one is of round 2" in caplog.text
+    assert "No space left on device" in caplog.text
+    assert whole["rounds"] == 5
+    assert 3 not in checkpoint.rounds(tmp_path)
+    assert checkpoint.rounds(tmp_path)[-1] == 5
+
+
+def test_a_full_disk_at_the_end_is_no_finished_run(tmp_path, monkeypatch, capsys):
+    async def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer, "_write_piece", full)
+        assert main.main(["main", MLP, f"--workdir={tmp_path}"]) == 1
+    assert "the checkpoint of round 3 could not be written" in capsys.readouterr().err
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_worker_that_stays_sick_stops_the_run(tmp_path, capsys):
+    flags = ["--config.rounds=9", "--config.max_rounds_left_out=4", "--config.optimizer.learning_rate=1e38"]
+    code = main.main(["main", MLP, f"--workdir={tmp_path}", *flags])
+    assert code == 1
+    assert "error: round 4: worker 0 has been left out 4 times in a row" in capsys.readouterr().err
+    assert checkpoint.rounds(tmp_path)[-1] == 4
+
+
+@pytest.mark.parametrize("method", ["ist", "local_sgd", "data_parallel"])
+def test_absent_workers_change_nothing(method, tmp_path):
+    none = train.train(get_config("mlp", method=method, participation=0.0), tmp_path / "none")
+    assert none["workers_absent"] == 6
+    assert none["train_loss"] is None
+    still = train.train(
+        get_config("mlp", method=method, **{"optimizer.learning_rate": 0.0, "optimizer.weight_decay": 0.0}),
+        tmp_path / "still",
+    )
+    assert none["params_sha256"] == still["params_sha256"]
+    some = train.train(get_config("mlp", method=method, participation=0.5, rounds=8), tmp_path / "some")
+    absent = [r["workers_absent"] for r in metrics.read_records(tmp_path / "some")]
+    assert 0 < sum(absent) < 16
+    assert some["workers_absent"] == sum(absent)
