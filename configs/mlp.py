@@ -44,6 +44,8 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
     config.data = config_dict.ConfigDict()
     config.data.name = "digits"
     config.data.dir = ""  # embedded sets need none
+    config.data.words = ()  # of Speech Commands; (): all that are there
+    config.data.clip_length = "pad"  # of Speech Commands, to 1 s | 'drop': leave other lengths out
     config.data.pad = 0  # pixels of padding before the random crop
     config.data.flip = False  # mirror half of the training images
     config.data.sharing = "all"  # 'all': every worker has the whole set | 'disjoint' | 'skewed'
@@ -56,6 +58,7 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
     config.partition = config_dict.ConfigDict()
     config.partition.min_units = 0  # least neurons per worker and layer, by overlap; 0: none
     config.partition.shares = ()  # relative speed of each worker; (): equal
+    config.partition.scale_at_evaluation = True  # residual branches x the fraction of workers that held them
 
     config.optimizer = config_dict.ConfigDict()
     config.optimizer.learning_rate = 0.05
@@ -78,6 +81,7 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
         config.checkpoint.every = 1
     elif mode in ("speech2", "speech3"):
         config.data.name = "speech_commands"
+        config.data.clip_length = "drop"
         config.model.hidden = (4096,) if mode == "speech2" else (8192, 8192)
         config.num_workers = 2
         config.local_steps = 20 if mode == "speech2" else 30

@@ -47,6 +47,8 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
     config.data = config_dict.ConfigDict()
     config.data.name = "digits"
     config.data.dir = ""  # embedded sets need none
+    config.data.words = ()  # of Speech Commands; (): all that are there
+    config.data.clip_length = "pad"  # of Speech Commands, to 1 s | 'drop': leave other lengths out
     config.data.pad = 1  # pixels of padding before the random crop
     config.data.flip = False  # mirror half of the training images
     config.data.sharing = "all"  # 'all': every worker has the whole set | 'disjoint' | 'skewed'
@@ -61,6 +63,7 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
     config.partition.sections = (3,)  # counted from 1
     config.partition.min_units = 0  # least blocks per worker, reached by overlap; 0: none
     config.partition.shares = ()  # relative speed of each worker; (): equal
+    config.partition.scale_at_evaluation = True  # residual branches x the fraction of workers that held them
 
     config.optimizer = config_dict.ConfigDict()
     config.optimizer.learning_rate = 0.1

@@ -48,6 +48,7 @@ def evaluate_shards(
     layout: Layout,
     model: nn.Module,
     normalize: Callable[[jax.Array], jax.Array],
+    scale: Mapping[str, float],
     shards: Shards,
     batches: Mapping[str, jax.Array],
 ) -> jax.Array:
@@ -57,13 +58,13 @@ def evaluate_shards(
       layout: of the store.
       model: the global model; its blocks or layers are gathered one at a time where it can be streamed.
       normalize: uint8 images -> inputs.
+      scale: of the units of each group, from `unit_scale`; {}: none.
       shards: this device's share of the parameters.
       batches: 'image' uint8 [n, B, H, W, C], 'label' int32 [n, B], 'weight' float32 [n, B].
 
     Returns:
       float32 [n, 3]: per batch the weighted sums of loss and of correct predictions, and the weights'.
     """
-    scale = unit_scale(layout)
     if is_streamable(model):
         params = shards
         model = model.clone(fetch=lambda path, shard: store.fetch(layout, path, shard))
@@ -163,16 +164,15 @@ def evaluate_workdir(workdir: Path, images: list[str]) -> None:
         f"({score.examples} examples, batch statistics)"
     )
 
-    scale = unit_scale(run.layout)
     size = min(config.eval_batch_size, len(run.train["label"]))
     order = np.random.default_rng(config.seed).permutation(len(run.train["label"]))
     starts = range(0, len(order) - size + 1, size)[:_CALIBRATION_BATCHES]
     inputs = (run.normalize(jnp.asarray(run.train["image"][order[i : i + size]])) for i in starts)
-    variables = {"params": params, "batch_stats": estimate_batch_stats(run.model, params, inputs, scale)}
+    variables = {"params": params, "batch_stats": estimate_batch_stats(run.model, params, inputs, run.scale)}
 
     @jax.jit
     def predict(variables: Any, images: np.ndarray) -> jax.Array:
-        logits: Any = run.model.apply(variables, run.normalize(jnp.asarray(images)), scale=scale)
+        logits: Any = run.model.apply(variables, run.normalize(jnp.asarray(images)), scale=run.scale)
         return jax.nn.softmax(logits)
 
     starts = range(0, len(test["label"]), size)

@@ -28,6 +28,7 @@ class Run(NamedTuple):
     test: dict[str, np.ndarray]
     model: nn.Module
     normalize: Callable[[jax.Array], jax.Array]
+    scale: dict[str, float]
     devices: list[jax.Device]
     recipe: local_sgd.Recipe
     programs: Programs
@@ -48,7 +49,9 @@ class Run(NamedTuple):
 
 def open_data(config: config_dict.ConfigDict) -> tuple[data.DataSet, dict[str, Any], dict[str, Any]]:
     """The data set that `config` names, its training split and its test split, decoded."""
-    dataset = data.open_data_set(settings.get(config, "data.name"), settings.get(config, "data.dir"))
+    name = settings.get(config, "data.name")
+    options = {key: settings.get(config, f"data.{key}") for key in data.OPTIONS.get(name, ())}
+    dataset = data.open_data_set(name, settings.get(config, "data.dir"), **options)
     splits = data.load(dataset.train), data.load(dataset.test)
     train_size, test_size = (f"{len(split['label']):,}" for split in splits)
     log.info("data: %s; %s to train on, %s to test on", dataset.description, train_size, test_size)
@@ -104,6 +107,7 @@ def set_up(
         state = init_state(recipe, lambda key: model.init(key, example)["params"], config.seed, chosen)
     else:
         state = build_state(recipe, devices.put(from_params(layout, params), chosen), chosen)
+    scale = evaluate.unit_scale(layout) if config.partition.scale_at_evaluation else {}
     plan = batches.eval_batches(len(test_set["label"]), config.eval_batch_size, len(chosen))
     test_batches = {name: x[plan.indices] for name, x in test_set.items()} | {"weight": plan.weights}
     test_batches = devices.put(test_batches, chosen)
@@ -121,6 +125,7 @@ def set_up(
         chosen,
         local_steps=config.local_steps,
         batch_size=config.batch_size,
+        scale=scale,
         average_gradients=config.method == "data_parallel",
         evaluation_only=evaluation_only,
     )
@@ -138,6 +143,7 @@ def set_up(
         test=test_set,
         model=model,
         normalize=normalize,
+        scale=scale,
         devices=chosen,
         recipe=recipe,
         programs=programs,

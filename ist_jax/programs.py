@@ -1,6 +1,6 @@
 """The compiled programs of a run, each compiled once, and the state that they start from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -95,6 +95,7 @@ def compile_programs(
     *,
     local_steps: int,
     batch_size: int,
+    scale: Mapping[str, float],
     average_gradients: bool,
     evaluation_only: bool = False,
 ) -> Programs:
@@ -110,12 +111,13 @@ def compile_programs(
       chosen: the devices.
       local_steps: l.
       batch_size: per worker.
+      scale: of the units at evaluation, from `evaluate.unit_scale`; {}: none.
       evaluation_only: leave the phases of a round out.
       average_gradients: data-parallel SGD instead of a gather, local steps and a merge.
     """
     layout = recipe.layout
     build = partial(devices.compile_program, devices=chosen)
-    evaluation = partial(evaluate.evaluate_shards, layout, model, normalize)
+    evaluation = partial(evaluate.evaluate_shards, layout, model, normalize, scale)
     evaluate_program = build(evaluation, (state.trees[0], test_batches), in_axes=[0, 0])
     if evaluation_only:
         return Programs(None, None, None, evaluate_program)

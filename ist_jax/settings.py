@@ -19,6 +19,7 @@ _CHOICES = {
     "method": ("ist", "local_sgd", "data_parallel"),
     "workers_on_device": ("map", "vmap"),
     "data.sharing": ("all", "disjoint", "skewed"),
+    "data.clip_length": ("pad", "drop"),
     "optimizer_state": ("reset", "carry"),
     "optimizer.schedule": ("constant", "cosine", "step"),
 }
@@ -45,8 +46,17 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "optimizer.step_at": (0, 1),
     "optimizer.step_factor": (0, math.inf),
 }
-_TUPLES = {"partition.shares": float, "optimizer.step_at": float}
-_REQUIRED = ("rounds", "epochs", "data.name", "data.dir", "data.flip", "optimizer.nesterov", "model.name")
+_TUPLES: dict[str, type] = {"partition.shares": float, "optimizer.step_at": float, "data.words": str}
+_REQUIRED = (
+    "rounds",
+    "epochs",
+    "data.name",
+    "data.dir",
+    "data.flip",
+    "optimizer.nesterov",
+    "model.name",
+    "partition.scale_at_evaluation",
+)
 
 
 def check(config: config_dict.ConfigDict) -> None:
@@ -87,19 +97,21 @@ def get(config: config_dict.ConfigDict, key: str) -> Any:
 
 
 def get_tuple(config: config_dict.ConfigDict, key: str, kind: type) -> tuple:
-    """A tuple of finite numbers by its dotted key.
+    """A tuple of finite numbers, or of strings, by its dotted key.
 
     Raises:
       ValueError: it is missing or something else.
     """
     values = get(config, key)
-    numbers = (int,) if kind is int else (int, float)
-    if not isinstance(values, tuple | list) or not all(
-        isinstance(v, numbers) and not isinstance(v, bool) and math.isfinite(v) for v in values
-    ):
-        raise ValueError(
-            f"{key}={values!r}; set config.{key} to a tuple of {kind.__name__}s, such as '(1,2)'"
-        )
+    kinds: Any = (int, float) if kind is float else kind
+
+    def fits(value: Any) -> bool:
+        right = isinstance(value, kinds) and not isinstance(value, bool)
+        return right and (kind is str or math.isfinite(value))
+
+    if not isinstance(values, tuple | list) or not all(map(fits, values)):
+        plural, example = ("strings", "('yes','no')") if kind is str else (f"{kind.__name__}s", "'(1,2)'")
+        raise ValueError(f"{key}={values!r}; set config.{key} to a tuple of {plural}, such as {example}")
     return tuple(values)
 
 

@@ -230,7 +230,7 @@ def poisoned(run, worker):
     recipe, config, data = run.recipe._replace(loss_fn=sick), run.config, devices.put(labels, run.devices)
     programs = compile_programs(
         recipe, run.model, run.normalize, run.state, data, run.test_batches, run.devices,
-        local_steps=config.local_steps, batch_size=config.batch_size,
+        local_steps=config.local_steps, batch_size=config.batch_size, scale=run.scale,
         average_gradients=config.method == "data_parallel",
     )  # fmt: skip
     return run._replace(recipe=recipe, programs=programs, train_data=data)
@@ -380,6 +380,25 @@ def test_scale_is_the_share_of_the_workers_that_held_a_unit():
     assert evaluate.unit_scale(run.layout) == {"section2": 1.0}
     run = experiment.set_up(get_config("resnet", num_workers=1))
     assert evaluate.unit_scale(run.layout) == {"section2": 1.0}
+
+
+def test_the_scale_at_evaluation_can_be_switched_off():
+    losses = {}
+    for enabled, scale in ((True, 0.5), (False, 1.0)):
+        overrides = {"partition.scale_at_evaluation": enabled, "eval_batch_size": 360}
+        config = get_config("resnet", num_workers=2, num_devices=1, **overrides)
+        run = experiment.set_up(config, evaluation_only=True)
+
+        @jax.jit
+        def loss(params, run=run, scale=scale):
+            logits = run.model.apply(
+                {"params": params}, run.normalize(run.test["image"]), scale={"section2": scale}
+            )
+            return settings.optax.softmax_cross_entropy_with_integer_labels(logits, run.test["label"]).mean()
+
+        losses[enabled] = float(loss(params_of(run, run.state)))
+        assert train.evaluate_state(run, run.state).loss == pytest.approx(losses[enabled], rel=1e-5)
+    assert losses[False] != pytest.approx(losses[True], rel=1e-3)
 
 
 def test_initial_values_do_not_depend_on_devices_or_method():

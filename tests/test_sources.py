@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, get_config
 from scipy.io import wavfile
 
-from ist_jax import data, train
+from ist_jax import data, experiment, train
 from ist_jax.data import batches, speech_commands
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -17,6 +17,10 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real
 def write_clip(path, samples, rate=16_000):
     path.parent.mkdir(parents=True, exist_ok=True)
     wavfile.write(path, rate, samples.astype(np.int16))
+
+
+def open_speech(folder, words=(), clip_length="pad"):
+    return data.open_data_set("speech_commands", str(folder), words=words, clip_length=clip_length)
 
 
 @pytest.fixture
@@ -30,7 +34,7 @@ def speech_folder(tmp_path):
 
 
 def test_speech_is_split_by_speaker_and_noise_is_no_word(speech_folder):
-    dataset = data.open_data_set("speech_commands", str(speech_folder))
+    dataset = open_speech(speech_folder)
     assert dataset.classes == ("no", "yes")
     train_set, test_set = data.load(dataset.train), data.load(dataset.test)
     assert train_set["image"].shape[1:] == (128, 32, 1)
@@ -42,23 +46,23 @@ def test_speech_is_split_by_speaker_and_noise_is_no_word(speech_folder):
 
 
 def test_speech_features_are_cached_and_renewed_when_files_change(speech_folder, monkeypatch):
-    first = data.open_data_set("speech_commands", str(speech_folder)).train
+    first = open_speech(speech_folder).train
     calls = []
     real = speech_commands.log_mel
     monkeypatch.setattr(speech_commands, "log_mel", lambda clip: calls.append(1) or real(clip))
-    again = data.open_data_set("speech_commands", str(speech_folder)).train
+    again = open_speech(speech_folder).train
     assert not calls
     assert np.array_equal(first.image, again.image)
     write_clip(speech_folder / "yes" / "ffff_nohash_0.wav", np.ones(16_000))
-    data.open_data_set("speech_commands", str(speech_folder))
-    assert len(calls) == 81
+    open_speech(speech_folder)
+    assert len(calls) == 41  # of the word that changed
 
 
 def test_unreadable_clips_are_counted_and_named(speech_folder, caplog):
     (speech_folder / "yes" / "broken_nohash_0.wav").write_bytes(b"RIFF....WAVE")
     write_clip(speech_folder / "yes" / "slow_nohash_0.wav", np.zeros(8000), rate=8000)
     with caplog.at_level(logging.WARNING):
-        dataset = data.open_data_set("speech_commands", str(speech_folder))
+        dataset = open_speech(speech_folder)
     assert len(dataset.train) + len(dataset.test) == 80
     assert "2 of 82 clips could not be read" in caplog.text
     assert "broken_nohash_0.wav" in caplog.text
@@ -67,11 +71,48 @@ def test_unreadable_clips_are_counted_and_named(speech_folder, caplog):
 def test_short_clips_are_padded_and_long_ones_cut(tmp_path):
     write_clip(tmp_path / "short.wav", np.full(5000, 2**14))
     write_clip(tmp_path / "long.wav", np.full(20_000, 2**14))
-    short = speech_commands.read_clip(tmp_path / "short.wav")
-    long = speech_commands.read_clip(tmp_path / "long.wav")
+    sounds = [speech_commands.read_clip(tmp_path / f"{name}.wav") for name in ("short", "long")]
+    assert [len(sound) for sound in sounds] == [5000, 20_000]
+    short, long = map(speech_commands.to_one_second, sounds)
     assert short.shape == long.shape == (16_000,)
-    assert short.sum() == 5000 * 0.5
+    assert short.sum() == short[:5000].sum() == 5000 * 0.5
     assert long.min() == 0.5
+
+
+def test_clips_of_another_length_are_kept_or_left_out_and_counted(speech_folder, caplog):
+    for name, samples in (("short", 15_999), ("long", 16_001), ("exact", 16_000)):
+        write_clip(speech_folder / "yes" / f"{name}_nohash_0.wav", np.ones(samples))
+    sizes = {}
+    for clip_length in ("pad", "drop", "pad"):  # the features are cached once for both
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            dataset = open_speech(speech_folder, clip_length=clip_length)
+        sizes[clip_length] = len(dataset.train) + len(dataset.test)
+        done = {"pad": "padded or cut", "drop": "left out"}[clip_length]
+        assert f"2 of 83 clips are not one second long and are {done}" in caplog.text
+    assert sizes == {"pad": 83, "drop": 81}
+
+
+def test_words_are_chosen_and_unknown_ones_named(speech_folder):
+    write_clip(speech_folder / "up" / "00ff_nohash_0.wav", np.ones(16_000))
+    (speech_folder / "empty").mkdir()
+    assert open_speech(speech_folder).classes == ("no", "up", "yes")
+    dataset = open_speech(speech_folder, words=("yes", "no"))
+    assert dataset.classes == ("no", "yes")
+    assert len(dataset.train) + len(dataset.test) == 80
+    assert set(dataset.train.label) == {0, 1}
+    with pytest.raises(ValueError, match=r"data.words names left, right, but .* has no, up, yes; set config"):
+        open_speech(speech_folder, words=("right", "yes", "left"))
+
+
+def test_settings_reach_the_speech_folder(speech_folder, tmp_path):
+    write_clip(speech_folder / "up" / "00ff_nohash_0.wav", np.ones(16_000))
+    write_clip(speech_folder / "no" / "00ff_nohash_0.wav", np.ones(15_000))
+    overrides = {"data.dir": str(speech_folder), "data.words": ("no", "yes"), "model.hidden": (8,)}
+    config = get_config("mlp", "speech2", **overrides)
+    dataset, train_set, test_set = experiment.open_data(config)
+    assert dataset.classes == ("no", "yes")
+    assert len(train_set["label"]) + len(test_set["label"]) == 80  # 'drop', as in the papers' code
 
 
 def test_log_mel_is_librosas():
@@ -101,7 +142,7 @@ def test_all_clips_of_a_speaker_are_on_one_side():
 def test_a_missing_speech_folder_is_one_clear_error(tmp_path):
     for directory in ("", str(tmp_path / "nowhere"), str(tmp_path)):
         with pytest.raises(ValueError, match=r"config.data.dir"):
-            data.open_data_set("speech_commands", directory)
+            open_speech(directory)
 
 
 def test_an_unprepared_set_says_what_to_run(tmp_path, monkeypatch):

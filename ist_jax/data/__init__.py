@@ -59,10 +59,10 @@ def _open_digits(directory: str) -> DataSet:
     return digits.load()
 
 
-def _open_speech_commands(directory: str) -> DataSet:
+def _open_speech_commands(directory: str, *, words: tuple[str, ...], clip_length: str) -> DataSet:
     from ist_jax.data import speech_commands
 
-    return speech_commands.load(directory)
+    return speech_commands.load(directory, words=words, clip_length=clip_length)
 
 
 def _open_tfds(directory: str, *, name: str) -> DataSet:
@@ -72,28 +72,31 @@ def _open_tfds(directory: str, *, name: str) -> DataSet:
 
 
 _TFDS_NAMES = ("cifar10", "cifar100", "svhn_cropped", "mnist", "fashion_mnist")
-OPENERS: dict[str, Callable[[str], DataSet]] = {
+OPENERS: dict[str, Callable[..., DataSet]] = {
     "digits": _open_digits,
     "speech_commands": _open_speech_commands,
     **{name: functools.partial(_open_tfds, name=name) for name in _TFDS_NAMES},
 }
+# What opening a set takes beside its folder, as keyword arguments.
+OPTIONS: dict[str, tuple[str, ...]] = {"speech_commands": ("words", "clip_length")}
 
 
-def open_data_set(name: str, directory: str) -> DataSet:
+def open_data_set(name: str, directory: str, **options: Any) -> DataSet:
     """Opens a data set.
 
     Args:
       name: one of `OPENERS`.
       directory: where its files are; unused by embedded sets.
+      **options: those in `OPTIONS[name]`; the set's own module says what they mean.
 
     Raises:
-      ValueError: there is no such data set.
+      ValueError: there is no such data set, or not there, or an option cannot be met.
     """
     if name not in OPENERS:
         raise ValueError(
             f"data.name={name!r} does not exist; set config.data.name to one of {sorted(OPENERS)}"
         )
-    return OPENERS[name](directory)
+    return OPENERS[name](directory, **options)
 
 
 def load(source: Source) -> dict[str, np.ndarray]:

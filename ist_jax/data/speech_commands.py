@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,76 +31,103 @@ _TEST_FRACTION = 0.2
 _WHICH_SET_BITS = 27  # of the hash, used by the data set's own split
 
 
-def load(directory: str) -> DataSet:
-    """All words found in a folder, split by speaker: the same speaker is never on both sides.
+def load(directory: str, *, words: Sequence[str], clip_length: str) -> DataSet:
+    """The words of a folder, split by speaker: the same speaker is never on both sides.
 
     The features are computed once and cached in the folder, where it can be written.
 
     Args:
       directory: holds a folder of WAV files per word; names that begin with '_' are not words.
+      words: those to tell apart; (): all that are there. Labels follow the alphabet.
+      clip_length: what becomes of clips that are not one second long. 'pad': short ones are padded with
+        silence, long ones cut; 'drop': they are left out, as in the released code of IST.
 
     Raises:
-      ValueError: there is no such folder, or no readable clip in it.
+      ValueError: there is no such folder, a word is not in it, or it has no clip to use.
     """
     root = Path(directory)
     there = sorted(root.iterdir()) if directory and root.is_dir() else []
-    words = [p.name for p in there if p.is_dir() and p.name[0] not in "_."]
-    files = [
-        (path, label) for label, word in enumerate(words) for path in sorted((root / word).glob("*.wav"))
-    ]
-    if not files:
+    found = [p.name for p in there if p.is_dir() and p.name[0] not in "_." and any(p.glob("*.wav"))]
+    if not found:
         raise ValueError(
             f"data.dir={directory!r} has no folder of WAV files per word; set config.data.dir to the "
             "unpacked Speech Commands archive"
         )
-    features, readable = _cached_features(root, [path for path, _ in files])
-    if not readable.any():
-        raise ValueError(f"data.dir={directory!r} holds no readable clip")
-    if not readable.all():
-        bad = [str(path) for (path, _), good in zip(files, readable, strict=True) if not good]
-        log.warning("%d of %d clips could not be read: %s", len(bad), len(files), ", ".join(bad[:10]))
-    labels = np.array([label for _, label in files], np.int32)
-    test = np.array([is_test(path.name) for path, _ in files])
-    kept = int(readable.sum())
+    if unknown := sorted(set(words) - set(found)):
+        raise ValueError(
+            f"data.words names {', '.join(unknown)}, but {directory} has {', '.join(found)}; set "
+            "config.data.words to some of them, or to () for all"
+        )
+    chosen = sorted(set(words)) or found
+    files = {word: sorted((root / word).glob("*.wav")) for word in chosen}
+    with tqdm(total=sum(map(len, files.values())), desc="log-mel features", unit="clip", disable=None) as bar:
+        parts = [_cached_features(root, files[word], bar) for word in chosen]
+    features = np.concatenate([features for features, _ in parts])
+    samples = np.concatenate([samples for _, samples in parts])
+    used = samples > 0 if clip_length == "pad" else samples == RATE
+    paths = [path for word in chosen for path in files[word]]
+    _report_left_out(paths, samples, clip_length)
+    if not used.any():
+        raise ValueError(f"data.dir={directory!r} holds no clip that can be used")
+    labels = np.repeat(np.arange(len(chosen), dtype=np.int32), [len(files[word]) for word in chosen])
+    test = np.array([is_test(path.name) for path in paths])
     return DataSet(
-        description=f"speech_commands: {kept:,} clips of {len(words)} words in {directory}, split by speaker",
-        train=ArraySource(features[readable & ~test], labels[readable & ~test]),
-        test=ArraySource(features[readable & test], labels[readable & test]),
-        classes=tuple(words),
+        description=f"speech_commands: {int(used.sum()):,} clips of {len(chosen)} words in {directory}, "
+        "split by speaker",
+        train=ArraySource(features[used & ~test], labels[used & ~test]),
+        test=ArraySource(features[used & test], labels[used & test]),
+        classes=tuple(chosen),
     )
 
 
-def _cached_features(root: Path, files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """(features [N, 128, 32, 1], readable [N]), from the cache if it is of these very files."""
+def _report_left_out(paths: list[Path], samples: np.ndarray, clip_length: str) -> None:
+    bad = [str(path) for path, count in zip(paths, samples, strict=True) if not count]
+    if bad:
+        log.warning("%d of %d clips could not be read: %s", len(bad), len(paths), ", ".join(bad[:10]))
+    other = int(((samples > 0) & (samples != RATE)).sum())
+    if other:
+        done = "padded or cut" if clip_length == "pad" else "left out"
+        log.info("%d of %d clips are not one second long and are %s", other, len(paths), done)
+
+
+def _cached_features(root: Path, files: list[Path], bar: tqdm) -> tuple[np.ndarray, np.ndarray]:
+    """A word's features [N, 128, 32, 1] and samples [N], from the cache if it is of these very files."""
     stamps = "".join(f"{path.relative_to(root)} {path.stat().st_size}\n" for path in files)
-    cache = root / f"_log_mel_{hashlib.sha256(stamps.encode()).hexdigest()[:16]}.npz"
+    stamp = hashlib.sha256(stamps.encode()).hexdigest()[:16]
+    cache = root / f"_log_mel_{files[0].parent.name}_{stamp}.npz"
     if cache.is_file():
         with np.load(cache) as stored:
-            return stored["features"], stored["readable"]
-    clips = (read_clip(path) for path in tqdm(files, desc="log-mel features", unit="clip", disable=None))
-    features = [None if clip is None else log_mel(clip) for clip in clips]
-    readable = np.array([x is not None for x in features])
-    empty = np.zeros((BANDS, 1 + RATE // _HOP), np.float32)
-    stacked = np.stack([empty if x is None else x for x in features])[..., None]
+            bar.update(len(files))
+            return stored["features"], stored["samples"]
+    features = np.zeros((len(files), BANDS, 1 + RATE // _HOP, 1), np.float32)
+    samples = np.zeros(len(files), np.int32)
+    for i, path in enumerate(files):
+        if (sound := read_clip(path)) is not None:
+            features[i, ..., 0], samples[i] = log_mel(to_one_second(sound)), len(sound)
+        bar.update()
     if os.access(root, os.W_OK):
         part = cache.with_suffix(".part.npz")
-        np.savez(part, features=stacked, readable=readable)
+        np.savez(part, features=features, samples=samples)
         part.replace(cache)
     else:
         log.info("%s cannot be written, so its features are computed in every run", root)
-    return stacked, readable
+    return features, samples
 
 
 def read_clip(path: Path) -> np.ndarray | None:
-    """One second of sound, float32 [16000] in -1 to 1, padded or cut; None if the file cannot be read."""
+    """A recording, float32 [samples] in -1 to 1; None if the file cannot be read or is of another kind."""
     try:
         rate, samples = wavfile.read(path)
     except (ValueError, OSError, EOFError):
         return None
     if rate != RATE or samples.ndim != 1 or samples.dtype != np.int16 or not len(samples):
         return None
-    clip = samples[:RATE].astype(np.float32) / 2**15
-    return np.pad(clip, (0, RATE - len(clip)))
+    return samples.astype(np.float32) / 2**15
+
+
+def to_one_second(sound: np.ndarray) -> np.ndarray:
+    """float32 [16000]: cut, or padded with silence at its end."""
+    return np.pad(sound[:RATE], (0, max(0, RATE - len(sound))))
 
 
 def is_test(name: str) -> bool:

@@ -3,9 +3,23 @@
 They must be prepared as array_record files, which `tfds.data_source` reads by index.
 """
 
+import contextlib
+import importlib.util
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
-from ist_jax.data import DataSet, Source
+import numpy as np
+from PIL import Image
+
+from ist_jax.data import DataSet, Source, idx
+
+# The package dataset-fashion-mnist.
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 class _Split:
@@ -25,6 +39,8 @@ class _Split:
 def load(name: str, directory: str) -> DataSet:
     """Opens a set, preparing it first where that is possible.
 
+    Fashion-MNIST that is not prepared is read where Debian's package puts it, if that is installed.
+
     Args:
       name: of an image classification set in TFDS with splits 'train' and 'test'.
       directory: TFDS's data_dir; '' for its default.
@@ -36,6 +52,8 @@ def load(name: str, directory: str) -> DataSet:
 
     builder = tfds.builder(name, data_dir=directory or None, file_format="array_record")
     if not builder.info.splits:
+        if name == "fashion_mnist" and DEBIAN_FASHION_MNIST.is_dir():
+            return _open_debian(tuple(builder.info.features["label"].names))
         _prepare(builder, name)
     splits: dict[str, Source] = {key: _Split(builder.as_data_source(key)) for key in ("train", "test")}
     return DataSet(
@@ -46,15 +64,55 @@ def load(name: str, directory: str) -> DataSet:
     )
 
 
+def _open_debian(classes: tuple[str, ...]) -> DataSet:
+    splits = {
+        split: idx.load(
+            DEBIAN_FASHION_MNIST / f"{prefix}-images-idx3-ubyte.gz",
+            DEBIAN_FASHION_MNIST / f"{prefix}-labels-idx1-ubyte.gz",
+        )
+        for split, prefix in (("train", "train"), ("test", "t10k"))
+    }
+    return DataSet(
+        description=f"fashion_mnist: Debian's package dataset-fashion-mnist in {DEBIAN_FASHION_MNIST}",
+        train=splits["train"],
+        test=splits["test"],
+        classes=classes,
+    )
+
+
+@contextlib.contextmanager
+def _without_tensorflow(builder: Any) -> Iterator[None]:
+    """Stands in for what TFDS takes from TensorFlow to prepare these sets: opening files and writing PNG."""
+    from tensorflow_datasets.core.features import image_feature
+
+    readers = {c.__module__ for c in type(builder).__mro__ if "tensorflow_datasets.core" not in c.__module__}
+    tensorflow = SimpleNamespace(io=SimpleNamespace(gfile=SimpleNamespace(GFile=open)))
+    with contextlib.ExitStack() as stack:
+        if importlib.util.find_spec("tensorflow") is None:
+            for module in (sys.modules[name] for name in readers if hasattr(sys.modules[name], "tf")):
+                stack.enter_context(mock.patch.object(module, "tf", tensorflow))
+            stack.enter_context(mock.patch.object(image_feature._ImageEncoder, "_encode_image", _encode_png))
+        yield
+
+
+def _encode_png(encoder: Any, image: np.ndarray) -> bytes:
+    del encoder
+    content = io.BytesIO()
+    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(content, "PNG")
+    return content.getvalue()
+
+
 def _prepare(builder: Any, name: str) -> None:
     """Downloads and prepares, with TFDS's own progress bars."""
     try:
-        builder.download_and_prepare()
+        with _without_tensorflow(builder):
+            builder.download_and_prepare()
     except Exception as error:  # whatever a download can fail by: no network, a mirror's error, a full disk
+        package = " (or install Debian's dataset-fashion-mnist)" if name == "fashion_mnist" else ""
         raise ValueError(
             f"data.name={name!r} is not prepared in {builder.data_dir} and cannot be downloaded here "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); on a machine "
             f"with a network run: python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', "
             "data_dir='DIR', file_format='array_record').download_and_prepare()\", copy DIR here and set "
-            "config.data.dir to it"
+            f"config.data.dir to it{package}"
         ) from error
