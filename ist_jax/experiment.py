@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,6 +13,7 @@ from ml_collections import config_dict
 
 from ist_jax import checkpoint, data, devices, evaluate, ledger, local_sgd, partition, settings
 from ist_jax.data import augment, batches
+from ist_jax.data.feed import InMemoryFeed
 from ist_jax.layout import Layout, from_params, make_layout
 from ist_jax.programs import Programs, build_state, compile_programs, init_state, restore_state
 
@@ -33,9 +34,8 @@ class Run(NamedTuple):
     recipe: local_sgd.Recipe
     programs: Programs
     state: local_sgd.State
-    train_data: Any
-    shards: list[np.ndarray]
-    test_batches: Any
+    feed: InMemoryFeed
+    test_batches: Sequence[Any]
     first_round: int  # counted from 0: the rounds done by earlier sessions
     examples_before: int  # seen in them
     num_rounds: int
@@ -109,19 +109,26 @@ def set_up(
         state = build_state(recipe, devices.put(from_params(layout, params), chosen), chosen)
     scale = evaluate.unit_scale(layout) if config.partition.scale_at_evaluation else {}
     plan = batches.eval_batches(len(test_set["label"]), config.eval_batch_size, len(chosen))
-    test_batches = {name: x[plan.indices] for name, x in test_set.items()} | {"weight": plan.weights}
-    test_batches = devices.put(test_batches, chosen)
+    dealt = {name: x[plan.indices] for name, x in test_set.items()} | {"weight": plan.weights}
+    test_batches = [devices.put(dealt, chosen)]
     shards = batches.share_examples(
         config.seed, train_set["label"], config.num_workers, config.data.sharing, config.data.concentration
     )
-    train_data = devices.replicate(train_set, chosen)
+    feed = InMemoryFeed(
+        devices.replicate(train_set, chosen),
+        shards,
+        len(chosen),
+        seed=config.seed,
+        local_steps=config.local_steps,
+        batch_size=config.batch_size,
+    )
     programs = compile_programs(
         recipe,
         model,
         normalize,
         state,
-        train_data,
-        test_batches,
+        feed.spec,
+        test_batches[0],
         chosen,
         local_steps=config.local_steps,
         batch_size=config.batch_size,
@@ -148,8 +155,7 @@ def set_up(
         recipe=recipe,
         programs=programs,
         state=state,
-        train_data=train_data,
-        shards=shards,
+        feed=feed,
         test_batches=test_batches,
         first_round=first,
         examples_before=before,

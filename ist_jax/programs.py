@@ -106,8 +106,8 @@ def compile_programs(
       model: the global model.
       normalize: uint8 images -> inputs.
       state: from `init_state`.
-      train_data: the training set, replicated.
-      test_batches: the evaluation batches, [D, ...].
+      train_data: what the rounds are fed, [D, ...]; arrays or `jax.ShapeDtypeStruct`s, as below.
+      test_batches: the evaluation batches of one call, [D, ...].
       chosen: the devices.
       local_steps: l.
       batch_size: per worker.

@@ -14,7 +14,6 @@ import numpy as np
 from ml_collections import config_dict
 
 from ist_jax import checkpoint, checkpoint_writer, evaluate, local_sgd, metrics, partition, results, signals
-from ist_jax.data import batches
 from ist_jax.experiment import Run, set_up
 from ist_jax.layout import iter_leaves
 
@@ -178,10 +177,8 @@ def run_round(
     """
     config, layout, programs = run.config, run.layout, run.programs
     grid = (layout.num_devices, layout.workers_per_device)
-    indices = batches.train_indices(
-        config.seed, index, run.shards, local_steps=config.local_steps, batch_size=config.batch_size
-    )
-    feed = (indices.reshape(*grid, *indices.shape[1:]), run.learning_rates[index], np.int32(index))
+    data, indices = run.feed(index)
+    feed = (indices, run.learning_rates[index], np.int32(index))
     assignment = partition.sample(partition.round_rng(config.seed, index), layout.groups)
     gates = {
         name: np.asarray(a.gates).reshape(*grid, -1)
@@ -191,14 +188,14 @@ def run_round(
     times = [time.perf_counter()] * 4
     here = present.reshape(grid)
     if programs.merge is None:
-        state, means = jax.block_until_ready(programs.local(state, here, run.train_data, *feed))
+        state, means = jax.block_until_ready(programs.local(state, here, data, *feed))
         times[2] = times[3] = time.perf_counter()
     else:
         units: Any = tuple({} for _ in state.trees)
         if programs.gather is not None:
             units = jax.block_until_ready(programs.gather(state, assignment))
             times[1] = time.perf_counter()
-        subnets, means = jax.block_until_ready(programs.local(state, units, gates, run.train_data, *feed))
+        subnets, means = jax.block_until_ready(programs.local(state, units, gates, data, *feed))
         times[2] = time.perf_counter()
         state = jax.block_until_ready(programs.merge(state, subnets, assignment, means.healthy & here))
         times[3] = time.perf_counter()
@@ -210,9 +207,11 @@ def run_round(
 
 def evaluate_state(run: Run, state: local_sgd.State) -> evaluate.Score:
     """The global model's score on the test set."""
-    return evaluate.total_score(
-        jax.block_until_ready(run.programs.evaluate(state.trees[0], run.test_batches))
-    )
+    sums = [
+        np.asarray(jax.block_until_ready(run.programs.evaluate(state.trees[0], chunk)))
+        for chunk in run.test_batches
+    ]
+    return evaluate.total_score(np.concatenate(sums, axis=1))
 
 
 def mean_where(chosen: np.ndarray, values: np.ndarray) -> float:

@@ -34,7 +34,7 @@ def run_all(config, rounds=ROUNDS, params=None):
 def round_indices(run, index):
     config = run.config
     return batches.train_indices(
-        config.seed, index, run.shards, local_steps=config.local_steps, batch_size=config.batch_size
+        config.seed, index, run.feed.shards, local_steps=config.local_steps, batch_size=config.batch_size
     )
 
 
@@ -219,8 +219,8 @@ def to_flat(run, state, tree):
 
 def poisoned(run, worker):
     """The run with a loss that is NaN for one worker: its device's labels carry a mark."""
-    labels = {name: np.array(x) for name, x in run.train_data.items()}
-    labels["label"][worker] = run.train_data["label"][worker] + 200
+    labels = {name: np.array(x) for name, x in run.feed.data.items()}
+    labels["label"][worker] = run.feed.data["label"][worker] + 200
     loss_fn = run.recipe.loss_fn
 
     def sick(params, inputs, marked, gates):
@@ -229,11 +229,11 @@ def poisoned(run, worker):
 
     recipe, config, data = run.recipe._replace(loss_fn=sick), run.config, devices.put(labels, run.devices)
     programs = compile_programs(
-        recipe, run.model, run.normalize, run.state, data, run.test_batches, run.devices,
+        recipe, run.model, run.normalize, run.state, data, run.test_batches[0], run.devices,
         local_steps=config.local_steps, batch_size=config.batch_size, scale=run.scale,
         average_gradients=config.method == "data_parallel",
     )  # fmt: skip
-    return run._replace(recipe=recipe, programs=programs, train_data=data)
+    return run._replace(recipe=recipe, programs=programs, feed=run.feed._replace(data=data))
 
 
 def test_a_sick_worker_changes_nothing_that_only_it_holds():

@@ -191,7 +191,7 @@ def test_an_empty_slot_of_a_model_that_ignores_gates_stays_empty():
     assert not gates.all()
     units = run.programs.gather(run.state, assignment)
     feed = (np.zeros((2, 1, 2, 8), np.int32), np.full(2, 0.1, np.float32), np.int32(0))
-    subnets, _ = run.programs.local(run.state, units, {"layer": gates}, run.train_data, *feed)
+    subnets, _ = run.programs.local(run.state, units, {"layer": gates}, run.feed.data, *feed)
     for path, leaf in run.layout.leaves.items():
         if leaf.kind == "rows":
             empty = np.asarray(subnets.trees[0][path])[~gates]

@@ -1,0 +1,54 @@
+"""What a round is fed: arrays on the devices, and the numbers of the examples of each batch.
+
+A feed is called with the number of a round, counted from 0, and returns its chunk: a function of the seed and
+the round alone, so that a run resumes at any round. `spec` is what a chunk's data looks like, to compile for.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ist_jax.data import batches
+
+
+class Chunk(NamedTuple):
+    """The examples of a round.
+
+    Attributes:
+      data: on the devices, [D, N, ...]: 'image' and 'label'.
+      indices: int32 [D, W, l, B], into N.
+    """
+
+    data: Any
+    indices: np.ndarray
+
+
+class InMemoryFeed(NamedTuple):
+    """Rounds of a training set that every device holds whole: no work but the drawing of indices.
+
+    Attributes:
+      data: the training set, replicated on the devices: [D, N, ...].
+      shards: the examples of each worker, from `batches.share_examples`.
+      num_devices: D.
+      seed: of the run.
+      local_steps: l.
+      batch_size: B, per worker.
+    """
+
+    data: Any
+    shards: Sequence[np.ndarray]
+    num_devices: int
+    seed: int
+    local_steps: int
+    batch_size: int
+
+    @property
+    def spec(self) -> Any:
+        return self.data
+
+    def __call__(self, round_index: int) -> Chunk:
+        indices = batches.train_indices(
+            self.seed, round_index, self.shards, local_steps=self.local_steps, batch_size=self.batch_size
+        )
+        return Chunk(self.data, indices.reshape(self.num_devices, -1, *indices.shape[1:]))
