@@ -39,6 +39,7 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
     config.participation = 1.0  # chance of each worker to take part in a round; the others change nothing
     config.max_rounds_left_out = 10  # in a row, of a worker with non-finite values: stops the run; 0: never
     config.lost_after = 60.0  # seconds without a sign of life until a process counts as lost
+    config.stuck_after = 1800.0  # seconds without progress, though all processes live; 0: wait for ever
 
     config.checkpoint = config_dict.ConfigDict()
     config.checkpoint.every = 10  # rounds; 0: at the end alone

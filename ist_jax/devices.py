@@ -1,4 +1,4 @@
-"""The devices, and the only place with `pmap`: a program per device, compiled once, ahead of time."""
+"""The devices, of one process or several, and the only place with `pmap`: programs compiled ahead of time."""
 
 import logging
 import os
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ist_jax.store import AXIS
@@ -37,24 +38,32 @@ def prepare(num_cpu_devices: int) -> None:
 
 
 def choose(num_workers: int, num_devices: int) -> list[jax.Device]:
-    """The devices that host the workers.
+    """The devices that host the workers; of several processes, as many of each.
 
     Args:
       num_workers: S.
-      num_devices: D; 0: the largest divisor of S that is there.
+      num_devices: D, over all processes; 0: the largest divisor of S that is there.
 
     Raises:
       ValueError: D does not divide S, or there are fewer devices.
     """
-    there = jax.local_devices()
-    divisors = [d for d in range(1, num_workers + 1) if num_workers % d == 0 and d <= len(there)]
-    if num_devices and num_devices not in divisors:
+    per_process: dict[int, list[jax.Device]] = {}
+    for device in jax.devices():
+        per_process.setdefault(device.process_index, []).append(device)
+    processes, there = len(per_process), min(map(len, per_process.values()))
+    possible = [d for d in range(1, num_workers + 1) if num_workers % d == 0]
+    divisors = [d for d in possible if d % processes == 0 and d // processes <= there]
+    if not divisors or (num_devices and num_devices not in divisors):
+        owners = f" in each of {processes} processes" if processes > 1 else ""
+        remedy = f"config.num_devices to 0 (automatic) or one of {divisors}" if divisors else (
+            f"config.num_workers to a multiple of {processes}"
+        )  # fmt: skip
         raise ValueError(
             f"num_devices={num_devices} cannot host num_workers={num_workers} on "
-            f"{len(there)} {there[0].platform} device(s); set config.num_devices to 0 (automatic) or "
-            f"one of {divisors}"
+            f"{there} {jax.devices()[0].platform} device(s){owners}; set {remedy}"
         )
-    return there[: num_devices or divisors[-1]]
+    each = (num_devices or divisors[-1]) // processes
+    return [device for number in sorted(per_process) for device in per_process[number][:each]]
 
 
 def host() -> jax.Device:
@@ -67,14 +76,33 @@ def host() -> jax.Device:
 
 
 def put(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """Places arrays [D, ...] one slice per device, so that calls copy nothing."""
-    sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
-    return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
+    """Places host arrays [D, ...] one slice per device, so that calls copy nothing.
+
+    Each process places the slices of its own devices; the others' may hold anything.
+    """
+    sharding = _sharding(devices)
+    if jax.process_count() == 1:
+        return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
+    return jax.tree.map(lambda x: _place(np.asarray(x), sharding), tree)
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
     """Places a copy of host arrays on every device: [D, ...]."""
     return put(jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *np.shape(x))), tree), devices)
+
+
+def fetch(tree: Any) -> Any:
+    """Host arrays [D, ...] of small results, whole in every process."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def agree(value: int, devices: Sequence[jax.Device]) -> int:
+    """The largest value of all processes."""
+    if jax.process_count() == 1:
+        return value
+    return int(fetch(put(np.full(len(devices), value, np.int32), devices)).max())
 
 
 def compile_program(
@@ -84,7 +112,7 @@ def compile_program(
     *,
     in_axes: Sequence[int | None],
     donate: Sequence[int] = (),
-) -> jax.stages.Compiled:
+) -> Any:
     """Compiles a per-device function for all devices.
 
     Args:
@@ -95,10 +123,68 @@ def compile_program(
       donate: numbers of the arguments whose memory the program may reuse.
 
     Returns:
-      The executable; it accepts just these shapes, so nothing can ever be compiled again. Wait for its
-      results before the next program with collectives: queued programs can block each other on CPU.
+      The executable, a `jax.stages.Compiled` or what calls one; it accepts just these shapes, so nothing can
+      ever be compiled again. Wait for its results before the next program with collectives: queued programs
+      can block each other on CPU.
     """
+    if jax.process_count() > 1:
+        return _SpanningProgram(fn, args, devices, in_axes, donate)
     mapped = jax.pmap(
         fn, axis_name=AXIS, in_axes=tuple(in_axes), devices=list(devices), donate_argnums=tuple(donate)
     )
     return mapped.lower(*args).compile()
+
+
+class _SpanningProgram:
+    """What `pmap` would compile for several processes, if it could be compiled ahead of time there.
+
+    Arrays are global, [D, ...], each process with the slices of its own devices; host arrays are the same in
+    all processes.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        args: Sequence[Any],
+        devices: Sequence[jax.Device],
+        in_axes: Sequence[int | None],
+        donate: Sequence[int],
+    ):
+        self._shardings = [_sharding(devices, axis) for axis in in_axes]
+
+        def per_device(*slices: Any) -> Any:
+            own = (
+                jax.tree.map(lambda x: x[0], x) if axis == 0 else x
+                for x, axis in zip(slices, in_axes, strict=True)
+            )
+            return jax.tree.map(lambda x: x[None], fn(*own))
+
+        specs = tuple(s.spec for s in self._shardings)
+        mapped = jax.shard_map(
+            per_device,
+            mesh=self._shardings[0].mesh,
+            in_specs=specs,
+            out_specs=PartitionSpec(AXIS),
+            check_vma=False,
+        )
+        like = [
+            jax.tree.map(lambda x, s=s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arg)
+            for arg, s in zip(args, self._shardings, strict=True)
+        ]
+        self.compiled = jax.jit(mapped, donate_argnums=tuple(donate)).lower(*like).compile()
+
+    def __call__(self, *args: Any) -> Any:
+        return self.compiled(*(_place_all(x, s) for x, s in zip(args, self._shardings, strict=True)))
+
+
+def _place_all(tree: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else _place(np.asarray(x), sharding), tree)
+
+
+def _place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def _sharding(devices: Sequence[jax.Device], axis: int | None = 0) -> NamedSharding:
+    spec = PartitionSpec(AXIS) if axis == 0 else PartitionSpec()
+    return NamedSharding(Mesh(np.array(devices), (AXIS,)), spec)

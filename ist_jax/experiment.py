@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 
-from ist_jax import checkpoint, data, devices, evaluate, ledger, local_sgd, partition, settings
+from ist_jax import checkpoint, data, devices, distributed, evaluate, ledger, local_sgd, partition, settings
 from ist_jax.data import augment, batches
 from ist_jax.data.feed import InMemoryFeed
 from ist_jax.layout import Layout, from_params, make_layout
@@ -79,7 +79,7 @@ def set_up(
       ValueError: a setting that cannot work; the message names the key.
     """
     settings.check(config)
-    devices.prepare(config.num_devices or config.num_workers)
+    devices.prepare(-(-(config.num_devices or config.num_workers) // distributed.count()))
     dataset, train_set, test_set = open_data(config)
     normalize = augment.make_normalize(*augment.channel_statistics(train_set["image"]))
     model = model or settings.build_model(config, len(dataset.classes))

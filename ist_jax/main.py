@@ -1,15 +1,18 @@
 """Trains a network as independent subnets.
 
 python -m ist_jax.main --config=configs/resnet.py [--workdir=DIR] [--config.num_workers=8 ...]
+
+The same command on the same --workdir goes on from the newest intact checkpoint.
 """
 
 import datetime
 import logging
+import re
 import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ist_jax import cli
@@ -24,39 +27,83 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_string(
         "workdir", None, "folder for the results; default: a new one under runs/", flag_values=values
     )
+    flags.DEFINE_string(
+        "coordinator", None, "host:port of process 0, where a run has several processes", flag_values=values
+    )
+    flags.DEFINE_integer("num_processes", None, "how many processes there are", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "the number of this one, from 0", flag_values=values)
+    flags.DEFINE_bool(
+        "distributed", False, "several processes, found through SLURM, Open MPI, Kubernetes or a TPU pod",
+        flag_values=values,
+    )  # fmt: skip
     rest = cli.parse(values, argv, USAGE, required=["config"])
     if rest:
         raise cli.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("ist_jax").setLevel(logging.INFO)
-
-    from ist_jax import (
-        experiment,
-        results,
-        signals,
-        train,
-    )  # JAX starts here, after the flags are known to be right
-
+    several = [values.coordinator, values.num_processes, values.process_id]
+    if None in several and several != [None] * 3:
+        raise cli.fail("--coordinator, --num_processes and --process_id go together")
+    if values.coordinator and not re.fullmatch(r".+:\d+", values.coordinator):
+        raise cli.fail(f"--coordinator={values.coordinator}: host:port is needed, such as 10.0.0.1:9000")
+    spans = values.distributed or None not in several
+    if spans and not values.workdir:
+        raise cli.fail("several processes need a --workdir that all of them see")
     name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
     default = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     workdir = Path(values.workdir) if values.workdir else default
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # JAX starts here, after the flags are known to be right
+    from ist_jax import distributed, signals, train
+
     try:
-        with signals.handled(deferred=False), cli.errors():
-            if results.report_if_finished(values.config, workdir):
-                return 0
-            results.check_writable(workdir)
-            start = results.find_start(workdir)
-            run = experiment.set_up(values.config, start=start)
-            results.open_workdir(values.config, workdir, start)
-        with logging_redirect_tqdm():  # warnings go above the bar
-            train.run_rounds(run, workdir)
+        with signals.handled(deferred=False):
+            if spans:
+                connect(values.config, several)
+            run_once(values.config, workdir)
+        code = 0
     except signals.Interrupted as stop:
         print(stop, file=sys.stderr)
-        return stop.exit_code
+        code = stop.exit_code
     except (train.Diverged, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        code = 1
+    except RuntimeError:
+        distributed.explain()  # ends this process, if another one is lost
+        raise
+    except SystemExit as mistake:
+        if distributed.is_started():
+            distributed.leave(int(mistake.code or 0))
+        raise
+    distributed.stop()
+    return code
+
+
+def connect(config: config_dict.ConfigDict, several: list) -> None:
+    """Joins the other processes of a run."""
+    from ist_jax import distributed, settings
+
+    with cli.errors():
+        settings.check(config)
+        distributed.start(*several, lost_after=config.lost_after, stuck_after=config.stuck_after)
+
+
+def run_once(config: config_dict.ConfigDict, workdir: Path) -> None:
+    """Trains, or goes on training, unless it is done already."""
+    from ist_jax import distributed, experiment, results, train
+
+    leads = distributed.number() == 0
+    logging.getLogger("ist_jax").setLevel(logging.INFO if leads else logging.WARNING)
+    with cli.errors():
+        if results.report_if_finished(config, workdir):
+            return
+        if leads:
+            results.check_writable(workdir)
+        start = distributed.first_alone(lambda: results.find_start(workdir), "the checkpoints")
+        run = experiment.set_up(config, start=start)
+        if leads:
+            results.open_workdir(config, workdir, start)
+        distributed.meet("the folder")
+    with logging_redirect_tqdm():  # warnings go above the bar
+        train.run_rounds(run, workdir)
 
 
 if __name__ == "__main__":

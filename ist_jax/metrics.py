@@ -18,11 +18,14 @@ class Progress:
       total: rounds of the run.
       desc: what is being trained.
       done: rounds of earlier sessions.
+      quiet: show nothing.
     """
 
-    def __init__(self, total: int, desc: str, done: int = 0):
-        self._every = max(1, total // 20)
-        self._bar = tqdm(total=total, desc=desc, unit="round", initial=done, disable=not sys.stderr.isatty())
+    def __init__(self, total: int, desc: str, done: int = 0, *, quiet: bool = False):
+        self._every, self._quiet = max(1, total // 20), quiet
+        self._bar = tqdm(
+            total=total, desc=desc, unit="round", initial=done, disable=quiet or not sys.stderr.isatty()
+        )
         self._total = total
         self._test = ""
 
@@ -34,7 +37,7 @@ class Progress:
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
         last = record["round"] == self._total
-        if self._bar.disable and (last or record["round"] % self._every == 0):
+        if self._bar.disable and not self._quiet and (last or record["round"] % self._every == 0):
             print(f"round {record['round']}/{self._total}: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:

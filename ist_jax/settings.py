@@ -38,6 +38,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "checkpoint.every": (0, math.inf),
     "checkpoint.keep": (1, math.inf),
     "lost_after": (1, math.inf),
+    "stuck_after": (0, math.inf),
     "partition.min_units": (0, math.inf),
     "optimizer.learning_rate": (0, math.inf),
     "optimizer.momentum": (0, 1),

@@ -13,9 +13,19 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from ist_jax import checkpoint, checkpoint_writer, evaluate, local_sgd, metrics, partition, results, signals
+from ist_jax import (
+    checkpoint,
+    checkpoint_writer,
+    devices,
+    distributed,
+    evaluate,
+    local_sgd,
+    metrics,
+    partition,
+    results,
+    signals,
+)
 from ist_jax.experiment import Run, set_up
-from ist_jax.layout import iter_leaves
 
 log = logging.getLogger(__name__)
 
@@ -65,21 +75,24 @@ def run_rounds(run: Run, workdir: Path, custom_model: nn.Module | None = None) -
       Interrupted: SIGINT or SIGTERM; the round was finished and a checkpoint written.
       Diverged: a worker was left out too many times in a row; a checkpoint was written.
     """
-    config, state = run.config, run.state
+    config, state, leads = run.config, run.state, distributed.number() == 0
     log.info("results: %s", workdir)
     records = metrics.read_records(workdir)
-    progress = metrics.Progress(run.num_rounds, config.method, done=run.first_round)
+    progress = metrics.Progress(run.num_rounds, config.method, done=run.first_round, quiet=not leads)
     writer = checkpoint_writer.Writer(workdir, run.layout, keep=config.checkpoint.keep)
-    stuck = None
+    stuck, signum = None, 0
     with signals.handled(deferred=True) as request, closing(writer), closing(progress):
         for index in range(run.first_round, run.num_rounds):
             state, record = train_round(run, state, index)
             writer.wait()  # so that a kill never costs more than `checkpoint.every` recorded rounds
-            metrics.append_record(workdir / "metrics.jsonl", record)
             records.append(record)
+            if leads:
+                metrics.append_record(workdir / "metrics.jsonl", record)
             progress.update(record)
+            distributed.progress(f"round {index + 1}")
+            signum = devices.agree(request.signum, run.devices)
             stuck = diverged(records, config.max_rounds_left_out)
-            stopping = index + 1 == run.num_rounds or bool(request.signum) or stuck is not None
+            stopping = index + 1 == run.num_rounds or bool(signum) or stuck is not None
             if stopping or (config.checkpoint.every and (index + 1) % config.checkpoint.every == 0):
                 about = {
                     "round": index + 1,
@@ -104,26 +117,35 @@ def run_rounds(run: Run, workdir: Path, custom_model: nn.Module | None = None) -
         )
     if len(records) < run.num_rounds:
         raise signals.Interrupted(
-            request.signum,
+            signum,
             f"stopped after round {len(records)} of {run.num_rounds}; the same command goes on from there",
         )
     if "test_accuracy" not in records[-1]:  # a run that was stopped, and is now wanted no longer than it is
         records[-1] |= evaluated(run, state)
+    if leads:
         metrics.write_records(workdir, records)
-    summary = results.summarize(
-        config,
+        metrics.write_json(workdir / "summary.json", _summary(run, records, workdir, custom_model))
+    distributed.meet("the summary")
+    summary = results.read_summary(workdir)
+    log.info(results.last_line(summary))
+    return summary
+
+
+def _summary(
+    run: Run, records: list[dict[str, Any]], workdir: Path, custom_model: nn.Module | None
+) -> dict[str, Any]:
+    leaves = checkpoint.open_round(workdir, len(records)).leaves("params")
+    return results.summarize(
+        run.config,
         run.layout,
         records,
-        trees=len(state.trees),
+        trees=len(run.state.trees),
         dataset=run.dataset.description,
         device=run.devices[0],
         custom_model=results.describe(custom_model),
         seconds_compile=run.seconds_compile,
-        params_sha256=metrics.params_sha256(iter_leaves(run.layout, state.trees[0])),
+        params_sha256=metrics.params_sha256(leaves),
     )
-    metrics.write_json(workdir / "summary.json", summary)
-    log.info(results.last_line(summary))
-    return summary
 
 
 def train_round(run: Run, state: local_sgd.State, index: int) -> tuple[local_sgd.State, dict[str, Any]]:
@@ -166,11 +188,11 @@ def evaluated(run: Run, state: local_sgd.State) -> dict[str, float]:
 
 
 def run_round(
-    run: Run, state: local_sgd.State, index: int, present: np.ndarray
+    run: Run, state: local_sgd.State, index: int, present: np.ndarray | None = None
 ) -> tuple[local_sgd.State, local_sgd.Metrics, dict[str, float]]:
     """One round: the state after it, the workers' metrics [S], and the seconds of its phases.
 
-    Workers that are not `present` (bool [S]) train, but nobody hears of it.
+    Workers that are not `present` (bool [S]; None: all are) train, but nobody hears of it.
 
     The programs are waited for one after another: that is how the phases are timed, and it keeps CPU
     devices from meeting a collective too far apart.
@@ -186,9 +208,10 @@ def run_round(
         if not layout.groups[name].even
     }
     times = [time.perf_counter()] * 4
-    here = present.reshape(grid)
+    here = np.ones(grid, bool) if present is None else present.reshape(grid)
     if programs.merge is None:
         state, means = jax.block_until_ready(programs.local(state, here, data, *feed))
+        means = devices.fetch(tuple(means))
         times[2] = times[3] = time.perf_counter()
     else:
         units: Any = tuple({} for _ in state.trees)
@@ -196,19 +219,20 @@ def run_round(
             units = jax.block_until_ready(programs.gather(state, assignment))
             times[1] = time.perf_counter()
         subnets, means = jax.block_until_ready(programs.local(state, units, gates, data, *feed))
+        means = devices.fetch(tuple(means))
         times[2] = time.perf_counter()
-        state = jax.block_until_ready(programs.merge(state, subnets, assignment, means.healthy & here))
+        state = jax.block_until_ready(programs.merge(state, subnets, assignment, means[2] & here))
         times[3] = time.perf_counter()
     phases = dict(
         zip(("seconds_gather", "seconds_local", "seconds_merge"), np.diff(times).tolist(), strict=True)
     )
-    return state, local_sgd.Metrics(*(np.asarray(x).reshape(-1) for x in means)), phases
+    return state, local_sgd.Metrics(*(x.reshape(-1) for x in means)), phases
 
 
 def evaluate_state(run: Run, state: local_sgd.State) -> evaluate.Score:
     """The global model's score on the test set."""
     sums = [
-        np.asarray(jax.block_until_ready(run.programs.evaluate(state.trees[0], chunk)))
+        devices.fetch(jax.block_until_ready(run.programs.evaluate(state.trees[0], chunk)))
         for chunk in run.test_batches
     ]
     return evaluate.total_score(np.concatenate(sums, axis=1))
