@@ -24,17 +24,13 @@ def free_port():
 
 def launch(workdir, processes, **overrides):
     flags = [f"--config.{key}={value}" for key, value in (OVERRIDES | overrides).items()]
-    command = [sys.executable, "-m", "ist_jax.main", f"--config={ROOT}/configs/mlp.py:smoke", *flags]
-    meeting = (
-        [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={processes}"] if processes > 1 else []
-    )
-    return [
-        subprocess.Popen(
-            [*command, f"--workdir={workdir}", *meeting, *([f"--process_id={number}"] if meeting else [])],
-            cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for number in range(processes)
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "ist_jax.main", f"--config={ROOT}/configs/mlp.py:smoke"]
+    command += [*flags, f"--workdir={workdir}"]
+    meeting = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
+    each = [[*meeting, f"--process_id={n}"] for n in range(processes)] if processes > 1 else [[]]
+    options = {"cwd": ROOT, "env": os.environ | {"JAX_PLATFORMS": "cpu"}, "text": True}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return [subprocess.Popen([*command, *own], **options, **pipes) for own in each]
 
 
 def wait_for_round(workdir, number, processes):
