@@ -98,6 +98,8 @@ def test_plain_sgd_without_momentum_or_decay_trains(method, optimizer_state, tmp
 def test_bfloat16_trains_and_keeps_float32_parameters(name, tmp_path):
     sizes = {"mlp": {}, "resnet": {"model.width": 8}}[name]
     config = get_config(name, compute_dtype="bfloat16", rounds=12, local_steps=5, batch_size=16, **sizes)
+    assert settings.build_model(config, 10).dtype == jnp.bfloat16
+    assert settings.build_model(get_config(name), 10).dtype is None
     train.train(config, tmp_path)
     records = read_metrics(tmp_path)
     assert records[-1]["train_loss"] < 0.8 * records[0]["train_loss"]
