@@ -29,6 +29,7 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
     config.num_workers = 4
     config.num_devices = 0  # 0: on CPU one virtual device per worker; else as many as fit
     config.workers_on_device = "map"  # 'map': one after another | 'vmap': together
+    config.compute_dtype = "float32"  # | 'bfloat16'; parameters, merges and losses stay float32
     config.local_steps = 10  # per round and worker
     config.batch_size = 32  # examples per worker and step
     config.epochs = 40.0  # passes of all workers together over the training set

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import traverse_util
@@ -18,6 +19,7 @@ from ist_jax.models.resnet import ResNet
 _CHOICES = {
     "method": ("ist", "local_sgd", "data_parallel"),
     "workers_on_device": ("map", "vmap"),
+    "compute_dtype": ("float32", "bfloat16"),
     "data.sharing": ("all", "disjoint", "skewed"),
     "data.clip_length": ("pad", "drop"),
     "optimizer_state": ("reset", "carry"),
@@ -119,16 +121,17 @@ def get_tuple(config: config_dict.ConfigDict, key: str, kind: type) -> tuple:
 def build_model(config: config_dict.ConfigDict, num_classes: int) -> nn.Module:
     """The model that `config.model` describes."""
     name = get(config, "model.name")
+    dtype = None if get(config, "compute_dtype") == "float32" else jnp.bfloat16  # None: the parameters'
     if name == "resnet":
         sections, width = get_tuple(config, "model.sections", int), get(config, "model.width")
         if not sections or min(sections) < 1 or width < 1:
             raise ValueError(f"model.sections={sections} and model.width={width} must be positive")
-        return ResNet(sections, width, num_classes, get_tuple(config, "partition.sections", int))
+        return ResNet(sections, width, num_classes, get_tuple(config, "partition.sections", int), dtype)
     if name == "mlp":
         hidden = get_tuple(config, "model.hidden", int)
         if not hidden or min(hidden) < 1:
             raise ValueError(f"model.hidden={hidden}; set config.model.hidden to one or more positive widths")
-        return MLP(hidden, num_classes)
+        return MLP(hidden, num_classes, dtype)
     raise ValueError(f"model.name={name!r}; set config.model.name to 'resnet' or 'mlp'")
 
 

@@ -1,5 +1,7 @@
 """Batches, augmentation and the embedded set."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ist_jax import data
+from ist_jax import data, devices
 from ist_jax.data import augment, batches
 
 
@@ -90,6 +92,50 @@ def test_normalised_images_have_mean_0_and_deviation_1():
     normal = augment.make_normalize(*augment.channel_statistics(images))(jnp.asarray(images))
     np.testing.assert_allclose(normal.mean((0, 1, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(normal.std((0, 1, 2)), 1, rtol=1e-5)
+
+
+def test_cifar10_takes_its_uint8_size_on_every_device_and_no_copy_in_a_step():
+    images = np.zeros((50_000, 32, 32, 3), np.uint8)
+    placed = devices.replicate({"image": images, "label": np.zeros(50_000, np.int32)}, jax.devices()[:2])
+    shards = [shard for array in placed.values() for shard in array.addressable_shards]
+    for device in jax.devices()[:2]:
+        here = [shard.data.nbytes for shard in shards if shard.device == device]
+        assert len(here) == 2
+        assert images.nbytes < sum(here) < 1.1 * images.nbytes
+    normalize = augment.make_normalize((128.0,) * 3, (64.0,) * 3)
+    batch_fn = augment.make_batch_fn(normalize, pad=4, flip=True)
+    args = ({name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in placed.items()},
+            jax.ShapeDtypeStruct((64,), np.int32), jax.random.key(0))  # fmt: skip
+    used = jax.jit(batch_fn).lower(*args).compile().memory_analysis()
+    assert used.argument_size_in_bytes == pytest.approx(153.8e6, rel=1e-3)
+    assert used.temp_size_in_bytes + used.output_size_in_bytes < 10 * 64 * 32 * 32 * 3 * 4
+
+
+def test_statistics_and_decoding_take_little_memory_beside_the_images():
+    images = np.random.default_rng(0).integers(0, 256, (8000, 32, 32, 3), np.uint8)
+
+    class Records:
+        def __len__(self):
+            return len(images)
+
+        def __getitem__(self, index):
+            return {"image": images[index].copy(), "label": index % 10}
+
+    tracemalloc.start()
+    try:
+        mean, std = augment.channel_statistics(images)
+        peaks = [tracemalloc.get_traced_memory()[1]]
+        tracemalloc.reset_peak()
+        loaded = data.load(Records())
+        peaks.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+    assert peaks[0] < 0.3 * images.nbytes
+    assert peaks[1] < 1.2 * images.nbytes
+    assert np.array_equal(loaded["image"], images)
+    assert loaded["label"].tolist() == [i % 10 for i in range(8000)]
+    np.testing.assert_allclose(mean, images.mean((0, 1, 2)), rtol=1e-9)
+    np.testing.assert_allclose(std, images.std((0, 1, 2)), rtol=1e-9)
 
 
 def test_digits_are_scikit_learns():

@@ -102,7 +102,8 @@ def test_a_bad_idx_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_tfds_set_is_read_without_tensorflow(name, tmp_path):
+def test_every_tfds_set_is_read_without_tensorflow(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(tfds_images, "DEBIAN_FASHION_MNIST", tmp_path / "not-installed")
     with tfds.testing.mock_data(num_examples=7):
         dataset = data.open_data_set(name, str(tmp_path))
         train, test = data.load(dataset.train), data.load(dataset.test)

@@ -1,5 +1,7 @@
 """The models: sizes, gates, subnets, and the convolution that is fast in loops."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,6 +107,23 @@ def test_scale_multiplies_the_residual_branches():
         model.apply({"params": params}, x, scale={"section2": 0.5}),
         model.apply({"params": half}, x), rtol=1e-4, atol=1e-6,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [ResNet((1, 3), 4, 10, (2,)), MLP((6, 5), 10)])
+def test_bfloat16_is_of_the_layers_alone(model):
+    x = jax.random.normal(jax.random.key(1), (16, 8, 8, 1))
+    narrow = model.clone(dtype=jnp.bfloat16)
+    params = jax.jit(narrow.init)(jax.random.key(0), x)["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    jaxprs = [str(jax.make_jaxpr(lambda p, m=m: m.apply({"params": p}, x))(params)) for m in (model, narrow)]
+    layers = [re.findall(r":(\w+)\[\S* = (?:conv_general_dilated|dot_general)\[", text) for text in jaxprs]
+    assert set(layers[0]) == {"f32"}
+    assert set(layers[1]) == {"bf16"}
+    apply = jax.jit(lambda p, m: m.apply({"params": p}, x, mutable=["batch_stats"]), static_argnums=1)
+    (wanted, _), (logits, stats) = apply(params, model), apply(params, narrow)
+    assert {leaf.dtype for leaf in jax.tree.leaves((logits, stats))} == {np.dtype(np.float32)}
+    difference = np.abs(logits - wanted).max() / np.abs(wanted).max()
+    assert 1e-4 < difference < 0.05  # bfloat16 has 8 bits
 
 
 @pytest.mark.parametrize("sections", [(1, 1, 1, 1), (1, 1)])

@@ -94,6 +94,20 @@ def test_plain_sgd_without_momentum_or_decay_trains(method, optimizer_state, tmp
     assert np.isfinite(train.train(config, tmp_path)["train_loss"])
 
 
+@pytest.mark.parametrize("name", ["mlp", "resnet"])
+def test_bfloat16_trains_and_keeps_float32_parameters(name, tmp_path):
+    sizes = {"mlp": {}, "resnet": {"model.width": 8}}[name]
+    config = get_config(name, compute_dtype="bfloat16", rounds=12, local_steps=5, batch_size=16, **sizes)
+    assert settings.build_model(config, 10).dtype == jnp.bfloat16
+    assert settings.build_model(get_config(name), 10).dtype is None
+    train.train(config, tmp_path)
+    records = read_metrics(tmp_path)
+    assert records[-1]["train_loss"] < 0.8 * records[0]["train_loss"]
+    for leaf in jax.tree.leaves(checkpoint.load_params(tmp_path)):
+        assert leaf.dtype == np.float32
+        assert (leaf != leaf.astype(jnp.bfloat16).astype(np.float32)).any()  # merged in float32, too
+
+
 @pytest.mark.parametrize("method", ["local_sgd", "data_parallel"])
 def test_baselines_need_no_units(method, tmp_path):
     config = get_config("resnet", method=method, rounds=1, **{"model.sections": (1, 1)})

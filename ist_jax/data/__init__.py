@@ -103,9 +103,10 @@ def load(source: Source) -> dict[str, np.ndarray]:
     """All examples of a source, decoded once: 'image' [N, H, W, C], 'label' int32 [N]."""
     if isinstance(source, ArraySource):
         return {"image": source.image, "label": source.label.astype(np.int32)}
-    indices = tqdm(range(len(source)), desc="decoding", unit="image", leave=False, disable=None)
-    examples = [source[i] for i in indices]
-    return {
-        "image": np.stack([example["image"] for example in examples]),
-        "label": np.array([example["label"] for example in examples], np.int32),
-    }
+    first = source[0]["image"]
+    images = np.empty((len(source), *first.shape), first.dtype)  # filled in place: a list would double it
+    labels = np.empty(len(source), np.int32)
+    for i in tqdm(range(len(source)), desc="decoding", unit="image", leave=False, disable=None):
+        example = source[i]
+        images[i], labels[i] = example["image"], example["label"]
+    return {"image": images, "label": labels}

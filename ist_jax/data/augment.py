@@ -6,13 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_CHUNK = 256  # images counted at a time
+
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of images [N, H, W, C], in their own units."""
     if images.dtype != np.uint8:
         mean, std = images.mean((0, 1, 2), np.float64), images.std((0, 1, 2), np.float64)
         return tuple(mean.tolist()), tuple(std.tolist())
-    counts = np.stack([np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])])
+    counts = np.zeros((images.shape[-1], 256), np.int64)
+    for start in range(0, len(images), _CHUNK):  # bincount widens what it counts to eight bytes
+        for channel, count in enumerate(counts):
+            count += np.bincount(images[start : start + _CHUNK, ..., channel].ravel(), minlength=256)
     weights, levels = counts / counts.sum(1, keepdims=True), np.arange(256)
     mean = weights @ levels
     std = np.sqrt(np.maximum(weights @ levels**2 - mean**2, 1.0))

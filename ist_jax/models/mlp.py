@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ist_jax.models import Fetch, streamed
-from ist_jax.models.norm import BatchNorm
+from ist_jax.models.norm import BatchNorm, at_least_float32
 
 
 class _Layer(nn.Module):
@@ -21,10 +21,12 @@ class _Layer(nn.Module):
 
     features: int
     is_output: bool
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Dense(self.features, use_bias=False, name="dense")(x)
+        x = nn.Dense(self.features, use_bias=False, dtype=self.dtype, name="dense")(x)
+        x = at_least_float32(x) if self.is_output else x
         x = BatchNorm(affine=not self.is_output, name="norm")(x)
         return x if self.is_output else nn.relu(x)
 
@@ -35,11 +37,14 @@ class MLP(nn.Module):
     Attributes:
       hidden: widths of the hidden layers.
       num_classes: logits.
+      dtype: of the computation, such as bfloat16; None: of the parameters. Those, the norms' statistics
+        and the logits are never narrower than float32.
       fetch: see `models.streamed`.
     """
 
     hidden: tuple[int, ...]
     num_classes: int
+    dtype: Any = None
     fetch: Fetch | None = None
 
     def unit_axes(self) -> dict[str, Any]:
@@ -67,7 +72,8 @@ class MLP(nn.Module):
         del scale
         x = x.reshape(len(x), -1)
         for i, width in enumerate(self.hidden):
-            x = streamed(_Layer, f"layer{i + 1}", self.fetch)(width, False, name=f"layer{i + 1}")(x)
+            layer = streamed(_Layer, f"layer{i + 1}", self.fetch)
+            x = layer(width, False, self.dtype, name=f"layer{i + 1}")(x)
             gate = (gates or {}).get(f"hidden{i + 1}")
             x = x if gate is None else jnp.where(gate, x, 0)
-        return streamed(_Layer, "output", self.fetch)(self.num_classes, True, name="output")(x)
+        return streamed(_Layer, "output", self.fetch)(self.num_classes, True, self.dtype, name="output")(x)

@@ -5,13 +5,19 @@ import jax
 import jax.numpy as jnp
 
 
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """x in float32, or as it is where it is wider: for statistics, logits and losses."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 class BatchNorm(nn.Module):
     """Normalises over all axes but the last with the statistics of the batch at hand.
 
     The papers use batch statistics in training and evaluation alike; averages collected by subnets
-    would not describe the global net. When the collection `batch_stats` is mutable, the mean and the
-    mean square of the batch are stored there; when it is given and fixed, it is used instead of the
-    batch's own (`evaluate.estimate_batch_stats`), so that a single example can be classified.
+    would not describe the global net. Statistics are never narrower than float32. When the collection
+    `batch_stats` is mutable, the mean and the mean square of the batch are stored there; when it is given
+    and fixed, it is used instead of the batch's own (`evaluate.estimate_batch_stats`), so that a single
+    example can be classified.
 
     Attributes:
       affine: learn a scale and a bias.
@@ -28,7 +34,7 @@ class BatchNorm(nn.Module):
             mean: jax.Array = self.get_variable("batch_stats", "mean")
             var = self.get_variable("batch_stats", "mean_square") - mean**2
         else:
-            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            wide = at_least_float32(x)
             mean = wide.mean(axes)
             var = jnp.square(wide - mean).mean(axes)
             if self.is_mutable_collection("batch_stats"):

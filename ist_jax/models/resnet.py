@@ -15,7 +15,7 @@ import jax
 
 from ist_jax.models import Fetch, streamed
 from ist_jax.models.conv import conv_general_dilated
-from ist_jax.models.norm import BatchNorm
+from ist_jax.models.norm import BatchNorm, at_least_float32
 
 _Conv = partial(nn.Conv, use_bias=False, conv_general_dilated=conv_general_dilated)
 
@@ -27,25 +27,27 @@ class Block(nn.Module):
       width: output channels.
       strides: of the first convolution.
       project: a strided 1x1 convolution on the skip connection, from the first activation.
+      dtype: of the convolutions; None: of their inputs and parameters.
     """
 
     width: int
     strides: int = 1
     project: bool = False
+    dtype: Any = None
 
     def setup(self) -> None:
         self.norm1 = BatchNorm()
-        self.conv1 = _Conv(self.width, (3, 3), strides=self.strides)
+        self.conv1 = _Conv(self.width, (3, 3), strides=self.strides, dtype=self.dtype)
         self.norm2 = BatchNorm()
-        self.conv2 = _Conv(self.width, (3, 3))
+        self.conv2 = _Conv(self.width, (3, 3), dtype=self.dtype)
         if self.project:
-            self.shortcut = _Conv(self.width, (1, 1), strides=self.strides)
+            self.shortcut = _Conv(self.width, (1, 1), strides=self.strides, dtype=self.dtype)
 
     def _residual(self, x: jax.Array, scale: jax.Array | float) -> jax.Array:
         y = nn.relu(self.norm1(x))
         skip = self.shortcut(y) if self.project else x
         y = nn.relu(self.norm2(self.conv1(y)))
-        return skip + scale * self.conv2(y)
+        return skip + (scale * self.conv2(y)).astype(skip.dtype)
 
     def __call__(
         self, x: jax.Array, gate: jax.Array | None = None, scale: jax.Array | float = 1.0
@@ -70,6 +72,8 @@ class ResNet(nn.Module):
       width: channels of the first section; doubled in each.
       num_classes: logits.
       partitioned: numbers of the sections that are partitioned, counted from 1.
+      dtype: of the computation, such as bfloat16; None: of the parameters. Those, the norms' statistics
+        and the logits are never narrower than float32.
       fetch: see `models.streamed`.
       unroll: stacked blocks per iteration of the compiled loop.
     """
@@ -78,6 +82,7 @@ class ResNet(nn.Module):
     width: int
     num_classes: int
     partitioned: tuple[int, ...] = (3,)
+    dtype: Any = None
     fetch: Fetch | None = None
     unroll: int = 1
 
@@ -108,30 +113,32 @@ class ResNet(nn.Module):
         scale: Mapping[str, float] | None = None,
     ) -> jax.Array:
         """Args: x [N, H, W, C], normalised; gates and scale: see `models`. Returns: [N, classes]."""
-        x = _Conv(self.width, (3, 3), name="stem")(x)
+        x = _Conv(self.width, (3, 3), dtype=self.dtype, name="stem")(x)
         for i, count in enumerate(self.sections):
             x = _Section(
                 name=f"section{i + 1}",
                 count=count,
                 width=self.width * 2**i,
                 strides=2 if i else 1,
+                dtype=self.dtype,
                 fetch=self.fetch,
                 unroll=self.unroll,
             )(x, (gates or {}).get(f"section{i + 1}"), (scale or {}).get(f"section{i + 1}", 1.0))
-        return nn.Dense(self.num_classes, name="head")(x.mean((1, 2)))
+        return at_least_float32(nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x.mean((1, 2))))
 
 
 class _Section(nn.Module):
     count: int
     width: int
     strides: int
+    dtype: Any
     fetch: Fetch | None
     unroll: int
 
     @nn.compact
     def __call__(self, x: jax.Array, gates: jax.Array | None, scale: float) -> jax.Array:
         project = self.strides > 1 or x.shape[-1] != self.width
-        x, _ = Block(self.width, self.strides, project, name="first")(x)
+        x, _ = Block(self.width, self.strides, project, self.dtype, name="first")(x)
         if self.count > 1:
             blocks = nn.scan(
                 streamed(Block, f"{self.name}/blocks", self.fetch),
@@ -141,5 +148,5 @@ class _Section(nn.Module):
                 length=self.count - 1,
                 unroll=self.unroll,
             )
-            x, _ = blocks(self.width, name="blocks")(x, gates, scale)
+            x, _ = blocks(self.width, dtype=self.dtype, name="blocks")(x, gates, scale)
         return x
