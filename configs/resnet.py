@@ -15,7 +15,7 @@ ResNet200 have 36 and 50 blocks in section 3 and l = 100.
 
 from ml_collections import config_dict
 
-MODES = ("digits", "smoke", "cifar10_small", "cifar10", "cifar100", "svhn")
+MODES = ("digits", "smoke", "cifar10_small", "cifar10", "cifar100", "svhn", "imagenet")
 
 
 def get_config(mode: str = "digits") -> config_dict.ConfigDict:
@@ -88,7 +88,7 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
         config.rounds = 3
         config.eval_every = 2
         config.checkpoint.every = 1
-    elif mode != "digits":
+    elif mode in ("cifar10_small", "cifar10", "cifar100", "svhn"):
         config.data.name = "svhn_cropped" if mode == "svhn" else mode.removesuffix("_small")
         config.data.pad = 4
         config.data.flip = mode != "svhn"  # a mirrored digit is another sign
@@ -107,4 +107,19 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
         config.optimizer.learning_rate = 0.03
         config.optimizer.schedule = "step"
         config.optimizer.warmup = 0.0
+    elif mode == "imagenet":
+        config.data.name = "imagenet2012"  # or 'image_folder': train/<class>/*.JPEG and val/<class>/*.JPEG
+        config.data.pad = 0
+        config.data.flip = True
+        config.data.size = 224  # pixels of the square that the net sees
+        config.data.resize = 256  # evaluation: of the shorter side, before the centre is cut out
+        config.data.crop_area = (0.08, 1.0)  # training: of a random crop, as a fraction of the image
+        config.data.crop_aspect = (0.75, 1.3333)  # width / height of a random crop
+        config.data.mean = (123.675, 116.28, 103.53)  # per channel, 0 to 255
+        config.data.std = (58.395, 57.12, 57.375)
+        config.data.processes = 8  # that read and decode; 0: a thread of the program itself does
+        config.batch_size = 256
+        config.local_steps = 15
+        config.epochs = 90.0
+        config.optimizer.learning_rate = 0.1
     return config

@@ -130,7 +130,7 @@ def read_image(path: str) -> Any:
         raise ValueError(f"cannot read {path} as an image: {error}") from None
 
 
-def to_example(image: Any, shape: tuple[int, int, int]) -> np.ndarray:
+def to_example(image: Any, shape: tuple[int, ...]) -> np.ndarray:
     """A PIL image as uint8 [H, W, C], resized to the shape of a data set's images."""
     height, width, channels = shape
     resized = image.convert("L" if channels == 1 else "RGB").resize((width, height))
@@ -145,7 +145,7 @@ def evaluate_workdir(workdir: Path, images: list[str]) -> None:
     Raises:
       ValueError: there is no finished run of a config's model, or an image cannot be read.
     """
-    from ist_jax import checkpoint, experiment, results, train
+    from ist_jax import checkpoint, experiment, inputs, results, settings, train
 
     config = results.read_config(workdir)
     if (custom := results.read_summary(workdir)["custom_model"]) is not None:
@@ -155,8 +155,8 @@ def evaluate_workdir(workdir: Path, images: list[str]) -> None:
     params = checkpoint.load_params(workdir)
     pictures = [read_image(name) for name in images]  # before the wait, so that a typo costs none
     run = experiment.set_up(config, params=params, evaluation_only=True)
-    test = run.test
-    if images and test["image"].dtype != np.uint8:
+    encoded = run.dataset.encoded
+    if images and not encoded and run.test["image"].dtype != np.uint8:
         raise ValueError(f"the examples of data.name={config.data.name!r} are no images: nothing to classify")
     score = train.evaluate_state(run, run.state)
     print(
@@ -164,23 +164,26 @@ def evaluate_workdir(workdir: Path, images: list[str]) -> None:
         f"({score.examples} examples, batch statistics)"
     )
 
-    size = min(config.eval_batch_size, len(run.train["label"]))
-    order = np.random.default_rng(config.seed).permutation(len(run.train["label"]))
-    starts = range(0, len(order) - size + 1, size)[:_CALIBRATION_BATCHES]
-    inputs = (run.normalize(jnp.asarray(run.train["image"][order[i : i + size]])) for i in starts)
-    variables = {"params": params, "batch_stats": estimate_batch_stats(run.model, params, inputs, run.scale)}
+    chosen = inputs.calibration_batches(config, run.inputs, _CALIBRATION_BATCHES)
+    normal = (run.normalize(jnp.asarray(batch)) for batch in chosen)
+    variables = {"params": params, "batch_stats": estimate_batch_stats(run.model, params, normal, run.scale)}
 
     @jax.jit
     def predict(variables: Any, images: np.ndarray) -> jax.Array:
         logits: Any = run.model.apply(variables, run.normalize(jnp.asarray(images)), scale=run.scale)
         return jax.nn.softmax(logits)
 
-    starts = range(0, len(test["label"]), size)
-    chunks = [predict(variables, test["image"][i : i + size]) for i in starts]
-    accuracy = (np.concatenate(chunks).argmax(-1) == test["label"]).mean()
+    right = 0.0
+    for chunk in run.test_batches:
+        flat = {name: np.asarray(x).reshape(-1, *x.shape[2:]) for name, x in chunk.items()}
+        for batch, label, weight in zip(flat["image"], flat["label"], flat["weight"], strict=True):
+            right += float(weight[np.asarray(predict(variables, batch)).argmax(-1) == label].sum())
+    accuracy = right / score.examples
     print(f"test accuracy {accuracy:.2%} with BatchNorm statistics re-estimated on training batches")
+    shape = run.inputs.shape
     for name, picture in zip(images, pictures, strict=True):
-        probabilities = np.asarray(predict(variables, to_example(picture, test["image"].shape[1:])[None]))[0]
+        example = settings.make_transform(config).centre(picture) if encoded else to_example(picture, shape)
+        probabilities = np.asarray(predict(variables, example[None]))[0]
         best = probabilities.argsort()[::-1][:3]
         print(f"{name}: " + ", ".join(f"{run.dataset.classes[k]} {probabilities[k]:.1%}" for k in best))
 

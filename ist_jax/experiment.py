@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,9 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 
-from ist_jax import checkpoint, data, devices, distributed, evaluate, ledger, local_sgd, partition, settings
-from ist_jax.data import augment, batches
-from ist_jax.data.feed import InMemoryFeed
+from ist_jax import (
+    checkpoint,
+    data,
+    devices,
+    distributed,
+    evaluate,
+    inputs,
+    ledger,
+    local_sgd,
+    partition,
+    settings,
+)
+from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
+from ist_jax.data.stream import StreamingEvaluation, StreamingFeed
 from ist_jax.layout import Layout, from_params, make_layout
 from ist_jax.programs import Programs, build_state, compile_programs, init_state, restore_state
 
@@ -24,18 +35,15 @@ class Run(NamedTuple):
     """A run that is set up: what the rounds need."""
 
     config: config_dict.ConfigDict
-    dataset: data.DataSet
-    train: dict[str, np.ndarray]
-    test: dict[str, np.ndarray]
+    inputs: inputs.Inputs
     model: nn.Module
-    normalize: Callable[[jax.Array], jax.Array]
     scale: dict[str, float]
     devices: list[jax.Device]
     recipe: local_sgd.Recipe
     programs: Programs
     state: local_sgd.State
-    feed: InMemoryFeed
-    test_batches: Sequence[Any]
+    feed: InMemoryFeed | StreamingFeed
+    test_batches: InMemoryEvaluation | StreamingEvaluation
     first_round: int  # counted from 0: the rounds done by earlier sessions
     examples_before: int  # seen in them
     num_rounds: int
@@ -46,16 +54,21 @@ class Run(NamedTuple):
     def layout(self) -> Layout:
         return self.recipe.layout
 
+    @property
+    def dataset(self) -> data.DataSet:
+        return self.inputs.dataset
 
-def open_data(config: config_dict.ConfigDict) -> tuple[data.DataSet, dict[str, Any], dict[str, Any]]:
-    """The data set that `config` names, its training split and its test split, decoded."""
-    name = settings.get(config, "data.name")
-    options = {key: settings.get(config, f"data.{key}") for key in data.OPTIONS.get(name, ())}
-    dataset = data.open_data_set(name, settings.get(config, "data.dir"), **options)
-    splits = data.load(dataset.train), data.load(dataset.test)
-    train_size, test_size = (f"{len(split['label']):,}" for split in splits)
-    log.info("data: %s; %s to train on, %s to test on", dataset.description, train_size, test_size)
-    return dataset, *splits
+    @property
+    def train(self) -> Any:
+        return self.inputs.train
+
+    @property
+    def test(self) -> Any:
+        return self.inputs.test
+
+    @property
+    def normalize(self) -> Callable[[jax.Array], jax.Array]:
+        return self.inputs.normalize
 
 
 def set_up(
@@ -80,10 +93,9 @@ def set_up(
     """
     settings.check(config)
     devices.prepare(-(-(config.num_devices or config.num_workers) // distributed.count()))
-    dataset, train_set, test_set = open_data(config)
-    normalize = augment.make_normalize(*augment.channel_statistics(train_set["image"]))
-    model = model or settings.build_model(config, len(dataset.classes))
-    example = jnp.zeros((1, *train_set["image"].shape[1:]))
+    opened = inputs.open_inputs(config)
+    model = model or settings.build_model(config, len(opened.dataset.classes))
+    example = jnp.zeros((1, *opened.shape))
     shapes = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
     axes = partition.resolve_axes(shapes, model.unit_axes() if config.method == "ist" else {})
     groups = settings.make_groups(config, model, shapes, axes)
@@ -95,7 +107,7 @@ def set_up(
         loss_fn=settings.make_loss_fn(
             model.subnet({n: g.slots for n, g in groups.items()}) if groups else model
         ),
-        batch_fn=augment.make_batch_fn(normalize, pad=config.data.pad, flip=config.data.flip),
+        batch_fn=inputs.make_batch_fn(config, opened),
         seed=config.seed,
         carry=config.optimizer_state == "carry" or config.method == "data_parallel",
         vmapped=config.workers_on_device == "vmap",
@@ -108,27 +120,22 @@ def set_up(
     else:
         state = build_state(recipe, devices.put(from_params(layout, params), chosen), chosen)
     scale = evaluate.unit_scale(layout) if config.partition.scale_at_evaluation else {}
-    plan = batches.eval_batches(len(test_set["label"]), config.eval_batch_size, len(chosen))
-    dealt = {name: x[plan.indices] for name, x in test_set.items()} | {"weight": plan.weights}
-    test_batches = [devices.put(dealt, chosen)]
-    shards = batches.share_examples(
-        config.seed, train_set["label"], config.num_workers, config.data.sharing, config.data.concentration
-    )
-    feed = InMemoryFeed(
-        devices.replicate(train_set, chosen),
-        shards,
-        len(chosen),
-        seed=config.seed,
-        local_steps=config.local_steps,
-        batch_size=config.batch_size,
-    )
+    first, before = (start.round, start.about["examples"]) if start else (0, 0)
+    rounds = settings.count_rounds(config, opened.num_train, first, before)
+    if first > rounds:
+        raise ValueError(
+            f"the run has {first} rounds already, more than the {rounds} that config.rounds or config.epochs "
+            "ask for"
+        )
+    feed = inputs.feed_rounds(config, opened, chosen, rounds)
+    test_batches = inputs.feed_evaluation(config, opened, chosen)
     programs = compile_programs(
         recipe,
         model,
-        normalize,
+        opened.normalize,
         state,
         feed.spec,
-        test_batches[0],
+        test_batches.spec,
         chosen,
         local_steps=config.local_steps,
         batch_size=config.batch_size,
@@ -136,20 +143,10 @@ def set_up(
         average_gradients=config.method == "data_parallel",
         evaluation_only=evaluation_only,
     )
-    first, before = (start.round, start.about["examples"]) if start else (0, 0)
-    rounds = settings.count_rounds(config, len(train_set["label"]), first, before)
-    if first > rounds:
-        raise ValueError(
-            f"the run has {first} rounds already, more than the {rounds} that config.rounds or config.epochs "
-            "ask for"
-        )
     run = Run(
         config=config,
-        dataset=dataset,
-        train=train_set,
-        test=test_set,
+        inputs=opened,
         model=model,
-        normalize=normalize,
         scale=scale,
         devices=chosen,
         recipe=recipe,

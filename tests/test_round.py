@@ -229,7 +229,7 @@ def poisoned(run, worker):
 
     recipe, config, data = run.recipe._replace(loss_fn=sick), run.config, devices.put(labels, run.devices)
     programs = compile_programs(
-        recipe, run.model, run.normalize, run.state, data, run.test_batches[0], run.devices,
+        recipe, run.model, run.normalize, run.state, data, run.test_batches.spec, run.devices,
         local_steps=config.local_steps, batch_size=config.batch_size, scale=run.scale,
         average_gradients=config.method == "data_parallel",
     )  # fmt: skip

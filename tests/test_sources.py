@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, get_config
 from scipy.io import wavfile
 
-from ist_jax import data, experiment, train
+from ist_jax import data, inputs, train
 from ist_jax.data import batches, speech_commands
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -110,9 +110,9 @@ def test_settings_reach_the_speech_folder(speech_folder, tmp_path):
     write_clip(speech_folder / "no" / "00ff_nohash_0.wav", np.ones(15_000))
     overrides = {"data.dir": str(speech_folder), "data.words": ("no", "yes"), "model.hidden": (8,)}
     config = get_config("mlp", "speech2", **overrides)
-    dataset, train_set, test_set = experiment.open_data(config)
-    assert dataset.classes == ("no", "yes")
-    assert len(train_set["label"]) + len(test_set["label"]) == 80  # 'drop', as in the papers' code
+    opened = inputs.open_inputs(config)
+    assert opened.dataset.classes == ("no", "yes")
+    assert len(opened.train["label"]) + len(opened.test["label"]) == 80  # 'drop', as in the papers' code
 
 
 def test_log_mel_is_librosas():

@@ -17,6 +17,22 @@ class Source(Protocol):
         """Example `index`: 'image' [H, W, C] (uint8, or float32 for features) and 'label' int."""
 
 
+class EncodedSource(Protocol):
+    """One split of a set of compressed images that is too large to be decoded beforehand."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [N]; may have to read the whole split."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """Example `index`: 'image', the bytes of an image file, and 'label' int."""
+
+    def name(self, index: int) -> str:
+        """What to call example `index` in a message."""
+
+
 class DataSet(NamedTuple):
     """A data set for classification.
 
@@ -25,12 +41,14 @@ class DataSet(NamedTuple):
       train: source of the training split.
       test: source of the test split.
       classes: names, in the order of the labels.
+      encoded: the sources are `EncodedSource`s, to be streamed.
     """
 
     description: str
-    train: Source
-    test: Source
+    train: Any
+    test: Any
     classes: tuple[str, ...]
+    encoded: bool = False
 
 
 class ArraySource:
@@ -71,9 +89,23 @@ def _open_tfds(directory: str, *, name: str) -> DataSet:
     return tfds_images.load(name, directory)
 
 
+def _open_image_folder(directory: str) -> DataSet:
+    from ist_jax.data import image_folder
+
+    return image_folder.load(directory)
+
+
+def _open_imagenet(directory: str) -> DataSet:
+    from ist_jax.data import tfds_images
+
+    return tfds_images.load_encoded("imagenet2012", directory)
+
+
 _TFDS_NAMES = ("cifar10", "cifar100", "svhn_cropped", "mnist", "fashion_mnist")
 OPENERS: dict[str, Callable[..., DataSet]] = {
     "digits": _open_digits,
+    "image_folder": _open_image_folder,
+    "imagenet2012": _open_imagenet,
     "speech_commands": _open_speech_commands,
     **{name: functools.partial(_open_tfds, name=name) for name in _TFDS_NAMES},
 }

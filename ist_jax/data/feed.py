@@ -4,7 +4,8 @@ A feed is called with the number of a round, counted from 0, and returns its chu
 the round alone, so that a run resumes at any round. `spec` is what a chunk's data looks like, to compile for.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,3 +53,21 @@ class InMemoryFeed(NamedTuple):
             self.seed, round_index, self.shards, local_steps=self.local_steps, batch_size=self.batch_size
         )
         return Chunk(self.data, indices.reshape(self.num_devices, -1, *indices.shape[1:]))
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemoryEvaluation:
+    """Evaluation batches that the devices hold whole, as one chunk.
+
+    Attributes:
+      data: on the devices, [D, batches, B, ...]: 'image', 'label' and 'weight'.
+    """
+
+    data: Any
+
+    @property
+    def spec(self) -> Any:
+        return self.data
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.data

@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from ist_jax.data import DataSet, Source, idx
 
@@ -34,6 +35,57 @@ class _Split:
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._records[index]
         return {"image": record["image"], "label": record["label"]}
+
+
+class _EncodedSplit:
+    """A split whose images stay as they are in the records: bytes of JPEG files."""
+
+    def __init__(self, records: Any):
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._records[index]
+        return {"image": record["image"], "label": int(record["label"])}
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [N]; reads all records, which takes minutes where they are many."""
+        indices = tqdm(range(len(self)), desc="reading labels", unit="image", leave=False, disable=None)
+        return np.array([self._records[i]["label"] for i in indices], np.int32)
+
+    def name(self, index: int) -> str:
+        return self._records[index]["file_name"].decode()
+
+
+def load_encoded(name: str, directory: str) -> DataSet:
+    """Opens a set of JPEGs too large to be decoded beforehand, preparing it first where that is possible.
+
+    Args:
+      name: of a set in TFDS with splits 'train' and 'validation', and file names.
+      directory: TFDS's data_dir; '' for its default.
+
+    Raises:
+      ValueError: as `load`.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder(name, data_dir=directory or None, file_format="array_record")
+    if not builder.info.splits:
+        _prepare(builder, name)
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    splits = {
+        key: _EncodedSplit(builder.as_data_source(key, decoders=decoders)) for key in ("train", "validation")
+    }
+    return DataSet(
+        description=f"{name}: tensorflow-datasets {builder.info.version} in {builder.data_dir}",
+        train=splits["train"],
+        test=splits["validation"],
+        classes=tuple(builder.info.features["label"].names),
+        encoded=True,
+    )
 
 
 def load(name: str, directory: str) -> DataSet:

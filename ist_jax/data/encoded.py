@@ -1,0 +1,114 @@
+"""Batches of compressed images: which examples, how cropped, and what stands in for broken files.
+
+All of it is a function of the seed and the position, as for sets in memory: whoever reads a batch, and in
+whatever order, reads the same. Instead of an image that cannot be read comes the next one, in the order of
+the indices, of the same worker's examples (behind the last one, the first); it is cropped as the other would
+have been.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ist_jax.data import EncodedSource, batches
+from ist_jax.data.images import UNREADABLE, Transform
+
+_CROP_STREAM = 1  # sets the generator of a batch's crops apart from those of `batches`
+_MOST_IN_A_ROW = 100  # unreadable images, after which something else must be wrong
+Batch = dict[str, np.ndarray]
+
+
+def read_batch(
+    source: EncodedSource,
+    shard: np.ndarray,
+    indices: np.ndarray,
+    crops: Sequence[Callable[[bytes], np.ndarray]],
+) -> Batch:
+    """Reads and decodes a batch.
+
+    Args:
+      source: of the images.
+      shard: sorted int32, the examples that may stand in for unreadable ones; `indices` are among them.
+      indices: int32 [B].
+      crops: B functions from an image's bytes to uint8 [H, W, 3].
+
+    Returns:
+      'image' uint8 [B, H, W, 3], 'label' int32 [B] and 'skipped' int32 [B]: after how many unreadable
+      examples of the shard the one was found.
+
+    Raises:
+      ValueError: too many unreadable examples in a row.
+    """
+    images, labels, skipped = [], [], []
+    for index, crop in zip(indices, crops, strict=True):
+        place = int(np.searchsorted(shard, index))
+        for tries in range(min(len(shard), _MOST_IN_A_ROW)):
+            try:
+                record = source[int(shard[(place + tries) % len(shard)])]
+                images.append(crop(record["image"]))
+            except UNREADABLE:
+                continue
+            labels.append(record["label"])
+            skipped.append(tries)
+            break
+        else:
+            raise ValueError(f"{tries + 1} images in a row cannot be read, from {source.name(int(index))} on")
+    return {
+        "image": np.stack(images),
+        "label": np.array(labels, np.int32),
+        "skipped": np.array(skipped, np.int32),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainBatches:
+    """The training batches by number: round after round, worker after worker, step after step."""
+
+    source: EncodedSource
+    shards: Sequence[np.ndarray]
+    transform: Transform
+    seed: int
+    local_steps: int
+    batch_size: int
+
+    @property
+    def per_round(self) -> int:
+        return len(self.shards) * self.local_steps
+
+    def examples(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(the worker's shard, the examples of the batch, int32 [B])."""
+        round_index, worker, step = self._place(number)
+        drawn = batches.train_indices(
+            self.seed, round_index, self.shards, local_steps=self.local_steps, batch_size=self.batch_size
+        )
+        return self.shards[worker], drawn[worker, step]
+
+    def __call__(self, number: int) -> Batch:
+        round_index, worker, step = self._place(number)
+        shard, indices = self.examples(number)
+        position = round_index * self.local_steps + step
+        rng = np.random.default_rng((self.seed, worker, position, _CROP_STREAM))
+        return read_batch(self.source, shard, indices, self.transform.training(rng, len(indices)))
+
+    def _place(self, number: int) -> tuple[int, int, int]:
+        round_index, rest = divmod(number, self.per_round)
+        return round_index, *divmod(rest, self.local_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalBatches:
+    """The batches of an evaluation by number: the first of every device, then the second of every device."""
+
+    source: EncodedSource
+    plan: batches.EvalBatches
+    transform: Transform
+
+    def examples(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(all examples, those of the batch, int32 [B])."""
+        row, device = divmod(number, len(self.plan.indices))
+        return np.arange(len(self.source), dtype=np.int32), self.plan.indices[device, row]
+
+    def __call__(self, number: int) -> Batch:
+        everything, indices = self.examples(number)
+        return read_batch(self.source, everything, indices, [self.transform.evaluation] * len(indices))

@@ -1,0 +1,85 @@
+"""A folder of image files per class: `train/<class>/*.JPEG` and `val/<class>/*.JPEG`."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ist_jax.data import DataSet
+
+_ENDINGS = (".jpeg", ".jpg", ".png")  # in any case
+
+
+class FolderSource:
+    """One split; its images are read when they are asked for, and not decoded.
+
+    A million names are kept as one array, so that a copy in another process is cheap.
+
+    Args:
+      root: the split's folder.
+      classes: names of the folders in it, in the order of the labels; one may be missing.
+    """
+
+    def __init__(self, root: Path, classes: tuple[str, ...]):
+        self._root, self._classes = root, classes
+        files = [sorted(_files(root / name)) for name in classes]
+        self.labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(f) for f in files])
+        self._names = np.array([name for own in files for name in own], dtype=np.bytes_)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        label = self._classes[self.labels[index]]
+        return os.path.join(self._root, label, os.fsdecode(self._names[index]))
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": Path(self.name(index)).read_bytes(), "label": int(self.labels[index])}
+
+
+def load(directory: str) -> DataSet:
+    """Opens a folder; the classes are those of its training split.
+
+    Args:
+      directory: holds `train` and `val`, both with a folder of files per class (.jpeg, .jpg or .png).
+
+    Raises:
+      ValueError: a split or its files are missing, or it has a class that training has not.
+    """
+    root = Path(directory)
+    classes = {split: _folders(root / split) if directory else () for split in ("train", "val")}
+    for split, names in classes.items():
+        if not names:
+            raise ValueError(
+                f"data.dir={directory!r} has no folder {split}/ with a folder of images per class; set "
+                "config.data.dir to a folder of train/<class>/*.JPEG and val/<class>/*.JPEG"
+            )
+    if unknown := sorted(set(classes["val"]) - set(classes["train"])):
+        raise ValueError(
+            f"data.dir={directory!r} has val/{unknown[0]}, a class without a folder in train/; "
+            f"{len(unknown)} such classes"
+        )
+    train, test = (FolderSource(root / split, classes["train"]) for split in ("train", "val"))
+    if not len(train) or not len(test):
+        raise ValueError(f"data.dir={directory!r} has {len(train)} images in train/ and {len(test)} in val/")
+    images, own = len(train) + len(test), len(classes["train"])
+    return DataSet(
+        description=f"image_folder: {images:,} images of {own:,} classes in {directory}",
+        train=train,
+        test=test,
+        classes=classes["train"],
+        encoded=True,
+    )
+
+
+def _folders(root: Path) -> tuple[str, ...]:
+    return tuple(sorted(p.name for p in root.iterdir() if p.is_dir())) if root.is_dir() else ()
+
+
+def _files(folder: Path) -> list[bytes]:
+    if not folder.is_dir():  # a class that is not tested
+        return []
+    with os.scandir(folder) as entries:
+        return [os.fsencode(e.name) for e in entries if e.name.lower().endswith(_ENDINGS)]

@@ -1,0 +1,209 @@
+"""Images that do not fit in memory: read and decoded by grain, a round at a time."""
+
+import contextlib
+import logging
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from ist_jax.data import EncodedSource
+from ist_jax.data.encoded import Batch, EvalBatches, TrainBatches
+from ist_jax.data.feed import Chunk
+
+log = logging.getLogger(__name__)
+
+_SHARED_MEMORY = Path("/dev/shm")
+_BATCHES_EACH = 3  # that a process can have there: one is made, one waits, one is being copied out
+
+
+def check_shared_memory(processes: int, batch_size: int, size: int) -> None:
+    """Raises ValueError where batches have no room to travel through: a container's /dev/shm may be small."""
+    needed = _BATCHES_EACH * processes * batch_size * 3 * size**2
+    if _SHARED_MEMORY.is_dir() and (free := shutil.disk_usage(_SHARED_MEMORY).free) < needed:
+        raise ValueError(
+            f"data.processes={processes} need {needed / 1e6:,.0f} MB of shared memory, and {_SHARED_MEMORY} "
+            f"has {free / 1e6:,.0f} MB; lower config.data.processes, or enlarge it (docker run --shm-size)"
+        )
+
+
+class StreamingFeed:
+    """Rounds of a training set on disk; while one is trained, the next is read.
+
+    Host and devices hold the chunk in use and the next one, and the processes two or three batches each.
+
+    Args:
+      make: the training batches.
+      num_devices: D.
+      num_rounds: of the run; nothing is read beyond it.
+      processes: that read and decode; 0: a thread of this one does.
+      put: places arrays [D, ...] on the devices.
+    """
+
+    def __init__(
+        self,
+        make: TrainBatches,
+        num_devices: int,
+        num_rounds: int,
+        *,
+        processes: int,
+        put: Callable[[Any], Any],
+    ):
+        self._make, self._num_devices, self._num_rounds = make, num_devices, num_rounds
+        self._processes, self._put = processes, put
+        self._unreadable = _Unreadable(make.source)
+        self._ahead: _ReadAhead | None = None
+        self._expected = 0
+        here = (len(make.shards) // num_devices, make.local_steps, make.batch_size)
+        indices = np.arange(np.prod(here), dtype=np.int32).reshape(here)
+        self._indices = np.broadcast_to(indices, (num_devices, *here))
+
+    @property
+    def spec(self) -> Any:
+        shape, side = (self._num_devices, self._indices[0].size), self._make.transform.size
+        return {
+            "image": jax.ShapeDtypeStruct((*shape, side, side, 3), np.uint8),
+            "label": jax.ShapeDtypeStruct(shape, np.int32),
+        }
+
+    def __call__(self, round_index: int) -> Chunk:
+        if self._ahead is None or round_index != self._expected:
+            self.close()
+            self._ahead = _ReadAhead(lambda stop: self._chunks(round_index, stop))
+        data = next(self._ahead)
+        self._expected = round_index + 1
+        return Chunk(data, self._indices)
+
+    def close(self) -> None:
+        """Ends the reading; a later call begins anew."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def _chunks(self, first: int, stop: threading.Event) -> Generator[Any]:
+        make, numbers = (
+            self._make,
+            range(first * self._make.per_round, self._num_rounds * self._make.per_round),
+        )
+        with contextlib.closing(_read(make, numbers, self._processes)) as stream:
+            for start in numbers[:: make.per_round]:
+                chunk = {name: np.empty(x.shape, x.dtype) for name, x in self.spec.items()}
+                for i in range(make.per_round):
+                    batch = next(stream)
+                    if stop.is_set():
+                        return
+                    for name, x in chunk.items():
+                        x.reshape(make.per_round, -1, *x.shape[2:])[i] = batch[name]
+                    self._unreadable.report(*make.examples(start + i), batch["skipped"])
+                yield self._put(chunk)
+
+
+class StreamingEvaluation:
+    """A test set on disk, a batch per device at a time; every pass reads it anew.
+
+    An image that cannot be read is not counted: the one in its place has weight 0.
+
+    Args:
+      make: the evaluation batches.
+      processes: that read and decode; 0: this one does.
+      put: places arrays [D, ...] on the devices.
+    """
+
+    def __init__(self, make: EvalBatches, *, processes: int, put: Callable[[Any], Any]):
+        self._make, self._processes, self._put = make, processes, put
+        self._unreadable = _Unreadable(make.source)
+
+    @property
+    def spec(self) -> Any:
+        """What a chunk looks like: 'image', 'label' and 'weight', each [D, 1, B, ...]."""
+        devices, _, size = self._make.plan.indices.shape
+        side = self._make.transform.size
+        return {
+            "image": jax.ShapeDtypeStruct((devices, 1, size, side, side, 3), np.uint8),
+            "label": jax.ShapeDtypeStruct((devices, 1, size), np.int32),
+            "weight": jax.ShapeDtypeStruct((devices, 1, size), np.float32),
+        }
+
+    def __iter__(self) -> Iterator[Any]:
+        make, (devices, rows, _) = self._make, self._make.plan.indices.shape
+        with contextlib.closing(_read(make, range(rows * devices), self._processes)) as stream:
+            for row in range(rows):
+                drawn = [next(stream) for _ in range(devices)]
+                for device, batch in enumerate(drawn):
+                    self._unreadable.report(*make.examples(row * devices + device), batch["skipped"])
+                chunk = {name: np.stack([batch[name] for batch in drawn]) for name in drawn[0]}
+                chunk["weight"] = make.plan.weights[:, row] * (chunk.pop("skipped") == 0)
+                yield self._put({name: x[:, None] for name, x in chunk.items()})
+
+
+class _Unreadable:
+    """Says once of every image that it cannot be read, and counts them."""
+
+    def __init__(self, source: EncodedSource):
+        self._source = source
+        self._known: set[int] = set()
+
+    def report(self, shard: np.ndarray, indices: np.ndarray, skipped: np.ndarray) -> None:
+        for index, count in zip(indices[skipped > 0], skipped[skipped > 0], strict=True):
+            place = int(np.searchsorted(shard, index)) + np.arange(count)
+            for bad in shard[place % len(shard)].tolist():
+                if bad not in self._known:
+                    self._known.add(bad)
+                    log.warning("cannot read image %s (%d so far)", self._source.name(bad), len(self._known))
+
+
+class _ReadAhead:
+    """An iterator whose next item is made by a thread while the last one is in use."""
+
+    def __init__(self, items: Callable[[threading.Event], Generator[Any]]):
+        self._stop = threading.Event()
+        self._items = items(self._stop)
+        self._error: BaseException | None = None
+        self._fetch()
+
+    def _fetch(self) -> None:
+        def run() -> None:
+            try:
+                self._item = next(self._items)
+            except BaseException as error:  # raised where the item is asked for
+                self._error = error
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> Any:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        item, self._item = self._item, None
+        self._fetch()
+        return item
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._items.close()
+
+
+def _read(make: Callable[[int], Batch], numbers: range, processes: int) -> Any:
+    """An iterator over the batches of some numbers, with `close`."""
+    import grain  # slow to import, and only sets on disk need it
+
+    if not flags.FLAGS.is_parsed():  # grain looks up flags of its own, which nobody has to set
+        flags.FLAGS.mark_as_parsed()
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    dataset = grain.MapDataset.range(numbers.start, numbers.stop).map(make).to_iter_dataset(options)
+    if processes:
+        workers = grain.MultiprocessingOptions(num_workers=min(processes, len(numbers)))
+        dataset = dataset.mp_prefetch(workers, worker_init_fn=_leave_interrupts_to_the_parent)
+    return iter(dataset)
+
+
+def _leave_interrupts_to_the_parent(*_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

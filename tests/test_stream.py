@@ -1,0 +1,419 @@
+"""Images streamed from disk: which, how cropped, in what batches; broken files; restart at any round."""
+
+import io
+import logging
+import re
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import get_config
+from PIL import Image
+
+from ist_jax import data, evaluate, experiment, inputs, main, train
+from ist_jax.data import batches, stream
+from ist_jax.data.encoded import EvalBatches, TrainBatches, read_batch
+from ist_jax.data.images import Transform, cut_out, random_box
+
+TRANSFORM = Transform(size=8, resize=10, area=(0.2, 1.0), aspect=(0.75, 1.3333), flip=True)
+ENDINGS = ("JPEG", "jpg", "JPG", "jpeg", "PNG", "Jpeg")
+TRUNCATED = {"train": "cat/3.jpeg", "val": "dog/1.jpg"}
+
+
+def encode(pixels, **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def colour(label, number):
+    """Every image of a split has a colour of its own, by which it is known after JPEG and crops."""
+    return np.array([40 * number + 10, 240 * label, 100], np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes, 6 images each to train and 5 to test; a file of each split is truncated."""
+    root = tmp_path_factory.mktemp("images")
+    for split, count in (("train", 6), ("val", 5)):
+        for label, name in enumerate(("cat", "dog")):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                file = root / split / name / f"{number}.{ENDINGS[number]}"
+                pixels = np.broadcast_to(colour(label, number), (32, 24 + 8 * number, 3))
+                Image.fromarray(pixels).save(file, "PNG" if ENDINGS[number] == "PNG" else "JPEG")
+            (root / split / name / "notes.txt").write_text("no image")
+        broken = root / split / TRUNCATED[split]
+        broken.write_bytes(broken.read_bytes()[:-8])
+    return root
+
+
+def identify(images):
+    """(label, number) of images [..., H, W, 3] by their mean colours."""
+    mean = np.asarray(images, float).mean((-3, -2))
+    return np.round(mean[..., 1] / 240).astype(int), np.round((mean[..., 0] - 10) / 40).astype(int)
+
+
+def make_batches(source, *, num_workers=2, sharing="all", seed=0, transform=TRANSFORM):
+    shards = batches.share_examples(seed, source.labels, num_workers, sharing, 1.0)
+    return TrainBatches(source, shards, transform, seed=seed, local_steps=2, batch_size=3)
+
+
+def make_feed(make, *, rounds=5, processes=0):
+    return stream.StreamingFeed(make, 1, rounds, processes=processes, put=lambda chunk: chunk)
+
+
+class Counting:
+    """A source of 12 solid images in memory that notes what is read."""
+
+    def __init__(self, broken=()):
+        self.labels = np.arange(12, dtype=np.int32) // 6
+        self.broken, self.seen = broken, []
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        self.seen.append(index)
+        label, number = divmod(index, 6)
+        image = encode(np.broadcast_to(colour(label, number), (12, 12, 3)))
+        return {"image": image[:-8] if index in self.broken else image, "label": label}
+
+    def name(self, index):
+        return f"image{index}"
+
+
+# --- what is read ---------------------------------------------------------------------------------
+
+
+def test_a_folder_is_read_by_class_whatever_the_ending(folder):
+    dataset = data.open_data_set("image_folder", str(folder))
+    assert dataset.encoded
+    assert dataset.classes == ("cat", "dog")
+    assert dataset.train.labels.tolist() == [0] * 6 + [1] * 6
+    assert dataset.test.labels.tolist() == [0] * 5 + [1] * 5
+    assert dataset.train.name(9) == str(folder / "train" / "dog" / "3.jpeg")
+    record = dataset.train[9]
+    pixels = cut_out(Image.open(io.BytesIO(record["image"])), (0, 0, 32, 32), 8)
+    assert (record["label"], *identify(pixels)) == (1, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        ((), "has no folder train/ with a folder of images per class"),
+        (("train/cat",), "has no folder val/"),
+        (("train/cat", "val/cat"), "has 0 images in train/"),
+        (("train/cat", "val/cat", "val/eel"), "has val/eel, a class without a folder in train/"),
+    ],
+)
+def test_a_folder_that_cannot_work_is_one_clear_error(tmp_path, folders, message):
+    for name in folders:
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        data.open_data_set("image_folder", str(tmp_path))
+
+
+def test_prepared_imagenet_is_read_without_decoding(tmp_path):
+    import tensorflow_datasets as tfds
+
+    real = tfds.builder("imagenet2012", data_dir=tmp_path, file_format="array_record")
+    files = {f"n{i}.JPEG": encode(np.full((20, 30, 3), 20 * i, np.uint8)) for i in range(9)}
+    with tfds.core.registered.skip_registration():
+
+        class Imagenet2012(tfds.core.GeneratorBasedBuilder):
+            VERSION = real.version
+
+            def _info(self):
+                return tfds.core.DatasetInfo(builder=self, features=real.info.features)
+
+            def _split_generators(self, dl_manager):
+                names = sorted(files)
+                return {"train": self._generate_examples(names[:6]),
+                        "validation": self._generate_examples(names[6:])}  # fmt: skip
+
+            def _generate_examples(self, names):
+                for i, name in enumerate(names):
+                    yield name, {"image": io.BytesIO(files[name]), "label": 100 + i, "file_name": name}
+
+    Imagenet2012(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    dataset = data.open_data_set("imagenet2012", str(tmp_path))
+    assert (len(dataset.train), len(dataset.test), len(dataset.classes)) == (6, 3, 1000)
+    for i in range(6):
+        assert dataset.train[i]["image"] == files[dataset.train.name(i)]
+        assert dataset.train[i]["label"] == dataset.train.labels[i]
+    chunk = next(iter(evaluation_of(dataset.test, processes=1)))  # its records are opened anew elsewhere
+    levels = np.sort(np.asarray(chunk["image"], int).mean((0, 1, 3, 4, 5)))
+    np.testing.assert_allclose(levels, [120, 140, 160], atol=2)
+
+
+def test_rounds_are_of_the_examples_that_sets_in_memory_draw():
+    source = Counting()
+    feed = make_feed(make_batches(source, sharing="disjoint"))
+    make = make_batches(source, sharing="disjoint")
+    for round_index in range(5):
+        drawn = batches.train_indices(0, round_index, make.shards, local_steps=2, batch_size=3)
+        chunk = feed(round_index)
+        assert chunk.indices.shape == (1, 2, 2, 3)
+        labels, numbers = identify(chunk.data["image"][0][chunk.indices[0]])
+        assert np.array_equal(labels * 6 + numbers, drawn)
+        assert np.array_equal(chunk.data["label"][0][chunk.indices[0]], drawn // 6)
+
+
+def test_chunks_are_cut_by_device():
+    two = stream.StreamingFeed(make_batches(Counting()), 2, 5, processes=0, put=lambda chunk: chunk)
+    one = make_feed(make_batches(Counting()))
+    both, all_ = two(0), one(0)
+    assert both.indices.shape == (2, 1, 2, 3)
+    assert {name: x.shape for name, x in both.data.items()} == {name: x.shape for name, x in two.spec.items()}
+    for name in ("image", "label"):
+        parts = np.stack([both.data[name][d][both.indices[d]] for d in range(2)])
+        assert np.array_equal(parts[:, 0], all_.data[name][0][all_.indices[0]])
+
+
+# --- restart --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_any_round_can_be_the_first_and_processes_change_nothing(folder, processes):
+    source = data.open_data_set("image_folder", str(folder)).train
+    wanted = [make_feed(make_batches(source))(r).data for r in range(3)]
+    feed = make_feed(make_batches(source), processes=processes)
+    order = (1, 2, 0, 1) if processes == 0 else (1, 2)
+    for round_index in order:
+        got = feed(round_index).data
+        for name in ("image", "label"):
+            assert np.array_equal(got[name], wanted[round_index][name])
+    feed.close()
+    assert not np.array_equal(wanted[0]["image"], wanted[1]["image"])
+    other = make_feed(make_batches(source, seed=1))(0).data
+    assert not np.array_equal(other["image"], wanted[0]["image"])
+
+
+def test_no_more_is_read_than_this_round_and_the_next():
+    source = Counting()
+    feed = make_feed(make_batches(source), rounds=9)
+    wanted = [feed._make.examples(number)[1].tolist() for number in range(4 * 6, 4 * 8)]
+    feed(6)
+    time.sleep(0.5)  # time enough to read on
+    assert source.seen == [index for batch in wanted for index in batch]
+    feed.close()
+    source.seen.clear()
+    feed = make_feed(make_batches(source), rounds=1)
+    feed(0)
+    time.sleep(0.2)
+    assert len(source.seen) == 12  # nothing beyond the last round
+
+
+# --- broken files ---------------------------------------------------------------------------------
+
+
+def test_the_next_readable_example_of_the_shard_stands_in():
+    shard = np.array([1, 4, 5, 9, 11], np.int32)
+    crops = [TRANSFORM.evaluation] * 4
+    got = read_batch(Counting(broken=(4, 5, 11)), shard, np.array([4, 5, 11, 1]), crops)
+    assert got["skipped"].tolist() == [2, 1, 1, 0]
+    labels, numbers = identify(got["image"])
+    assert (labels * 6 + numbers).tolist() == [9, 9, 1, 1]  # behind the last one, the first
+    assert got["label"].tolist() == [1, 1, 0, 0]
+    with pytest.raises(ValueError, match="5 images in a row cannot be read, from image9 on"):
+        read_batch(Counting(broken=range(12)), shard, np.array([9]), crops[:1])
+
+
+BLACK = encode(np.zeros((9, 9, 3), np.uint8))
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", BLACK[:-8], BLACK[:99]])
+def test_whatever_is_wrong_with_a_file_it_is_replaced(content, monkeypatch):
+    read = Counting.__getitem__
+    monkeypatch.setattr(
+        Counting, "__getitem__", lambda self, i: {"image": content} if i == 3 else read(self, i)
+    )
+    got = read_batch(Counting(), np.arange(12), np.array([3]), [TRANSFORM.evaluation])
+    assert got["skipped"].tolist() == [1]
+
+
+def test_unreadable_images_are_named_once_and_counted(folder, caplog):
+    source = data.open_data_set("image_folder", str(folder)).train
+    feed = make_feed(make_batches(source), rounds=4)  # two epochs for every worker
+    with caplog.at_level(logging.WARNING):
+        for round_index in range(4):
+            feed(round_index)
+    assert caplog.messages == [f"cannot read image {folder}/train/{TRUNCATED['train']} (1 so far)"]
+
+
+def test_a_reader_that_fails_is_heard_of():
+    feed = make_feed(make_batches(Counting(broken=range(12))))
+    with pytest.raises(ValueError, match="12 images in a row cannot be read"):
+        feed(0)
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+def evaluation_of(source, *, batch_size=4, devices=1, processes=0):
+    plan = batches.eval_batches(len(source), batch_size, devices)
+    make = EvalBatches(source, plan, TRANSFORM)
+    return stream.StreamingEvaluation(make, processes=processes, put=lambda chunk: chunk)
+
+
+@pytest.mark.parametrize(("devices", "processes"), [(1, 0), (2, 0), (2, 2)])
+def test_evaluation_counts_every_image_once_but_the_unreadable(folder, devices, processes, caplog):
+    source = data.open_data_set("image_folder", str(folder)).test
+    evaluation = evaluation_of(source, devices=devices, processes=processes)
+    with caplog.at_level(logging.WARNING):
+        chunks = list(evaluation)
+    assert {name: x.shape for name, x in chunks[0].items()} == {
+        name: x.shape for name, x in evaluation.spec.items()
+    }
+    images, labels, weights = (
+        np.concatenate([chunk[name].reshape(-1, *chunk[name].shape[3:]) for chunk in chunks])
+        for name in ("image", "label", "weight")
+    )
+    found = [(a, b) for a, b, w in zip(*identify(images), weights, strict=True) if w]
+    assert sorted(found) == [(a, b) for a in range(2) for b in range(5) if (a, b) != (1, 1)]
+    assert np.array_equal(identify(images)[0], labels)
+    first = chunks[0]["label"][0, 0]
+    assert 0 < first.sum() < len(first)  # both classes in a batch
+    assert caplog.messages == [f"cannot read image {folder}/val/{TRUNCATED['val']} (1 so far)"]
+
+
+# --- crops ----------------------------------------------------------------------------------------
+
+
+def test_random_boxes_have_the_areas_and_aspects_asked_for():
+    width, height, area, aspect = 500, 375, (0.08, 1.0), (3 / 4, 4 / 3)
+    draws = np.random.default_rng(0).random((4000, 10, 4))
+    boxes = np.array([random_box(width, height, d, area, aspect) for d in draws])
+    left, top, across, down = boxes.T
+    assert (left >= 0).all() and (top >= 0).all()
+    assert (left + across <= width).all() and (top + down <= height).all()
+    # of boxes that fit at the first try, by the same formula: area uniform, log aspect uniform
+    areas, ratios = across * down / (width * height), across / down
+    assert areas.min() > 0.075 and 0.95 < areas.max() <= 1
+    assert ratios.min() > 0.74 and ratios.max() < 1.35
+    small = areas < 0.5  # all of these fit, whatever their aspect
+    assert abs(areas[small].mean() - (0.08 + 0.5) / 2) < 0.01
+    assert abs(np.log(ratios[small]).mean()) < 5 * np.log(4 / 3) / np.sqrt(3 * small.sum())
+    assert abs(np.log(ratios[small]).std() - np.log(4 / 3) / np.sqrt(3)) < 0.01
+    room = (width - across + 1)[small]
+    assert abs(((left[small] + 0.5) / room).mean() - 0.5) < 0.02  # anywhere across
+
+
+@pytest.mark.parametrize(("size", "wanted"), [((1000, 10), (493, 0, 13, 10)), ((10, 1000), (0, 493, 10, 13))])
+def test_where_no_box_fits_it_is_the_middle(size, wanted):
+    draws = np.full((10, 4), 0.999)
+    assert random_box(*size, draws, (0.9, 1.0), (0.75, 1.3333)) == wanted
+
+
+def test_half_of_the_crops_are_mirrored_if_asked_for():
+    ramp = np.broadcast_to(np.arange(0, 256, 4, np.uint8)[None, :, None], (64, 64, 3))
+    data = encode(ramp)
+    for flip in (True, False):
+        crops = TRANSFORM._replace(flip=flip).training(np.random.default_rng(0), 400)
+        pixels = np.stack([crop(data) for crop in crops]).astype(int)
+        falling = pixels[:, :, 0].mean((1, 2)) > pixels[:, :, -1].mean((1, 2))
+        assert abs(falling.mean() - (0.5 if flip else 0)) < (0.125 if flip else 1e-9)  # 5 deviations
+
+
+def test_a_crop_is_the_box_resized():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((200, 160), Image.Resampling.BICUBIC)
+    data = encode(np.asarray(image), quality=95)
+    plain = Image.open(io.BytesIO(data)).convert("RGB")
+    got = cut_out(Image.open(io.BytesIO(data)), (20, 30, 80, 60), 32)
+    wanted = np.asarray(plain.crop((20, 30, 100, 90)).resize((32, 32), Image.Resampling.BILINEAR))
+    assert np.abs(got.astype(int) - wanted)[1:-1, 1:-1].max() <= 2
+    small = Image.open(io.BytesIO(data))
+    got = cut_out(small, (20, 30, 80, 60), 16)
+    assert small.size == (100, 80)  # decoded at half its size
+    wanted = np.asarray(plain.crop((20, 30, 100, 90)).resize((16, 16), Image.Resampling.BILINEAR))
+    assert np.abs(got.astype(int) - wanted).mean() < 3
+
+
+@pytest.mark.parametrize("shape", [(300, 400), (400, 300), (256, 256)])
+def test_evaluation_cuts_out_the_centre_after_resizing(shape):
+    transform = Transform(size=224, resize=256, area=(0.08, 1.0), aspect=(0.75, 1.3333), flip=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize(shape[::-1], Image.Resampling.BICUBIC)
+    scale = 256 / min(shape)
+    sides = [round(s * scale) for s in image.size]
+    left, top = ((s - 224) // 2 for s in sides)
+    wanted = np.asarray(
+        image.resize(sides, Image.Resampling.BILINEAR).crop((left, top, left + 224, top + 224))
+    )
+    got = transform.centre(image)
+    assert np.abs(got.astype(int) - wanted).mean() < 1
+    assert np.array_equal(transform.evaluation(encode(np.asarray(image), quality=95)).shape, (224, 224, 3))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_other_colour_modes_become_rgb(mode):
+    file = io.BytesIO()
+    Image.new("RGB", (20, 20), (90, 90, 90)).convert(mode).save(file, "JPEG")
+    np.testing.assert_allclose(TRANSFORM.evaluation(file.getvalue()), 90, atol=3)
+
+
+# --- whole runs -----------------------------------------------------------------------------------
+
+
+def tiny(folder, **overrides):
+    config = get_config("resnet", "imagenet", **{
+        "data.name": "image_folder", "data.dir": str(folder), "data.size": 8, "data.resize": 10,
+        "data.processes": 0, "model.sections": (1, 3), "model.width": 4, "partition.sections": (2,),
+        "num_workers": 2, "local_steps": 2, "batch_size": 3, "eval_batch_size": 4, "eval_every": 0,
+    })  # fmt: skip
+    config.update({"rounds": 3})
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def test_a_folder_trains_and_a_run_repeats_from_any_round(folder, tmp_path, capsys):
+    summary = train.train(tiny(folder), tmp_path / "run")
+    assert "22 images of 2 classes" in summary["data"]
+    assert np.isfinite(summary["train_loss"])
+    run = experiment.set_up(tiny(folder))
+    state, _, _ = train.run_round(run, run.state, 0, np.ones(2, bool))
+    kept = jax.tree.map(lambda x: x.copy(), state)  # a round uses its state up
+    straight, _, _ = train.run_round(run, state, 1, np.ones(2, bool))
+    fresh = run._replace(feed=inputs.feed_rounds(run.config, run.inputs, run.devices, run.num_rounds))
+    resumed, _, _ = train.run_round(fresh, kept, 1, np.ones(2, bool))
+    for path, leaf in straight.trees[0].items():
+        assert np.array_equal(leaf, resumed.trees[0][path])
+    image = folder / "val" / "dog" / "4.PNG"
+    assert evaluate.main(["evaluate", f"--workdir={tmp_path / 'run'}", str(image)]) == 0
+    out = capsys.readouterr().out
+    assert f"test accuracy {summary['test_accuracy']:.2%}" in out
+    assert "(9 examples, batch statistics)" in out  # one of ten cannot be read
+    assert re.search(r"4.PNG: (cat|dog) [\d.]+%, (cat|dog) [\d.]+%", out)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.data.dir="], "data.dir='' has no folder train/"),
+        (["--config.data.size=300"], "data.size=300 and data.resize=256"),
+        (["--config.data.crop_area=(0.5,1.5)"], "data.crop_area=(0.5, 1.5); set it to two ascending numbers"),
+        (["--config.data.crop_aspect=(1.0,)"], "data.crop_aspect=(1.0,)"),
+        (["--config.data.processes=-1"], "data.processes=-1"),
+        (["--config.data.pad=4"], "data.pad=4"),
+        (["--config.data.std=(0.0,1.0,1.0)"], "data.std=(0.0, 1.0, 1.0)"),
+        (["--config.data.processes=1000000", "--config.num_workers=1"], "data.processes=1000000 need"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(flags, message, folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = "--config=" + str(get_config.__globals__["ROOT"] / "configs/resnet.py:imagenet")
+    fixed = ["--config.data.name=image_folder", f"--config.data.dir={folder}", "--config.model.width=1"]
+    with pytest.raises(SystemExit) as stop:
+        main.main(["main", config, *fixed, *flags])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_a_config_without_the_keys_of_streaming_says_where_they_are(folder):
+    with pytest.raises(ValueError, match=r"no data.size .*configs/resnet.py:imagenet has them"):
+        experiment.set_up(get_config("mlp", **{"data.name": "image_folder", "data.dir": str(folder)}))
