@@ -179,15 +179,25 @@ def make_groups(
             raise ValueError(
                 f"partition.min_units={min_units} must lie between 0 and the {size} units of {name}"
             )
-        groups[name] = _make_group(
+        groups[name] = make_group(
             name, size, num_workers, num_workers if name in stratified else 1, min_units, shares
         )
     return groups
 
 
-def _make_group(
+def make_group(
     name: str, size: int, num_workers: int, strips: int, min_units: int, shares: Sequence[float]
 ) -> Group:
+    """One group, of checked values.
+
+    Args:
+      name: of the group.
+      size: U, the number of units.
+      num_workers: S.
+      strips: 1, or S for a stratified draw.
+      min_units: as for `make_groups`.
+      shares: as for `make_groups`.
+    """
     deck = _deal(size, tuple(shares) or (1.0,) * num_workers)
     dealt = np.bincount(deck, minlength=num_workers)
     slots = int(max(dealt.max(), min_units))

@@ -244,6 +244,7 @@ def summarize(
         "wire_bytes_per_device": None if None in wire else sum(wire),
         "workers_left_out": sum(r["workers_left_out"] for r in records),
         "workers_absent": sum(r["workers_absent"] for r in records),
+        "units": {g.name: {"size": g.size, "strips": g.strips} for g in layout.groups.values()},
         "params_sha256": params_sha256,
         "data": dataset,
         "num_workers": config.num_workers,
@@ -257,6 +258,14 @@ def summarize(
         | {"ist_jax": __version__}
         | {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
     }
+
+
+def write_report(workdir: Path) -> Path:
+    """Writes report.html about a finished run into its folder; returns its path."""
+    from ist_jax import report  # with its plotting library, which nothing else needs
+
+    report.write_report([workdir], workdir / "report.html")
+    return workdir / "report.html"
 
 
 def last_line(summary: dict[str, Any]) -> str:

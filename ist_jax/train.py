@@ -122,6 +122,7 @@ def run_rounds(run: Run, workdir: Path, custom_model: nn.Module | None = None) -
         params_sha256=metrics.params_sha256(iter_leaves(run.layout, state.trees[0])),
     )
     metrics.write_json(workdir / "summary.json", summary)
+    log.info("report: %s", results.write_report(workdir))
     log.info(results.last_line(summary))
     return summary
 
