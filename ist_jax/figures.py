@@ -137,7 +137,7 @@ def _stack(fig: Any, stack: Any, source: ColumnDataSource, **where: Any) -> None
 
 
 def deal_figures(deals: Deals) -> dict[str, Any]:
-    """Who held which unit in which round; and in how many rounds each worker held each unit."""
+    """Who trained which unit in which round; and in how many rounds each worker trained each unit."""
     return {"map": _map_figure(deals), "counts": _counts_figure(deals)}
 
 
@@ -149,9 +149,9 @@ def worker_colors(num_workers: int) -> list[str]:
 def _map_figure(deals: Deals) -> Any:
     wide = int(deals.columns[1] - deals.columns[0]) if len(deals.columns) > 1 else 1
     high = int(deals.rows[1]) if len(deals.rows) > 1 else deals.group.size
-    column, worker, row = np.nonzero(deals.held)
-    share = deals.held.sum(1)[column, row]  # a unit of several workers: its cell is divided among them
-    place = (deals.held.cumsum(1) - 1)[column, worker, row]
+    column, worker, row = np.nonzero(deals.trained)
+    share = deals.trained.sum(1)[column, row]  # a unit of several workers: its cell is divided among them
+    place = (deals.trained.cumsum(1) - 1)[column, worker, row]
     tall = high * (1 - _GAP)
     left, top = deals.columns[column] - 0.5, deals.rows[row] - 0.5 + place / share * tall
     fig = _figure(

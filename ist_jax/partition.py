@@ -14,6 +14,8 @@ References:
   arXiv:2107.00961, 2021 (residual blocks, minimum depth).
 """
 
+import functools
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -245,6 +247,12 @@ def sample(rng: np.random.Generator, groups: Mapping[str, Group]) -> dict[str, A
 def round_rng(seed: int, round_index: int) -> np.random.Generator:
     """The generator of a round's partition: a function of seed and round alone, so resume is exact."""
     return np.random.default_rng((seed, round_index))
+
+
+@functools.cache
+def fingerprint(groups: tuple[Group, ...]) -> str:
+    """Twelve hexadecimal digits that tell draws from one another: equal groups and seeds, equal draws."""
+    return hashlib.sha256(repr(sorted(map(tuple, groups))).encode()).hexdigest()[:12]
 
 
 def sample_present(seed: int, round_index: int, num_workers: int, participation: float) -> np.ndarray:

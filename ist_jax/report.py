@@ -107,6 +107,7 @@ def _partition(series: Sequence[Series]) -> tuple[dict[str, Any], dict[str, Any]
         "deal_workers": range(first.summary["num_workers"]),
         "deal_colors": figures.worker_colors(first.summary["num_workers"])[:_COLORS_SHOWN],
         "deals_left_out": "; ".join(others),
+        "absent": any(r["workers_absent"] + r["workers_left_out"] for r in first.records),
         "overlap": any(not deal.group.disjoint for deal in deals),
     }
     return context, charts
@@ -140,7 +141,7 @@ def _results(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
 def _modelled(series: Series) -> dict[str, Any]:
     """All rounds' modelled time, and what it is made of for the page's script; means over the runs."""
     seconds_local = float(np.mean([t.column("seconds_local").sum() for t in series.traces]))
-    bytes_sent = float(np.mean([t.bytes_sent()[-1] for t in series.traces]))
+    bytes_sent = float(np.mean([t.column("bytes_sent").sum() for t in series.traces]))
     seconds = trace.modelled_seconds(np.array(seconds_local), np.array(bytes_sent), _BANDWIDTH)
     return {"seconds_local": seconds_local, "bytes_sent": bytes_sent, "text": f"{seconds:,.2f}"}
 

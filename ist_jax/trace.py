@@ -36,10 +36,6 @@ class Trace(NamedTuple):
         values = (record.get(key) for record in self.records)
         return np.array([np.nan if value is None else value for value in values], float)
 
-    def bytes_sent(self) -> np.ndarray:
-        """Bytes that a worker has sent by the end of each round, float64 [rounds]."""
-        return np.arange(1, len(self.records) + 1) * bytes_sent_per_round(self.summary)
-
 
 class Curve(NamedTuple):
     """Test accuracy after each evaluated round, of a run or of several on average; float64 [evaluations]."""
@@ -87,20 +83,6 @@ def read_trace(folder: Path) -> Trace:
     return Trace(folder, config, summary, records, ledger)
 
 
-def bytes_sent_per_round(summary: dict[str, Any]) -> float:
-    """Bytes that a worker on a machine of its own sends in a round.
-
-    The papers' count of both directions x (S - 1) / S, since 1 / S of what is exchanged is its own: it
-    sends slices of the others' units at the gather and its own units home at the merge; shared leaves,
-    and the gradients of data-parallel SGD, travel as in a ring all-reduce.
-
-    Args:
-      summary: of the run, as in summary.json.
-    """
-    workers = summary["num_workers"]
-    return summary["bytes_exchanged_per_worker"] / summary["rounds"] * (workers - 1) / workers
-
-
 def modelled_seconds(seconds_local: np.ndarray, bytes_sent: np.ndarray, bits_per_second: float) -> np.ndarray:
     """Modelled time, entry by entry; of rounds, or of sums over rounds since it is linear.
 
@@ -125,9 +107,8 @@ def group_by_config(traces: Sequence[Trace]) -> list[Series]:
     groups: dict[str, list[Trace]] = {}
     for trace in traces:
         settings = {k: v for k, v in trace.config.items() if k != "seed"}
-        groups.setdefault(json.dumps([settings, trace.summary["custom_model"]], sort_keys=True), []).append(
-            trace
-        )
+        settings["custom_model"] = trace.summary["custom_model"]
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(trace)
     firsts = [group[0] for group in groups.values()]
     labels = [_label(first, firsts) for first in firsts]
     if len(set(labels)) < len(labels):  # models of the user's own
@@ -142,23 +123,26 @@ def differing_keys(traces: Sequence[Trace]) -> list[str]:
 
 
 class Deals(NamedTuple):
-    """To whom the units of a group were dealt, in evenly spaced rounds of a run."""
+    """Who trained the units of a group, in evenly spaced rounds of a run."""
 
     group: partition.Group
     rounds: np.ndarray  # int [r], counted from 1: those drawn again
-    counts: np.ndarray  # int [S, U]: in how many of them a worker held a unit
-    columns: np.ndarray  # int [c]: the rounds of `held`
-    rows: np.ndarray  # int [u]: the units of `held`, counted from 0
-    held: np.ndarray  # bool [c, S, u]
+    counts: np.ndarray  # int [S, U]: in how many of them a worker trained a unit
+    columns: np.ndarray  # int [c]: the rounds of `trained`
+    rows: np.ndarray  # int [u]: the units of `trained`, counted from 0
+    trained: np.ndarray  # bool [c, S, u]
 
 
 def draw_deals(trace: Trace, *, columns: int, rows: int, budget: int) -> list[Deals]:
     """Draws a run's partitions again, from its seed and the groups in its summary.
 
+    Rounds that were drawn for another number of workers, or by other rules, before the run was resumed are
+    passed over. Workers that were absent or left out have trained nothing.
+
     Args:
       trace: of the run; the baselines have no groups.
-      columns: the most rounds in `held`.
-      rows: the most units in `held`.
+      columns: the most rounds in `trained`.
+      rows: the most units in `trained`.
       budget: draw no more than so many entries, each a worker and unit of a round (at least one round).
 
     Returns:
@@ -172,25 +156,40 @@ def draw_deals(trace: Trace, *, columns: int, rows: int, budget: int) -> list[De
         )
         for name, unit in sorted(trace.summary["units"].items())
     ]  # fmt: skip
+    if not groups:
+        return []
+    by_name, same = {g.name: g for g in groups}, partition.fingerprint(tuple(groups))
+    records = [record for record in trace.records if record["partition"] == same]
     entries = workers * sum(group.size for group in groups)
-    rounds = _spaced(len(trace.records), max(1, budget // max(1, entries)))
-    by_name = {group.name: group for group in groups}
-    drawn = [partition.sample(partition.round_rng(config["seed"], int(r)), by_name) for r in rounds]
-    return [_deals(g, rounds, [draw[g.name] for draw in drawn], columns, rows) for g in groups]
+    chosen = [records[i] for i in _spaced(len(records), max(1, budget // entries))]
+    draws, took_part = [], []
+    for record in chosen:
+        index = record["round"] - 1
+        draws.append(partition.sample(partition.round_rng(config["seed"], index), by_name))
+        present = partition.sample_present(config["seed"], index, workers, config["participation"])
+        took_part.append(present & ~np.isin(np.arange(workers), record["left_out"]))
+    rounds = np.array([record["round"] for record in chosen])
+    return [_deals(g, rounds, [d[g.name] for d in draws], took_part, columns, rows) for g in groups]
 
 
 def _deals(
-    group: partition.Group, rounds: np.ndarray, drawn: list[partition.Assignment], columns: int, rows: int
+    group: partition.Group,
+    rounds: np.ndarray,
+    drawn: Sequence[partition.Assignment],
+    took_part: Sequence[np.ndarray],
+    columns: int,
+    rows: int,
 ) -> Deals:
     counts = np.zeros((group.num_workers, group.size), int)
     chosen, units = _spaced(len(rounds), columns), _spaced(group.size, rows)
     shown = np.zeros((len(chosen), group.num_workers, len(units)), bool)
-    for place, (indices, gates) in enumerate(drawn):
-        held = np.zeros(counts.shape, bool)
-        held[np.nonzero(gates)[0], indices[gates]] = True
-        counts += held
-        shown[chosen == place] = held[:, units]
-    return Deals(group, rounds + 1, counts, rounds[chosen] + 1, units, shown)
+    for place, ((indices, gates), here) in enumerate(zip(drawn, took_part, strict=True)):
+        trained = np.zeros(counts.shape, bool)
+        trained[np.nonzero(gates)[0], indices[gates]] = True
+        trained &= here[:, None]
+        counts += trained
+        shown[chosen == place] = trained[:, units]
+    return Deals(group, rounds, counts, rounds[chosen], units, shown)
 
 
 def _spaced(size: int, most: int) -> np.ndarray:
@@ -210,7 +209,7 @@ def _curve(trace: Trace) -> Curve:
     columns = (
         trace.column("round"),
         trace.column("examples"),
-        trace.bytes_sent(),
+        np.cumsum(trace.column("bytes_sent")),
         np.cumsum(trace.column("seconds_local")),
         100 * accuracy,
     )

@@ -149,6 +149,7 @@ def train_round(run: Run, state: local_sgd.State, index: int) -> tuple[local_sgd
         "workers_left_out": len(sick),
         "left_out": sick.tolist(),
         "workers_absent": int((~present).sum()),
+        "partition": partition.fingerprint(tuple(run.layout.groups.values())),
     }
     last = index + 1 == run.num_rounds
     if last or (config.eval_every and (index + 1) % config.eval_every == 0):

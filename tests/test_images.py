@@ -63,9 +63,7 @@ def test_other_sets_do_not_look_at_fashion_mnist(debian, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"'mnist' is not prepared"):
         data.open_data_set("mnist", str(tmp_path))
     monkeypatch.setattr(tfds_images, "DEBIAN_FASHION_MNIST", tmp_path / "not-installed")
-    with pytest.raises(
-        ValueError, match=r"'fashion_mnist' is not prepared.*install Debian's dataset"
-    ):
+    with pytest.raises(ValueError, match=r"'fashion_mnist' is not prepared.*install Debian's dataset"):
         data.open_data_set("fashion_mnist", str(tmp_path))
 
 

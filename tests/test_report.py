@@ -18,12 +18,27 @@ ROUNDS = 4
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """IST with two seeds and local SGD, evaluated every second round."""
-    folder = tmp_path_factory.mktemp("runs")
-    settings = {"ist-0": {}, "ist-1": {"seed": 1}, "local_sgd-0": {"method": "local_sgd"}}
-    for name, overrides in settings.items():
-        train.train(get_config("mlp", rounds=ROUNDS, **overrides), folder / name)
-    return [folder / name for name in settings]
+    """Folders of IST with two seeds and of local SGD, evaluated every second round; the first was trained."""
+    folders = [tmp_path_factory.mktemp("runs") / name for name in ("ist-0", "ist-1", "local_sgd-0")]
+    train.train(get_config("mlp", rounds=ROUNDS), folders[0])
+    write_like(folders[0], folders[1], {"seed": 1}, factor=1.5)
+    write_like(folders[0], folders[2], {"method": "local_sgd", "units": {}}, factor=2.5)
+    return folders
+
+
+def write_like(folder, other, changes, *, factor):
+    """The files of another run: with changes in config and summary, and other figures."""
+    shutil.copytree(folder, other, ignore=shutil.ignore_patterns("params", "checkpoints"))
+    for name in ("config", "summary"):
+        content = json.loads((folder / f"{name}.json").read_text())
+        content |= {key: value for key, value in changes.items() if key in content}
+        (other / f"{name}.json").write_text(json.dumps(content))
+    records = read_records(folder)
+    for record in records:
+        for key in ("seconds_local", "bytes_sent", "test_accuracy"):
+            if key in record:
+                record[key] *= factor if key != "test_accuracy" else 1 / factor
+    (other / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 @pytest.fixture(scope="module")
@@ -36,24 +51,27 @@ def page(runs):
 
 def synthetic(*, rounds, units, workers, **changes):
     """A trace of a run that was never trained."""
-    seconds = {f"seconds_{p}": 0.01 for p in ("gather", "local", "merge", "evaluate", "round")}
-    records = [
-        {"round": r, "examples": 64 * r, "test_accuracy": 0.5, **seconds} for r in range(1, rounds + 1)
-    ]
-    config = {
-        "method": "ist",
-        "seed": 0,
-        "data.name": "digits",
-        "partition.min_units": 0,
-        "partition.shares": [],
-    }
+    config = {"method": "ist", "seed": 0, "data.name": "digits", "participation": 1.0}
+    config |= {"partition.min_units": 0, "partition.shares": []} | changes
+    groups = make_groups(units, workers, config["partition.min_units"])
+    same = {f"seconds_{p}": 0.01 for p in ("gather", "local", "merge", "evaluate", "round")}
+    same |= {"test_accuracy": 0.5, "bytes_sent": 1e9, "workers_absent": 0, "workers_left_out": 0}
+    same |= {"left_out": [], "partition": partition.fingerprint(tuple(groups.values()))}
     summary = {
         "units": units, "num_workers": workers, "num_devices": 1, "device_kind": "cpu", "custom_model": None,
-        "rounds": rounds, "bytes_exchanged_per_worker": 1e9, "test_accuracy": 0.5, "examples": 64 * rounds,
-        "parameters": 10, "parameters_per_worker": 5, "seconds_total": 1.0, "data": "digits", "seed": 0,
-        "versions": {"jax": "0"}, "finished": "2026-01-01T00:00:00+00:00", "method": "ist",
+        "rounds": rounds, "test_accuracy": 0.5, "examples": 64 * rounds, "parameters": 10,
+        "parameters_per_worker": 5, "seconds_total": 1.0, "data": "digits", "seed": 0, "method": "ist",
+        "versions": {"jax": "0"}, "finished": "2026-01-01T00:00:00+00:00",
     }  # fmt: skip
-    return trace.Trace(Path("synthetic"), config | changes, summary, records, None)
+    records = [{"round": r, "examples": 64 * r, **same} for r in range(1, rounds + 1)]
+    return trace.Trace(Path("synthetic"), config, summary, records, None)
+
+
+def make_groups(units, workers, min_units=0):
+    return {
+        name: partition.make_group(name, u["size"], workers, u["strips"], min_units, ())
+        for name, u in sorted(units.items())
+    }
 
 
 def read_figures(page):
@@ -71,7 +89,7 @@ def read_records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_modelled_time_of_two_numbersby_hand():
+def test_modelled_time_of_two_rounds_by_hand():
     # 0.5 s and 0.25 s of local steps; 1 MB and 2 MB over 100 Mb/s take 0.08 s and 0.16 s
     seconds = trace.modelled_seconds(np.array([0.5, 0.25]), np.array([1e6, 2e6]), 1e8)
     np.testing.assert_allclose(seconds, [0.58, 0.41], rtol=1e-15)
@@ -90,11 +108,9 @@ def test_the_curves_are_those_of_the_metrics_files(runs, page):
             np.testing.assert_array_equal(curve["y"], accuracy)
             np.testing.assert_array_equal(curve["round"], [2, 4])
         local = np.cumsum([r["seconds_local"] for r in records])[[1, 3]]
-        summary = json.loads((folder / "summary.json").read_text())
-        # both directions of the papers' count; half of it, and of S = 2 workers' exchange, is a worker's own
-        per_round = summary["bytes_exchanged_per_worker"] / ROUNDS / 2
-        np.testing.assert_allclose(sent["x"], np.array([2, 4]) * per_round / 1e3)  # kB
-        np.testing.assert_allclose(modelled["x"], local + np.array([2, 4]) * per_round * 8 / 1e9)
+        total = np.cumsum([r["bytes_sent"] for r in records])[[1, 3]]
+        np.testing.assert_allclose(sent["x"], total / 1e3)  # kB
+        np.testing.assert_allclose(modelled["x"], local + total * 8 / 1e9)
 
 
 def test_seeds_of_a_method_are_one_curve_and_its_runs(runs, page):
@@ -149,18 +165,35 @@ def test_the_map_is_the_partition_that_was_trained(runs, page):
 
 
 def test_units_of_several_workers_share_their_cells():
-    group = partition.make_group("block", 3, 2, 1, 2, ())
-    one = synthetic(
-        rounds=5, units={"block": {"size": 3, "strips": 1}}, workers=2, **{"partition.min_units": 2}
-    )
+    units = {"block": {"size": 3, "strips": 1}}
+    one = synthetic(rounds=5, units=units, workers=2, **{"partition.min_units": 2})
     cells = read_figures(report.render([one]))["map0"][0]
-    held = partition.sample(partition.round_rng(0, 0), {"block": group})["block"].indices
+    held = partition.sample(partition.round_rng(0, 0), make_groups(units, 2, 2))["block"].indices
     holders = np.bincount(held.ravel(), minlength=3)
     assert holders.max() == 2
     for unit, count in enumerate(holders):
         here = (cells["round"] == 1) & (cells["unit"] == unit)
         assert here.sum() == count
         np.testing.assert_allclose((cells["bottom"] - cells["top"])[here] * count, 0.92)
+
+
+def test_workers_that_were_absent_or_left_out_have_trained_nothing():
+    one = synthetic(rounds=40, units={"block": {"size": 8, "strips": 1}}, workers=2, participation=0.5)
+    one.records[3]["left_out"] = [0, 1]
+    (deals,) = trace.draw_deals(one, columns=40, rows=8, budget=10**6)
+    present = np.array([partition.sample_present(0, r, 2, 0.5) for r in range(40)])
+    present[3] = False
+    assert 20 < present.sum() < 60
+    np.testing.assert_array_equal(deals.trained.sum(2), 4 * present)
+    np.testing.assert_array_equal(deals.counts.sum(1), 4 * present.sum(0))
+
+
+def test_rounds_of_another_number_of_workers_are_not_drawn_as_if_they_were_of_this():
+    units = {"block": {"size": 8, "strips": 1}}
+    before, after = (synthetic(rounds=6, units=units, workers=n) for n in (4, 2))
+    resumed = after._replace(records=before.records[:2] + after.records[2:])
+    (deals,) = trace.draw_deals(resumed, columns=40, rows=8, budget=10**6)
+    assert deals.rounds.tolist() == [3, 4, 5, 6]
 
 
 def test_a_long_run_of_a_wide_net_is_a_small_page():
