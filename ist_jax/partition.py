@@ -14,6 +14,8 @@ References:
   arXiv:2107.00961, 2021 (residual blocks, minimum depth).
 """
 
+import functools
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -179,15 +181,25 @@ def make_groups(
             raise ValueError(
                 f"partition.min_units={min_units} must lie between 0 and the {size} units of {name}"
             )
-        groups[name] = _make_group(
+        groups[name] = make_group(
             name, size, num_workers, num_workers if name in stratified else 1, min_units, shares
         )
     return groups
 
 
-def _make_group(
+def make_group(
     name: str, size: int, num_workers: int, strips: int, min_units: int, shares: Sequence[float]
 ) -> Group:
+    """One group, of checked values.
+
+    Args:
+      name: of the group.
+      size: U, the number of units.
+      num_workers: S.
+      strips: 1, or S for a stratified draw.
+      min_units: as for `make_groups`.
+      shares: as for `make_groups`.
+    """
     deck = _deal(size, tuple(shares) or (1.0,) * num_workers)
     dealt = np.bincount(deck, minlength=num_workers)
     slots = int(max(dealt.max(), min_units))
@@ -235,6 +247,12 @@ def sample(rng: np.random.Generator, groups: Mapping[str, Group]) -> dict[str, A
 def round_rng(seed: int, round_index: int) -> np.random.Generator:
     """The generator of a round's partition: a function of seed and round alone, so resume is exact."""
     return np.random.default_rng((seed, round_index))
+
+
+@functools.cache
+def fingerprint(groups: tuple[Group, ...]) -> str:
+    """Twelve hexadecimal digits that tell draws from one another: equal groups and seeds, equal draws."""
+    return hashlib.sha256(repr(sorted(map(tuple, groups))).encode()).hexdigest()[:12]
 
 
 def sample_present(seed: int, round_index: int, num_workers: int, participation: float) -> np.ndarray:

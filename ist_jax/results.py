@@ -186,14 +186,18 @@ def round_bytes(config: config_dict.ConfigDict, layout: Layout, *, trees: int) -
       trees: parameter-shaped trees that are exchanged (1, and 1 per carried moment).
 
     Returns:
-      'bytes_per_worker' by the papers' count, and 'wire_bytes_per_device'; the latter is None for
-      data-parallel SGD, whose gradients travel as the backend likes.
+      'bytes_per_worker' by the papers' count; 'bytes_sent', by a worker if each had a device of its own;
+      and 'wire_bytes_per_device', by the devices that there are, None for data-parallel SGD, whose
+      gradients travel as the backend likes (a ring all-reduce is counted in 'bytes_sent').
     """
+    workers = config.num_workers
     if config.method == "data_parallel":  # gradients alone, every step; momentum is the same everywhere
-        per_step = ledger.full_model_bytes(layout) / config.num_workers
-        return {"bytes_per_worker": per_step * config.local_steps, "wire_bytes_per_device": None}
+        both_ways = ledger.full_model_bytes(layout) / workers * config.local_steps
+        sent = both_ways * (workers - 1) / workers
+        return {"bytes_per_worker": both_ways, "bytes_sent": sent, "wire_bytes_per_device": None}
     return {
-        "bytes_per_worker": ledger.paper_bytes_per_round(layout, trees=trees) / config.num_workers,
+        "bytes_per_worker": ledger.paper_bytes_per_round(layout, trees=trees) / workers,
+        "bytes_sent": ledger.wire_bytes(layout._replace(num_devices=workers), trees=trees),
         "wire_bytes_per_device": ledger.wire_bytes(layout, trees=trees),
     }
 
@@ -244,6 +248,7 @@ def summarize(
         "wire_bytes_per_device": None if None in wire else sum(wire),
         "workers_left_out": sum(r["workers_left_out"] for r in records),
         "workers_absent": sum(r["workers_absent"] for r in records),
+        "units": {g.name: {"size": g.size, "strips": g.strips} for g in layout.groups.values()},
         "params_sha256": params_sha256,
         "data": dataset,
         "num_workers": config.num_workers,
@@ -257,6 +262,14 @@ def summarize(
         | {"ist_jax": __version__}
         | {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
     }
+
+
+def write_report(workdir: Path) -> Path:
+    """Writes report.html about a finished run into its folder; returns its path."""
+    from ist_jax import report  # with its plotting library, which nothing else needs
+
+    report.write_report([workdir], workdir / "report.html")
+    return workdir / "report.html"
 
 
 def last_line(summary: dict[str, Any]) -> str:

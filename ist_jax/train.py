@@ -125,6 +125,7 @@ def run_rounds(run: Run, workdir: Path, custom_model: nn.Module | None = None) -
     if leads:
         metrics.write_records(workdir, records)
         metrics.write_json(workdir / "summary.json", _summary(run, records, workdir, custom_model))
+        log.info("report: %s", results.write_report(workdir))
     distributed.meet("the summary")
     summary = results.read_summary(workdir)
     log.info(results.last_line(summary))
@@ -170,6 +171,7 @@ def train_round(run: Run, state: local_sgd.State, index: int) -> tuple[local_sgd
         "workers_left_out": len(sick),
         "left_out": sick.tolist(),
         "workers_absent": int((~present).sum()),
+        "partition": partition.fingerprint(tuple(run.layout.groups.values())),
     }
     last = index + 1 == run.num_rounds
     if last or (config.eval_every and (index + 1) % config.eval_every == 0):

@@ -1,0 +1,226 @@
+"""The figures of a report, with Bokeh: each an independent item that the page embeds.
+
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; curves differ in dash and marker
+too, stacked parts in hatching. Colours of the frame are left to the page's style sheet (light and dark).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from bokeh.models import CDSView, ColumnDataSource, HoverTool, IndexFilter, NumeralTickFormatter
+from bokeh.palettes import viridis
+from bokeh.plotting import figure
+
+from ist_jax.trace import Curve, Deals, Series, Trace, modelled_seconds
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442", "#999999")
+DASHES = ("", "6 3", "2 3", "8 3 2 3", "12 4", "4 2 1 2 1 2")
+MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "hex")
+PHASES = ("gather", "local", "merge", "evaluate", "rest")
+PHASE_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999")
+_PHASE_HATCHES = ("/", " ", "\\", ".", "x")
+_MARKS = 20  # markers per curve, at most
+_BARS = 60  # bars over the rounds, at most
+_UNITS = 64  # bars over the units, at most
+_NUMBERS = {"million examples": 1e6, "thousand examples": 1e3, "examples": 1.0}
+_BYTES = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "bytes": 1.0}
+_GAP = 0.08  # between the units of a map, of a row
+_STACKED_WORKERS = 16  # more are one bar
+
+
+def style(index: int) -> dict[str, str]:
+    """Colour, dash and marker of the i-th series."""
+    return {name: values[index % len(values)] for name, values in
+            (("color", COLORS[:6]), ("dash", DASHES), ("marker", MARKERS))}  # fmt: skip
+
+
+def accuracy_figures(series: Sequence[Series], bits_per_second: float) -> dict[str, Any]:
+    """Test accuracy against examples, bytes and modelled time; the page's script redraws the last.
+
+    A thin line per run, a thick one with markers for their mean.
+    """
+    means = [s.mean() for s in series]
+    scales = {
+        "examples": _unit(max(mean.examples[-1] for mean in means), _NUMBERS),
+        "bytes": _unit(max(mean.bytes_sent[-1] for mean in means), _BYTES),
+    }
+    labels = {
+        "examples": f"seen by all workers ({scales['examples'][1]})",
+        "bytes": f"sent by a worker ({scales['bytes'][1]})",
+        "time": "modelled time (s)",
+    }
+    figures = {name: _figure(label, "test accuracy (%)") for name, label in labels.items()}
+    for index, (one, mean) in enumerate(zip(series, means, strict=True)):
+        runs = one.curves() if len(one.traces) > 1 else []
+        for curve, label, thin in [*((c, one.label, True) for c in runs), (mean, one.label, False)]:
+            for name, fig in figures.items():
+                columns = _columns(curve, name, scales, bits_per_second) | {
+                    "label": [label] * len(curve.round)
+                }
+                _add_curve(fig, ColumnDataSource(columns), style(index), thin)
+    for name, fig in figures.items():
+        fig.add_tools(_hover([("", "@label"), ("round", "@round{0,0}"), (labels[name], "@x{0,0.[00]}"),
+                              ("test accuracy", "@y{0.00} %")], fig, "mean"))  # fmt: skip
+    return figures
+
+
+def _unit(largest: float, units: dict[str, float]) -> tuple[float, str]:
+    """How many there are in the unit that suits a largest value, and the unit."""
+    return next(((size, name) for name, size in units.items() if largest >= size), (1.0, list(units)[-1]))
+
+
+def _columns(
+    curve: Curve, name: str, scales: dict[str, tuple[float, str]], bits_per_second: float
+) -> dict[str, Any]:
+    """What a source holds; a modelled time's parts as well, for the page's script."""
+    if name == "time":
+        x = modelled_seconds(curve.seconds_local, curve.bytes_sent, bits_per_second)
+        parts = {"seconds_local": curve.seconds_local, "bytes_sent": curve.bytes_sent}
+        return {"x": x, "y": curve.accuracy, "round": curve.round, **parts}
+    x = (curve.examples if name == "examples" else curve.bytes_sent) / scales[name][0]
+    return {"x": x, "y": curve.accuracy, "round": curve.round}
+
+
+def _add_curve(fig: Any, source: ColumnDataSource, style: dict[str, str], thin: bool) -> None:
+    dash = [int(n) for n in style["dash"].split()]
+    width, alpha = (1.2, 0.75) if thin else (2.5, 1)
+    fig.line("x", "y", source=source, color=style["color"], line_dash=dash, line_width=width, alpha=alpha)
+    if not thin:
+        size = len(source.data["x"])
+        marked = range(size - 1, -1, -max(1, -(-size // _MARKS)))  # the last point always
+        view = CDSView(filter=IndexFilter(indices=sorted(marked)))
+        fig.scatter("x", "y", source=source, view=view, marker=style["marker"], size=8,
+                    color=style["color"], name="mean")  # fmt: skip
+
+
+def phase_figure(series: Sequence[Series]) -> Any:
+    """Mean time of a round per series, split into its phases; one bar each."""
+    labels = [one.label for one in series][::-1]
+    means = {s.label: np.mean([[c.mean() for c in _phases(t)] for t in s.traces], axis=0) for s in series}
+    fig = _figure("time of a round, mean over rounds (ms)", "", y_range=labels, height=80 + 34 * len(labels))
+    data = {phase: [1000 * means[label][i] for label in labels] for i, phase in enumerate(PHASES)}
+    source = ColumnDataSource({"label": labels, **data})
+    _stack(fig, fig.hbar_stack, source, y="label", height=0.7)
+    fig.x_range.start = 0
+    fig.ygrid.visible = False
+    return fig
+
+
+def phase_history_figure(trace: Trace) -> Any:
+    """The same over the rounds of a run; in long runs a bar is the mean of several rounds."""
+    phases = 1000 * np.array(_phases(trace))
+    total = phases.shape[1]
+    width = -(-total // _BARS)
+    starts = np.arange(0, total, width)
+    middle = [(start + 1 + min(start + width, total)) / 2 for start in starts]
+    means = np.add.reduceat(phases, starts, axis=1) / np.diff([*starts, total])
+    source = ColumnDataSource({"x": middle} | dict(zip(PHASES, means, strict=True)))
+    label = "round" if width == 1 else f"round (a bar: the mean of {width})"
+    fig = _figure(label, "time of a round (ms)")
+    _stack(fig, fig.vbar_stack, source, x="x", width=0.8 * width)
+    fig.y_range.start = 0
+    fig.xgrid.visible = False
+    return fig
+
+
+def _phases(trace: Trace) -> list[np.ndarray]:
+    """Seconds of every round by phase; the rest is the host's work between them."""
+    known = [trace.column(f"seconds_{phase}") for phase in PHASES[:-1]]
+    return [*known, np.maximum(0, trace.column("seconds_round") - np.sum(known, axis=0))]
+
+
+def _stack(fig: Any, stack: Any, source: ColumnDataSource, **where: Any) -> None:
+    stack(PHASES, source=source, fill_color=list(PHASE_COLORS), hatch_pattern=list(_PHASE_HATCHES),
+          hatch_color="black", hatch_alpha=0.5, hatch_scale=6, line_color=None, **where)  # fmt: skip
+    fig.add_tools(HoverTool(tooltips=[("phase", "$name"), ("ms", "@$name{0,0.00}")]))
+
+
+def deal_figures(deals: Deals) -> dict[str, Any]:
+    """Who trained which unit in which round; and in how many rounds each worker trained each unit."""
+    return {"map": _map_figure(deals), "counts": _counts_figure(deals)}
+
+
+def worker_colors(num_workers: int) -> list[str]:
+    """A colour per worker."""
+    return list(COLORS[:num_workers]) if num_workers <= len(COLORS) else list(viridis(min(256, num_workers)))
+
+
+def _map_figure(deals: Deals) -> Any:
+    wide = int(deals.columns[1] - deals.columns[0]) if len(deals.columns) > 1 else 1
+    high = int(deals.rows[1]) if len(deals.rows) > 1 else deals.group.size
+    column, worker, row = np.nonzero(deals.trained)
+    share = deals.trained.sum(1)[column, row]  # a unit of several workers: its cell is divided among them
+    place = (deals.trained.cumsum(1) - 1)[column, worker, row]
+    tall = high * (1 - _GAP)
+    left, top = deals.columns[column] - 0.5, deals.rows[row] - 0.5 + place / share * tall
+    fig = _figure(
+        "round" + _every(wide),
+        f"unit of {deals.group.name}" + _every(high),
+        x_range=(deals.columns[0] - 0.5, deals.columns[-1] - 0.5 + wide),
+        y_range=(deals.rows[-1] - 0.5 + high, -0.5),
+        height=320,
+    )
+    corners = {"left": left, "right": left + wide, "top": top, "bottom": top + tall / share}
+    _add_cells(fig, corners, worker, deals, {"round": deals.columns[column], "unit": deals.rows[row]})
+    fig.grid.visible = False
+    fig.add_tools(_hover([("round", "@round"), ("unit", "@unit"), ("worker", "@worker")], fig, "cells"))
+    return fig
+
+
+def _counts_figure(deals: Deals) -> Any:
+    size = deals.group.size
+    width = -(-size // _UNITS)
+    starts = np.arange(0, size, width)
+    widths = np.diff([*starts, size])
+    counts = deals.counts if len(deals.counts) <= _STACKED_WORKERS else deals.counts.sum(0, keepdims=True)
+    bars = np.add.reduceat(counts, starts, axis=1) / widths
+    worker, bar = np.nonzero(bars)
+    top = bars.cumsum(0)[worker, bar]
+    left = starts[bar] - 0.5
+    fig = _figure(
+        f"unit of {deals.group.name}" + (f" (a bar: the mean of {width})" if width > 1 else ""),
+        f"trained (times in {len(deals.rounds):,} rounds)",
+        height=320,
+    )
+    corners = {"left": left, "right": left + widths[bar], "bottom": top - bars[worker, bar], "top": top}
+    _add_cells(fig, corners, worker, deals, {"unit": starts[bar], "count": bars[worker, bar]})
+    fig.y_range.start = 0
+    fig.xgrid.visible = False
+    fig.add_tools(
+        _hover([("unit", "@unit"), ("worker", "@worker"), ("rounds", "@count{0,0.[0]}")], fig, "cells")
+    )
+    return fig
+
+
+def _add_cells(
+    fig: Any, corners: dict[str, Any], worker: np.ndarray, deals: Deals, more: dict[str, Any]
+) -> None:
+    """Rectangles in the workers' colours; the page's script fades all but a chosen worker's."""
+    colors = worker_colors(deals.group.num_workers)
+    columns = corners | more | {
+        "worker": worker, "color": [colors[w % len(colors)] for w in worker], "alpha": np.ones(len(worker)),
+    }  # fmt: skip
+    fig.quad("left", "right", "top", "bottom", source=ColumnDataSource(columns), fill_color="color",
+             fill_alpha="alpha", line_color=None, name="cells")  # fmt: skip
+
+
+def _every(pitch: int) -> str:
+    return "" if pitch == 1 else f" (one in {pitch} shown)"
+
+
+def _hover(tooltips: list[tuple[str, str]], fig: Any, name: str) -> HoverTool:
+    return HoverTool(tooltips=tooltips, renderers=[r for r in fig.renderers if r.name == name])
+
+
+def _figure(x_label: str, y_label: str, *, height: int = 300, **ranges: Any) -> Any:
+    fig: Any = figure(
+        height=height, sizing_mode="stretch_width", toolbar_location=None, tools="",
+        x_axis_label=x_label, y_axis_label=y_label, min_border_right=14, **ranges,
+    )  # fmt: skip
+    for axis in fig.axis:
+        axis.axis_label_text_font_style = "normal"
+        axis.axis_label_text_font_size = axis.major_label_text_font_size = "13px"
+    fig.xaxis.formatter = NumeralTickFormatter(format="0,0.[000]")
+    fig.xaxis.ticker.desired_num_ticks = 5
+    return fig

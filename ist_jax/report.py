@@ -1,0 +1,224 @@
+"""One self-contained HTML page about a finished run, or a comparison of several; needs no network.
+
+python -m ist_jax.report --workdir=DIR [DIR ...] [--out=report.html]
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from bokeh.core.types import ID
+from bokeh.embed import json_item
+from bokeh.resources import Resources
+
+from ist_jax import figures, trace
+from ist_jax.trace import Series, Trace
+
+USAGE = "python -m ist_jax.report --workdir=DIR [DIR ...] [--out=FILE]"
+_BANDWIDTH = 1e9  # chosen when the page opens
+_COLUMNS, _UNITS = 64, 48  # of a partition map
+DRAWN = 10_000_000  # workers x units x rounds to draw again; about 0.3 s
+_COLORS_SHOWN = 16  # of workers, in the legend
+_GROUPS = 4  # partition maps on a page
+
+
+def write_report(folders: Sequence[Path], out: Path) -> None:
+    """Writes the report of the finished runs in `folders` as one HTML file.
+
+    Args:
+      folders: one run, or several to compare; those that differ in the seed alone are one method's.
+      out: the file.
+
+    Raises:
+      ValueError: a folder holds no finished run, or the file cannot be written.
+    """
+    page = render([trace.read_trace(Path(folder)) for folder in folders])
+    try:
+        Path(out).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot write --out={out}: {error.strerror}") from None
+
+
+def render(traces: Sequence[Trace]) -> str:
+    """The page as text."""
+    series = trace.group_by_config(traces)
+    charts = figures.accuracy_figures(series, _BANDWIDTH) | {"phases": figures.phase_figure(series)}
+    if len(traces) == 1:
+        charts["history"] = figures.phase_history_figure(traces[0])
+    partition, maps = _partition(series)
+    items = {name: json_item(chart, ID(name)) for name, chart in (charts | maps).items()}
+    settings = _settings(series)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ist_jax"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    folder = Path(__file__).parent / "templates"
+    return environment.get_template("report.html").render(
+        title=f"ist_jax: {', '.join(s.label for s in series)} on {traces[0].config['data.name']}",
+        data=traces[0].summary["data"],
+        workers=", ".join(sorted({_workers(t) for t in traces})),
+        several=any(len(s.traces) > 1 for s in series),
+        history="history" in charts,
+        phases=dict(zip(figures.PHASES, figures.PHASE_COLORS, strict=True)),
+        legend=[{"label": s.label, **figures.style(index)} for index, s in enumerate(series)],
+        bandwidth=f"{_BANDWIDTH / 1e9:g}",
+        bandwidths=[
+            {"bits_per_second": f"{b:.0f}", "text": f"{b / 1e9:g} Gb/s", "chosen": b == _BANDWIDTH}
+            for b in trace.BANDWIDTHS
+        ],
+        results=_results(series),
+        modelled=[_modelled(s) for s in series],
+        ledgers=[_ledger(s) for s in series if s.traces[0].ledger],
+        differing=[row for row in settings if len(set(row[1])) > 1],
+        common=[(key, values[:1]) for key, values in settings if len(set(values)) == 1],
+        runs=[_run(t) for t in traces],
+        made_with=sorted({_made_with(t) for t in traces}),
+        figures=json.dumps(items).replace("</", "<\\/"),
+        bokeh=Resources(mode="inline", components=["bokeh"]).render_js(),
+        css=(folder / "report.css").read_text(),
+        javascript=(folder / "report.js").read_text(),
+        **partition,
+    )  # fmt: skip
+
+
+def _partition(series: Sequence[Series]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the template needs for the maps of the first run that was partitioned, and their figures."""
+    parted = [s for s in series if s.traces[0].summary["units"]]
+    if not parted:
+        return {"deals": []}, {}
+    first = parted[0].traces[0]
+    deals = trace.draw_deals(first, columns=_COLUMNS, rows=_UNITS, budget=DRAWN)
+    groups = []
+    charts: dict[str, Any] = {}
+    for index, deal in enumerate(deals[:_GROUPS]):
+        names = {kind: f"{kind}{index}" for kind in ("map", "counts")}
+        charts |= {names[kind]: chart for kind, chart in figures.deal_figures(deal).items()}
+        title = f"{deal.group.name}: {_count(deal.group.size, 'unit')}"
+        groups.append(names | {"title": title})
+    others = [f"the groups {', '.join(d.group.name for d in deals[_GROUPS:])}"] if deals[_GROUPS:] else []
+    others += [f"the partitions of {s.label}" for s in parted[1:]]
+    context = {
+        "deals": groups,
+        "deals_label": f"{parted[0].label}, seed {first.config['seed']}" if len(series) > 1 else "",
+        "deal_figures": " ".join(charts),
+        "deal_workers": range(first.summary["num_workers"]),
+        "deal_colors": figures.worker_colors(first.summary["num_workers"])[:_COLORS_SHOWN],
+        "deals_left_out": "; ".join(others),
+        "absent": any(r["workers_absent"] + r["workers_left_out"] for r in first.records),
+        "overlap": any(not deal.group.disjoint for deal in deals),
+    }
+    return context, charts
+
+
+def _results(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
+    """The rows of the table of results; a column per series, means over its runs."""
+
+    def row(name: str, key: str, form: str, scale: float = 1.0) -> tuple[str, list[str]]:
+        return name, [form.format(scale * np.mean([t.summary[key] for t in s.traces])) for s in series]
+
+    rows = [row("test accuracy, %", "test_accuracy", "{:.2f}", 100)]
+    if any(len(s.traces) > 1 for s in series):
+        rows.append(
+            (
+                "each seed",
+                [", ".join(f"{100 * t.summary['test_accuracy']:.2f}" for t in s.traces) for s in series],
+            )
+        )
+    return [
+        *rows,
+        row("rounds", "rounds", "{:,.0f}"),
+        row("examples", "examples", "{:,.0f}"),
+        row("parameters", "parameters", "{:,.0f}"),
+        row("parameters per worker", "parameters_per_worker", "{:,.0f}"),
+        ("MB sent by a worker", [f"{_modelled(s)['bytes_sent'] / 1e6:,.1f}" for s in series]),
+        row("measured s", "seconds_total", "{:,.1f}"),
+    ]
+
+
+def _modelled(series: Series) -> dict[str, Any]:
+    """All rounds' modelled time, and what it is made of for the page's script; means over the runs."""
+    seconds_local = float(np.mean([t.column("seconds_local").sum() for t in series.traces]))
+    bytes_sent = float(np.mean([t.column("bytes_sent").sum() for t in series.traces]))
+    seconds = trace.modelled_seconds(np.array(seconds_local), np.array(bytes_sent), _BANDWIDTH)
+    return {"seconds_local": seconds_local, "bytes_sent": bytes_sent, "text": f"{seconds:,.2f}"}
+
+
+def _settings(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
+    """Every key of the configs with its value in each series; the seeds are in the table of runs."""
+    first = [s.traces[0].config for s in series]
+    keys = sorted(set().union(*first) - {"seed"})
+    return [(key, [json.dumps(config.get(key)) for config in first]) for key in keys]
+
+
+def _ledger(series: Series) -> dict[str, Any]:
+    """The table of a ledger.json: its rows and columns, numbers as text."""
+    ledger = series.traces[0].ledger
+    names = list(ledger["columns"])
+    rows = [
+        (row["cause"], f"{row['unit']} per {row['per']}", [_number(row[name]) for name in names])
+        for row in ledger["rows"]
+    ]
+    return {"label": series.label, "columns": ledger["columns"], "rows": rows}
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}"
+
+
+def _run(one: Trace) -> dict[str, str]:
+    summary = one.summary
+    finished = summary["finished"][:16].replace("T", " ") + " UTC"
+    return {
+        "folder": str(one.folder),
+        "method": summary["method"],
+        "seed": summary["seed"],
+        "finished": finished,
+    }
+
+
+def _made_with(one: Trace) -> str:
+    """Hardware and versions in a sentence."""
+    summary = one.summary
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    return f"{_workers(one)}; {versions}."
+
+
+def _workers(one: Trace) -> str:
+    summary = one.summary
+    kind = "virtual CPU" if summary["device_kind"] == "cpu" else summary["device_kind"]
+    devices = _count(summary["num_devices"], f"{kind} device")
+    return f"{_count(summary['num_workers'], 'worker')} on {devices}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code."""
+    from absl import flags
+
+    from ist_jax import cli
+
+    values = flags.FlagValues()
+    flags.DEFINE_string(
+        "workdir", None, "folder of a finished run; more of them as arguments", flag_values=values
+    )
+    flags.DEFINE_string(
+        "out", None, "the page; default: report.html, in the run's folder or, for several, here",
+        flag_values=values,
+    )  # fmt: skip
+    more = cli.parse(values, argv, USAGE, required=["workdir"])
+    folders = [Path(values.workdir), *map(Path, more)]
+    out = Path(values.out or (Path("report.html") if more else folders[0] / "report.html"))
+    with cli.errors():
+        write_report(folders, out)
+    print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,216 @@
+"""What a finished run recorded, and what its rounds would take over a network.
+
+The modelled time of a round is that of S workers on machines of their own: the local steps took as long as
+they were measured here, and everything a worker sends passes through its link of a given bandwidth,
+
+  modelled seconds = measured seconds of the local steps + 8 x bytes sent by a worker / bits per second.
+
+Left out: the measured gather and merge (copies within this machine), evaluation, latency, and any
+overlap of sending with computing.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import traverse_util
+
+from ist_jax import partition, results
+
+BANDWIDTHS = (1e8, 1e9, 1e10)  # bits per second: 0.1, 1 and 10 Gb/s
+
+
+class Trace(NamedTuple):
+    """A finished run: what its folder holds."""
+
+    folder: Path
+    config: dict[str, Any]  # flat, by dotted key
+    summary: dict[str, Any]
+    records: list[dict[str, Any]]  # a line of metrics.jsonl per round
+    ledger: Any  # ledger.json; None where there is none
+
+    def column(self, key: str) -> np.ndarray:
+        """A figure of all rounds, float64 [rounds]; NaN in rounds that lack it."""
+        values = (record.get(key) for record in self.records)
+        return np.array([np.nan if value is None else value for value in values], float)
+
+
+class Curve(NamedTuple):
+    """Test accuracy after each evaluated round, of a run or of several on average; float64 [evaluations]."""
+
+    round: np.ndarray
+    examples: np.ndarray  # of all workers
+    bytes_sent: np.ndarray  # by a worker
+    seconds_local: np.ndarray  # of the local steps, as measured
+    accuracy: np.ndarray  # percent
+
+
+class Series(NamedTuple):
+    """Runs of one config that differ in nothing but the seed."""
+
+    label: str
+    traces: list[Trace]
+
+    def curves(self) -> list[Curve]:
+        """A curve per run."""
+        return [_curve(trace) for trace in self.traces]
+
+    def mean(self) -> Curve:
+        """The mean over the runs, after the rounds that all of them evaluated."""
+        curves = self.curves()
+        common = set.intersection(*(set(curve.round) for curve in curves))
+        kept = [[column[[r in common for r in curve.round]] for column in curve] for curve in curves]
+        return Curve(*np.mean(kept, axis=0))
+
+
+def read_trace(folder: Path) -> Trace:
+    """Reads a run's folder.
+
+    Raises:
+      ValueError: it holds no finished run, or a file of it cannot be read.
+    """
+    config = traverse_util.flatten_dict(results.read_config(folder).to_dict(), sep=".")
+    summary = results.read_summary(folder)
+    try:
+        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        ledger = json.loads(path.read_text()) if (path := folder / "ledger.json").is_file() else None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the metrics or the ledger of {folder}: {error}") from None
+    if not records:
+        raise ValueError(f"{folder / 'metrics.jsonl'} holds no round")
+    return Trace(folder, config, summary, records, ledger)
+
+
+def modelled_seconds(seconds_local: np.ndarray, bytes_sent: np.ndarray, bits_per_second: float) -> np.ndarray:
+    """Modelled time, entry by entry; of rounds, or of sums over rounds since it is linear.
+
+    The same function in the page's script is `modelledSeconds`.
+
+    Args:
+      seconds_local: measured seconds of the local steps.
+      bytes_sent: bytes sent by a worker, of the same shape.
+      bits_per_second: bandwidth of a worker's link.
+
+    Returns:
+      Seconds, of the same shape.
+    """
+    return seconds_local + 8 * bytes_sent / bits_per_second
+
+
+def group_by_config(traces: Sequence[Trace]) -> list[Series]:
+    """Puts runs together that differ in nothing but the seed, in the order of their first runs.
+
+    Labels are the methods and, where several configs share one, the keys in which they differ.
+    """
+    groups: dict[str, list[Trace]] = {}
+    for trace in traces:
+        settings = {k: v for k, v in trace.config.items() if k != "seed"}
+        settings["custom_model"] = trace.summary["custom_model"]
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(trace)
+    firsts = [group[0] for group in groups.values()]
+    labels = [_label(first, firsts) for first in firsts]
+    if len(set(labels)) < len(labels):  # models of the user's own
+        labels = [f"{label} ({first.folder.name})" for label, first in zip(labels, firsts, strict=True)]
+    return [Series(label, group) for label, group in zip(labels, groups.values(), strict=True)]
+
+
+def differing_keys(traces: Sequence[Trace]) -> list[str]:
+    """The keys of the config, the seed aside, in which runs differ."""
+    keys = sorted(set().union(*(trace.config for trace in traces)) - {"seed"})
+    return [k for k in keys if any(t.config.get(k) != traces[0].config.get(k) for t in traces)]
+
+
+class Deals(NamedTuple):
+    """Who trained the units of a group, in evenly spaced rounds of a run."""
+
+    group: partition.Group
+    rounds: np.ndarray  # int [r], counted from 1: those drawn again
+    counts: np.ndarray  # int [S, U]: in how many of them a worker trained a unit
+    columns: np.ndarray  # int [c]: the rounds of `trained`
+    rows: np.ndarray  # int [u]: the units of `trained`, counted from 0
+    trained: np.ndarray  # bool [c, S, u]
+
+
+def draw_deals(trace: Trace, *, columns: int, rows: int, budget: int) -> list[Deals]:
+    """Draws a run's partitions again, from its seed and the groups in its summary.
+
+    Rounds that were drawn for another number of workers, or by other rules, before the run was resumed are
+    passed over. Workers that were absent or left out have trained nothing.
+
+    Args:
+      trace: of the run; the baselines have no groups.
+      columns: the most rounds in `trained`.
+      rows: the most units in `trained`.
+      budget: draw no more than so many entries, each a worker and unit of a round (at least one round).
+
+    Returns:
+      Per group, alphabetically.
+    """
+    config, workers = trace.config, trace.summary["num_workers"]
+    groups = [
+        partition.make_group(
+            name, unit["size"], workers, unit["strips"],
+            config["partition.min_units"], config["partition.shares"],
+        )
+        for name, unit in sorted(trace.summary["units"].items())
+    ]  # fmt: skip
+    if not groups:
+        return []
+    by_name, same = {g.name: g for g in groups}, partition.fingerprint(tuple(groups))
+    records = [record for record in trace.records if record["partition"] == same]
+    entries = workers * sum(group.size for group in groups)
+    chosen = [records[i] for i in _spaced(len(records), max(1, budget // entries))]
+    draws, took_part = [], []
+    for record in chosen:
+        index = record["round"] - 1
+        draws.append(partition.sample(partition.round_rng(config["seed"], index), by_name))
+        present = partition.sample_present(config["seed"], index, workers, config["participation"])
+        took_part.append(present & ~np.isin(np.arange(workers), record["left_out"]))
+    rounds = np.array([record["round"] for record in chosen])
+    return [_deals(g, rounds, [d[g.name] for d in draws], took_part, columns, rows) for g in groups]
+
+
+def _deals(
+    group: partition.Group,
+    rounds: np.ndarray,
+    drawn: Sequence[partition.Assignment],
+    took_part: Sequence[np.ndarray],
+    columns: int,
+    rows: int,
+) -> Deals:
+    counts = np.zeros((group.num_workers, group.size), int)
+    chosen, units = _spaced(len(rounds), columns), _spaced(group.size, rows)
+    shown = np.zeros((len(chosen), group.num_workers, len(units)), bool)
+    for place, ((indices, gates), here) in enumerate(zip(drawn, took_part, strict=True)):
+        trained = np.zeros(counts.shape, bool)
+        trained[np.nonzero(gates)[0], indices[gates]] = True
+        trained &= here[:, None]
+        counts += trained
+        shown[chosen == place] = trained[:, units]
+    return Deals(group, rounds, counts, rounds[chosen], units, shown)
+
+
+def _spaced(size: int, most: int) -> np.ndarray:
+    """0, k, 2 k, ... below `size`: `most` of them at most."""
+    return np.arange(0, size, -(-size // most))
+
+
+def _label(trace: Trace, others: Sequence[Trace]) -> str:
+    method = trace.config["method"]
+    alike = [other for other in others if other.config["method"] == method]
+    return ", ".join([method, *(f"{key}={trace.config.get(key)}" for key in differing_keys(alike))])
+
+
+def _curve(trace: Trace) -> Curve:
+    accuracy = trace.column("test_accuracy")
+    evaluated = np.isfinite(accuracy)
+    columns = (
+        trace.column("round"),
+        trace.column("examples"),
+        np.cumsum(trace.column("bytes_sent")),
+        np.cumsum(trace.column("seconds_local")),
+        100 * accuracy,
+    )
+    return Curve(*(column[evaluated] for column in columns))

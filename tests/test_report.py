@@ -1,0 +1,423 @@
+"""The report: its numbers are those of the run's files, and a browser draws them."""
+
+import html.parser
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bokeh.document import Document
+from conftest import get_config
+
+from ist_jax import partition, report, trace, train
+
+ROUNDS = 4
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of IST with two seeds and of local SGD, evaluated every second round; the first was trained."""
+    folders = [tmp_path_factory.mktemp("runs") / name for name in ("ist-0", "ist-1", "local_sgd-0")]
+    train.train(get_config("mlp", rounds=ROUNDS), folders[0])
+    write_like(folders[0], folders[1], {"seed": 1}, factor=1.5)
+    write_like(folders[0], folders[2], {"method": "local_sgd", "units": {}}, factor=2.5)
+    return folders
+
+
+def write_like(folder, other, changes, *, factor):
+    """The files of another run: with changes in config and summary, and other figures."""
+    shutil.copytree(folder, other, ignore=shutil.ignore_patterns("params", "checkpoints"))
+    for name in ("config", "summary"):
+        content = json.loads((folder / f"{name}.json").read_text())
+        content |= {key: value for key, value in changes.items() if key in content}
+        (other / f"{name}.json").write_text(json.dumps(content))
+    records = read_records(folder)
+    for record in records:
+        for key in ("seconds_local", "bytes_sent", "test_accuracy"):
+            if key in record:
+                record[key] *= factor if key != "test_accuracy" else 1 / factor
+    (other / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.fixture(scope="module")
+def page(runs):
+    """The comparison of the runs."""
+    out = runs[0].parent / "comparison.html"
+    report.write_report(runs, out)
+    return out
+
+
+def synthetic(*, rounds, units, workers, **changes):
+    """A trace of a run that was never trained."""
+    config = {"method": "ist", "seed": 0, "data.name": "digits", "participation": 1.0}
+    config |= {"partition.min_units": 0, "partition.shares": []} | changes
+    groups = make_groups(units, workers, config["partition.min_units"])
+    same = {f"seconds_{p}": 0.01 for p in ("gather", "local", "merge", "evaluate", "round")}
+    same |= {"test_accuracy": 0.5, "bytes_sent": 1e9, "workers_absent": 0, "workers_left_out": 0}
+    same |= {"left_out": [], "partition": partition.fingerprint(tuple(groups.values()))}
+    summary = {
+        "units": units, "num_workers": workers, "num_devices": 1, "device_kind": "cpu", "custom_model": None,
+        "rounds": rounds, "test_accuracy": 0.5, "examples": 64 * rounds, "parameters": 10,
+        "parameters_per_worker": 5, "seconds_total": 1.0, "data": "digits", "seed": 0, "method": "ist",
+        "versions": {"jax": "0"}, "finished": "2026-01-01T00:00:00+00:00",
+    }  # fmt: skip
+    records = [{"round": r, "examples": 64 * r, **same} for r in range(1, rounds + 1)]
+    return trace.Trace(Path("synthetic"), config, summary, records, None)
+
+
+def make_groups(units, workers, min_units=0):
+    return {
+        name: partition.make_group(name, u["size"], workers, u["strips"], min_units, ())
+        for name, u in sorted(units.items())
+    }
+
+
+def read_figures(page):
+    """What a page draws: by figure, the columns of each glyph."""
+    text = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.S)
+    items = json.loads(text.group(1))
+    documents = {name: Document.from_json(item["doc"]) for name, item in items.items()}
+    return {
+        name: [renderer.data_source.data for renderer in document.roots[0].renderers]
+        for name, document in documents.items()
+    }
+
+
+def read_records(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_modelled_time_of_two_rounds_by_hand():
+    # 0.5 s and 0.25 s of local steps; 1 MB and 2 MB over 100 Mb/s take 0.08 s and 0.16 s
+    seconds = trace.modelled_seconds(np.array([0.5, 0.25]), np.array([1e6, 2e6]), 1e8)
+    np.testing.assert_allclose(seconds, [0.58, 0.41], rtol=1e-15)
+
+
+def test_the_curves_are_those_of_the_metrics_files(runs, page):
+    drawn = read_figures(page.read_text())
+    for index, folder in ((0, runs[0]), (1, runs[1]), (4, runs[2])):  # 2, 3: the mean's line and markers
+        records = read_records(folder)
+        evaluated = [r for r in records if "test_accuracy" in r]
+        assert len(evaluated) == 2
+        accuracy = [100 * r["test_accuracy"] for r in evaluated]
+        examples, sent, modelled = (drawn[name][index] for name in ("examples", "bytes", "time"))
+        np.testing.assert_array_equal(examples["x"], [r["examples"] for r in evaluated])
+        for curve in (examples, sent, modelled):
+            np.testing.assert_array_equal(curve["y"], accuracy)
+            np.testing.assert_array_equal(curve["round"], [2, 4])
+        local = np.cumsum([r["seconds_local"] for r in records])[[1, 3]]
+        total = np.cumsum([r["bytes_sent"] for r in records])[[1, 3]]
+        np.testing.assert_allclose(sent["x"], total / 1e3)  # kB
+        np.testing.assert_allclose(modelled["x"], local + total * 8 / 1e9)
+
+
+def test_seeds_of_a_method_are_one_curve_and_its_runs(runs, page):
+    series = trace.group_by_config([trace.read_trace(folder) for folder in runs])
+    assert [(s.label, len(s.traces)) for s in series] == [("ist", 2), ("local_sgd", 1)]
+    drawn = read_figures(page.read_text())["time"]
+    assert len(drawn) == 2 + 2 + 2  # two runs, and line and markers of two means
+    for column in ("x", "y", "seconds_local"):
+        np.testing.assert_allclose(drawn[2][column], (drawn[0][column] + drawn[1][column]) / 2)
+
+
+def test_configs_that_differ_are_told_apart_by_what_differs(runs):
+    first = trace.read_trace(runs[0])
+    other = first._replace(config=first.config | {"local_steps": 7})
+    own = first._replace(summary=first.summary | {"custom_model": "Own()"}, folder=runs[1])
+    labels = [s.label for s in trace.group_by_config([first, other])]
+    assert labels == ["ist, local_steps=2", "ist, local_steps=7"]
+    assert [s.label for s in trace.group_by_config([first, own])] == ["ist (ist-0)", "ist (ist-1)"]
+
+
+def test_the_phases_add_up_to_the_rounds(runs):
+    drawn = read_figures(report.render([trace.read_trace(runs[0])]))
+    records = read_records(runs[0])
+    for phase in ("gather", "local", "merge", "evaluate"):
+        expected = [1000 * r[f"seconds_{phase}"] for r in records]
+        np.testing.assert_allclose(drawn["history"][0][phase], expected)
+        np.testing.assert_allclose(drawn["phases"][0][phase], np.mean(expected))
+    total = sum(drawn["history"][0][phase] for phase in ("gather", "local", "merge", "evaluate", "rest"))
+    np.testing.assert_allclose(total, [1000 * r["seconds_round"] for r in records])
+
+
+def test_the_map_is_the_partition_that_was_trained(runs, page):
+    trained = trace.read_trace(runs[0])
+    deals = trace.draw_deals(trained, columns=64, rows=64, budget=10**6)
+    assert [d.group.name for d in deals] == ["hidden1", "hidden2"]
+    model = partition.make_groups({"a": {"w": np.zeros((32, 32))}}, {"a/w": ("hidden1", "hidden2")}, 2)
+    assert [d.group for d in deals] == [model["hidden1"], model["hidden2"]]
+    drawn = read_figures(page.read_text())
+    for index, name in enumerate(("hidden1", "hidden2")):
+        cells = drawn[f"map{index}"][0]
+        shown = set(zip(cells["round"], cells["worker"], cells["unit"], strict=True))
+        expected = set()
+        for number in range(1, ROUNDS + 1):
+            held = partition.sample(partition.round_rng(0, number - 1), model)[name]
+            expected |= {(number, w, u) for w in range(2) for u in held.indices[w][held.gates[w]]}
+        assert shown == expected
+        bars = drawn[f"counts{index}"][0]
+        counts = {(w, u): c for w, u, c in zip(bars["worker"], bars["unit"], bars["count"], strict=True)}
+        for worker, unit in counts:
+            assert counts[worker, unit] == sum((n, worker, unit) in expected for n in range(1, ROUNDS + 1))
+        assert sum(counts.values()) == len(expected)
+
+
+def test_units_of_several_workers_share_their_cells():
+    units = {"block": {"size": 3, "strips": 1}}
+    one = synthetic(rounds=5, units=units, workers=2, **{"partition.min_units": 2})
+    cells = read_figures(report.render([one]))["map0"][0]
+    held = partition.sample(partition.round_rng(0, 0), make_groups(units, 2, 2))["block"].indices
+    holders = np.bincount(held.ravel(), minlength=3)
+    assert holders.max() == 2
+    for unit, count in enumerate(holders):
+        here = (cells["round"] == 1) & (cells["unit"] == unit)
+        assert here.sum() == count
+        np.testing.assert_allclose((cells["bottom"] - cells["top"])[here] * count, 0.92)
+
+
+def test_workers_that_were_absent_or_left_out_have_trained_nothing():
+    one = synthetic(rounds=40, units={"block": {"size": 8, "strips": 1}}, workers=2, participation=0.5)
+    one.records[3]["left_out"] = [0, 1]
+    (deals,) = trace.draw_deals(one, columns=40, rows=8, budget=10**6)
+    present = np.array([partition.sample_present(0, r, 2, 0.5) for r in range(40)])
+    present[3] = False
+    assert 20 < present.sum() < 60
+    np.testing.assert_array_equal(deals.trained.sum(2), 4 * present)
+    np.testing.assert_array_equal(deals.counts.sum(1), 4 * present.sum(0))
+
+
+def test_rounds_of_another_number_of_workers_are_not_drawn_as_if_they_were_of_this():
+    units = {"block": {"size": 8, "strips": 1}}
+    before, after = (synthetic(rounds=6, units=units, workers=n) for n in (4, 2))
+    resumed = after._replace(records=before.records[:2] + after.records[2:])
+    (deals,) = trace.draw_deals(resumed, columns=40, rows=8, budget=10**6)
+    assert deals.rounds.tolist() == [3, 4, 5, 6]
+
+
+def test_a_long_run_of_a_wide_net_is_a_small_page():
+    units = {f"hidden{k}": {"size": 8192, "strips": 8} for k in (1, 2)}
+    one = synthetic(rounds=2000, units=units, workers=8)
+    page = report.render([one])
+    assert len(page) < 2_000_000
+    drawn = read_figures(page)
+    assert len(drawn["history"][0]["x"]) <= 60
+    assert len(drawn["map0"][0]["left"]) <= 64 * 48
+    counts = drawn["counts1"][0]
+    deals = trace.draw_deals(one, columns=64, rows=48, budget=report.DRAWN)
+    assert 50 < len(deals[0].rounds) < 100  # 10 million / (8 workers x 16384 units) allows 76
+    np.testing.assert_allclose(counts["top"].reshape(8, -1)[-1], len(deals[0].rounds))
+
+
+def test_many_workers_and_the_baselines_have_a_page():
+    many = synthetic(rounds=3, units={"a": {"size": 200, "strips": 1}}, workers=100)
+    assert set(read_figures(report.render([many]))["counts0"][0]["worker"]) == {0}  # one bar for all
+    alone = synthetic(rounds=1, units={}, workers=1, method="local_sgd")
+    assert not any(name.startswith("map") for name in read_figures(report.render([alone])))
+
+
+def test_the_page_refers_to_nothing_outside_and_quotes_what_it_is_given(runs, tmp_path):
+    nasty = trace.read_trace(runs[0])._replace(folder=Path("</script><b>bold</b>"))
+    nasty.summary["custom_model"] = "</script>"
+
+    class Parser(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            assert tag not in ("b", "link", "img", "iframe")
+            assert not {"src", "href"} & {name for name, _ in attrs}
+
+    other = trace.read_trace(runs[1])
+    text = report.render([nasty, other])
+    Parser().feed(text)
+    assert "&lt;b&gt;bold" in text
+    assert read_figures(text)["time"]
+
+
+def test_the_ledger_is_shown_where_there_is_one(runs):
+    rows = [
+        {"cause": "merge_units", "unit": "bytes", "per": "worker and round", "paper": 1234567, "wire": None}
+    ]
+    ledger = {"columns": {"paper": "as the papers count", "wire": "over sockets"}, "rows": rows}
+    text = report.render([trace.read_trace(runs[0])._replace(ledger=ledger)])
+    assert re.search(
+        r"merge_units</th><td[^>]*>1,234,567</td><td[^>]*>-</td><td>bytes per worker and round", text
+    )
+    assert "over sockets" in text
+
+
+def test_a_run_leaves_a_report_and_the_command_writes_it_again(runs, tmp_path, monkeypatch, capsys):
+    assert 'id="figures"' in (runs[0] / "report.html").read_text()
+    (runs[0] / "report.html").unlink()
+    assert report.main(["report", f"--workdir={runs[0]}"]) == 0
+    assert capsys.readouterr().out.strip() == str(runs[0] / "report.html")
+    monkeypatch.chdir(tmp_path)
+    assert report.main(["report", f"--workdir={runs[0]}", str(runs[1])]) == 0
+    assert "Thin: each seed" in Path("report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--workdir is missing"),
+        (["--workdir=nowhere"], "holds no config.json"),
+        (["--workdir=unfinished"], "holds no summary.json"),
+        (["--workdir=broken"], "cannot read the metrics"),
+        (["--workdir=empty"], "holds no round"),
+        (["--workdir=run", "nowhere"], "holds no config.json"),
+        (["--workdir=run", "--out=no/where.html"], "cannot write --out=no/where.html: No such file"),
+        (["--wrokdir=run"], "wrokdir"),
+    ],
+)
+def test_mistakes_are_one_line(runs, flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "unfinished", "broken", "empty"):
+        shutil.copytree(runs[0], name, ignore=shutil.ignore_patterns("params"))
+    Path("unfinished/summary.json").unlink()
+    Path("broken/metrics.jsonl").write_text('{"round": ')
+    Path("empty/metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        report.main(["report", *flags])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+# --- in a browser ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    chromedriver = shutil.which("chromedriver")
+    if not chromium or not chromedriver:
+        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
+                 "disable-background-networking", "disable-component-update",
+                 f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
+    yield driver
+    driver.quit()
+
+
+def open_page(browser, page, *, width=1280, scheme="light"):
+    """Opens a page in a window of that width and colour scheme, and waits until it has drawn."""
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get(page.as_uri())
+    ready = "return document.documentElement.dataset.ready === 'yes'"
+    WebDriverWait(browser, 60).until(lambda b: b.execute_script(ready))
+
+
+PIXELS = """
+    const find = (root) => [...root.querySelectorAll("*")].flatMap(
+        (e) => [...(e.tagName === "CANVAS" ? [e] : []), ...(e.shadowRoot ? find(e.shadowRoot) : [])]);
+    const canvas = find(document.getElementById(arguments[0]))[0];
+"""
+
+
+def test_the_bandwidth_that_the_reader_chooses_moves_the_curve(runs, page, browser):
+    open_page(browser, page)
+    assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    expected = [trace.group_by_config([trace.read_trace(folder)])[0].mean() for folder in runs]
+    pictures, last = [], []
+    for bits_per_second in trace.BANDWIDTHS:
+        browser.execute_script(f"document.querySelector('input[value=\"{bits_per_second:.0f}\"]').click()")
+        drawn = browser.execute_script(
+            "return [...sources(figures.time)].map((s) => [Array.from(s.data.x), Array.from(s.data.y)])"
+        )
+        for index, curve in ((0, expected[0]), (1, expected[1]), (3, expected[2])):  # 2: the mean
+            x = trace.modelled_seconds(curve.seconds_local, curve.bytes_sent, bits_per_second)
+            np.testing.assert_allclose(drawn[index], [x, curve.accuracy], rtol=1e-12)
+        cells = browser.execute_script(
+            "return [...document.querySelectorAll('[data-seconds-local]')].map((e) => Number(e.textContent))"
+        )
+        last.append((drawn[3][0][-1], cells[1]))
+        pictures.append(browser.execute_async_script(
+            PIXELS + "setTimeout(() => requestAnimationFrame(() => arguments[1](canvas.toDataURL())), 50)",
+            "time",
+        ))  # fmt: skip
+    assert len(set(pictures)) == 3
+    assert last[0][0] > last[1][0] > last[2][0]
+    for curve_end, cell in last:  # the table's total is the curve's end
+        assert cell == pytest.approx(curve_end, abs=0.006)
+
+
+def test_the_script_and_python_model_the_same_time(page, browser):
+    open_page(browser, page)
+    rng = np.random.default_rng(0)
+    seconds, sent = rng.uniform(0, 100, 50), rng.integers(0, 10**12, 50)
+    for bits_per_second in (*trace.BANDWIDTHS, 12345.678):
+        found = browser.execute_script(
+            "return modelledSeconds(...arguments)", seconds.tolist(), sent.tolist(), bits_per_second
+        )
+        np.testing.assert_allclose(found, trace.modelled_seconds(seconds, sent, bits_per_second), rtol=1e-14)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_scrolls_sideways_and_the_charts_fill_the_page(page, browser, width):
+    open_page(browser, page, width=width)
+    wide, visible = browser.execute_script(
+        "const page = document.documentElement; return [page.scrollWidth, page.clientWidth]"
+    )
+    assert wide <= visible <= width
+    for name in ("time", "phases", "map0"):
+        box = browser.execute_script(
+            "const box = document.getElementById(arguments[0]).getBoundingClientRect(); "
+            "return [box.left, box.right]",
+            name,
+        )
+        assert 0 <= box[0] < box[1] <= width
+        assert box[1] - box[0] > min(360, 0.35 * width)
+
+
+def test_the_page_follows_the_readers_colour_scheme(page, browser):
+    grounds = {}
+    for scheme in ("light", "dark"):
+        open_page(browser, page, scheme=scheme)
+        ground, text = browser.execute_script(
+            "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"
+        )
+        frame = browser.execute_script(
+            PIXELS + "return Array.from(canvas.getContext('2d').getImageData(3, 3, 1, 1).data)", "time"
+        )
+        assert re.findall(r"\d+", ground) == [str(value) for value in frame[:3]]
+        grounds[scheme] = np.array(frame[:3])
+        assert contrast(grounds[scheme], [int(value) for value in re.findall(r"\d+", text)]) > 7
+    assert grounds["light"].sum() > 700 > 100 > grounds["dark"].sum()
+
+
+def contrast(one, other):
+    """WCAG 2's contrast ratio of two sRGB colours."""
+
+    def luminance(color):
+        c = np.asarray(color) / 255
+        return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+
+    dark, light = sorted([luminance(one), luminance(other)])
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_a_chosen_worker_stands_out_in_the_maps(page, browser):
+    open_page(browser, page)
+    browser.execute_script(
+        "const s = document.querySelector('select'); s.value = '1'; s.dispatchEvent(new Event('change'))"
+    )
+    for name in ("map0", "counts1"):
+        worker, alpha = browser.execute_script(
+            "const { worker, alpha } = [...sources(figures[arguments[0]])][0].data;"
+            "return [Array.from(worker), Array.from(alpha)]",
+            name,
+        )
+        np.testing.assert_array_equal(np.array(alpha) == 1, np.array(worker) == 1)
