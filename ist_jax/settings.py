@@ -15,8 +15,9 @@ from ist_jax import partition, store
 from ist_jax.models.mlp import MLP
 from ist_jax.models.resnet import ResNet
 
+METHODS = ("ist", "local_sgd", "data_parallel")
 _CHOICES = {
-    "method": ("ist", "local_sgd", "data_parallel"),
+    "method": METHODS,
     "workers_on_device": ("map", "vmap"),
     "data.sharing": ("all", "disjoint", "skewed"),
     "data.clip_length": ("pad", "drop"),

@@ -13,7 +13,17 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from ist_jax import checkpoint, checkpoint_writer, evaluate, local_sgd, metrics, partition, results, signals
+from ist_jax import (
+    audit,
+    checkpoint,
+    checkpoint_writer,
+    evaluate,
+    local_sgd,
+    metrics,
+    partition,
+    results,
+    signals,
+)
 from ist_jax.experiment import Run, set_up
 from ist_jax.layout import iter_leaves
 
@@ -67,6 +77,7 @@ def run_rounds(run: Run, workdir: Path, custom_model: nn.Module | None = None) -
     """
     config, state = run.config, run.state
     log.info("results: %s", workdir)
+    metrics.write_json(workdir / "ledger.json", audit.ledger_of(run))
     records = metrics.read_records(workdir)
     progress = metrics.Progress(run.num_rounds, config.method, done=run.first_round)
     writer = checkpoint_writer.Writer(workdir, run.layout, keep=config.checkpoint.keep)
