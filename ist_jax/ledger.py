@@ -95,7 +95,8 @@ def evaluation_bytes(layout: Layout, batches: int, *, streamed: bool) -> float:
     Args:
       layout: of the store.
       batches: evaluation batches per device.
-      streamed: the model is gathered a block or layer at a time, for every batch; else whole, once.
+      streamed: the model is gathered a block or layer at a time, for every batch (the compiler may do with
+        less where they are few); else whole, once.
     """
     units = sum(_shard_size(layout, p) for p, leaf in layout.leaves.items() if leaf.kind != "shared")
     gathered = units * layout.dtype.itemsize * (batches if streamed else 1)

@@ -1,6 +1,7 @@
 """Trains a network as independent subnets.
 
-python -m ist_jax.main --config=configs/resnet.py [--workdir=DIR] [--config.num_workers=8 ...]
+python -m ist_jax.main --config=configs/resnet.py [--workdir=DIR] [--tensorboard] [--profile=ROUNDS]
+                       [--config.num_workers=8 ...]
 """
 
 import datetime
@@ -24,6 +25,13 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_string(
         "workdir", None, "folder for the results; default: a new one under runs/", flag_values=values
     )
+    flags.DEFINE_boolean(
+        "tensorboard", False, "write event files to the folder's tensorboard/, too", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "profile", 0, "rounds, after the first, to trace to the folder's profile/", lower_bound=0,
+        flag_values=values,
+    )  # fmt: skip
     rest = cli.parse(values, argv, USAGE, required=["config"])
     if rest:
         raise cli.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
@@ -35,6 +43,7 @@ def main(argv: list[str]) -> int:
         results,
         signals,
         train,
+        watch,
     )  # JAX starts here, after the flags are known to be right
 
     name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
@@ -48,8 +57,9 @@ def main(argv: list[str]) -> int:
             start = results.find_start(workdir)
             run = experiment.set_up(values.config, start=start)
             results.open_workdir(values.config, workdir, start)
-        with logging_redirect_tqdm():  # warnings go above the bar
-            train.run_rounds(run, workdir)
+        watchers = watch.opened(workdir, tensorboard=values.tensorboard, profile=values.profile)
+        with logging_redirect_tqdm(), watchers as watching:  # warnings go above the bar
+            train.run_rounds(run, workdir, watchers=watching)
     except signals.Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code

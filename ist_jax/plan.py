@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from ist_jax import cli
+from ist_jax import METHODS, cli
 
 if TYPE_CHECKING:
     from ist_jax import data
@@ -109,10 +109,8 @@ def plan(
     Raises:
       ValueError: a setting that cannot work; the message names the key.
     """
-    from ist_jax import settings
-
     costs = {}
-    for method in settings.METHODS:
+    for method in METHODS:
         own = config.copy_and_resolve_references()
         own.method = method
         costs[method] = predict(own, facts)

@@ -11,11 +11,10 @@ import optax
 from flax import traverse_util
 from ml_collections import config_dict
 
-from ist_jax import partition, store
+from ist_jax import METHODS, partition, store
 from ist_jax.models.mlp import MLP
 from ist_jax.models.resnet import ResNet
 
-METHODS = ("ist", "local_sgd", "data_parallel")
 _CHOICES = {
     "method": METHODS,
     "workers_on_device": ("map", "vmap"),

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,17 @@ from ist_jax import (
 )
 from ist_jax.experiment import Run, set_up
 from ist_jax.layout import iter_leaves
+from ist_jax.watch import Watcher
 
 log = logging.getLogger(__name__)
 
 
 def train(
-    config: config_dict.ConfigDict, workdir: str | Path, model: nn.Module | None = None
+    config: config_dict.ConfigDict,
+    workdir: str | Path,
+    model: nn.Module | None = None,
+    *,
+    started: Callable[[Run], None] | None = None,
 ) -> dict[str, Any]:
     """Trains a model and writes its results.
 
@@ -39,6 +44,7 @@ def train(
       config: as from `configs/`.
       workdir: folder for config.json, metrics.jsonl, summary.json and the parameters.
       model: any Flax model that follows `ist_jax.models`; None: the one that the config describes.
+      started: called before the first round of a run that does not go on from a checkpoint.
 
     Returns:
       What summary.json holds.
@@ -52,6 +58,8 @@ def train(
         start = results.find_start(workdir, model)
         run = set_up(config, model, start=start)
         results.open_workdir(config, workdir, start)
+        if started is not None and start is None:
+            started(run)
         run_rounds(run, workdir, custom_model=model)
     return json.loads((workdir / "summary.json").read_text())
 
@@ -60,13 +68,16 @@ class Diverged(RuntimeError):
     """A worker's rounds had to be left out too many times in a row."""
 
 
-def run_rounds(run: Run, workdir: Path, custom_model: nn.Module | None = None) -> dict[str, Any]:
+def run_rounds(
+    run: Run, workdir: Path, custom_model: nn.Module | None = None, watchers: Sequence[Watcher] = ()
+) -> dict[str, Any]:
     """Trains for the rounds that remain, writing metrics and checkpoints as they come, then the summary.
 
     Args:
       run: from `set_up`; its state is used up.
       workdir: from `open_workdir`.
       custom_model: the model, where it is not the config's; recorded.
+      watchers: called with every record.
 
     Returns:
       What summary.json holds.
@@ -89,6 +100,8 @@ def run_rounds(run: Run, workdir: Path, custom_model: nn.Module | None = None) -
             metrics.append_record(workdir / "metrics.jsonl", record)
             records.append(record)
             progress.update(record)
+            for watch in watchers:
+                watch(record)
             stuck = diverged(records, config.max_rounds_left_out)
             stopping = index + 1 == run.num_rounds or bool(request.signum) or stuck is not None
             if stopping or (config.checkpoint.every and (index + 1) % config.checkpoint.every == 0):
