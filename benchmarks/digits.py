@@ -1,51 +1,50 @@
 """Accuracy, time and bytes of the three methods on scikit-learn's digits: the table in README.md.
 
-    python benchmarks/digits.py [--seeds=3]
+    python benchmarks/digits.py [--seeds=3] [--workdir=DIR]
 
-Runs `python -m ist_jax.main` with the default configs, one run at a time, each in a new folder.
+`ist_jax.compare` with both default configs; runs that DIR holds are not repeated.
 """
 
 import json
-import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from absl import flags
+from ml_collections import config_flags
 
-from ist_jax import cli
+from ist_jax import METHODS, cli, compare
 
-METHODS = ("ist", "local_sgd", "data_parallel")
+CONFIGS = ("configs/resnet.py", "configs/mlp.py")
 
 
-def run(config: str, method: str, seed: int, folder: Path) -> dict:
-    workdir = folder / f"{Path(config).stem}-{method}-{seed}"
-    command = [sys.executable, "-m", "ist_jax.main", f"--config={config}", f"--workdir={workdir}",
-               f"--config.method={method}", f"--config.seed={seed}"]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
-    return json.loads((workdir / "summary.json").read_text())
+def rows(config: str, folder: Path, seeds: int) -> list[str]:
+    """A row of the table for each method."""
+    probe = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", config, flag_values=probe, sys_argv=[])
+    probe([""])
+    result = compare.compare(probe.config, folder, methods=METHODS, seeds=seeds)
+    lines = []
+    for method, figures in result["methods"].items():
+        summaries = [json.loads((folder / run / "summary.json").read_text()) for run in figures["runs"]]
+        each = ", ".join(f"{100 * summary['test_accuracy']:.2f}" for summary in summaries)
+        lines.append(
+            f"| {config} | {method} | {100 * figures['accuracy']['mean']:.2f} ({each}) "
+            f"| {figures['seconds']['mean']:.1f} | {figures['bytes']['mean'] / 1e6:,.1f} |"
+        )
+    return lines
 
 
 def main(argv: list[str]) -> int:
     values = flags.FlagValues()
     flags.DEFINE_integer("seeds", 3, "runs per method", flag_values=values)
-    cli.parse(values, argv, "python benchmarks/digits.py [--seeds=N]", required=[])
-    print("| config | method | test accuracy % (each seed) | seconds | MB per worker |")
-    print("|---|---|---|---|---|", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for config in ("configs/resnet.py", "configs/mlp.py"):
-            for method in METHODS:
-                runs = [run(config, method, seed, Path(folder)) for seed in range(values.seeds)]
-                accuracies = [100 * r["test_accuracy"] for r in runs]
-                each = ", ".join(f"{a:.2f}" for a in accuracies)
-                seconds = statistics.mean(r["seconds_total"] for r in runs)
-                megabytes = runs[0]["bytes_exchanged_per_worker"] / 1e6
-                print(
-                    f"| {config} | {method} | {statistics.mean(accuracies):.2f} ({each}) | {seconds:.1f} "
-                    f"| {megabytes:,.1f} |",
-                    flush=True,
-                )
+    flags.DEFINE_string("workdir", None, "folder for the runs; default: a temporary one", flag_values=values)
+    cli.parse(values, argv, "python benchmarks/digits.py [--seeds=N] [--workdir=DIR]", required=[])
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(values.workdir or temporary)
+        table = [row for name in CONFIGS for row in rows(name, folder / Path(name).stem, values.seeds)]
+    print("| config | method | test accuracy % (each seed) | seconds | MB per worker |", "|---|---|---|---|---|",
+          *table, sep="\n")  # fmt: skip
     return 0
 
 

@@ -1,3 +1,4 @@
 """ist_jax: one network trained as many small, independent subnets (IST and ResIST) in JAX/Flax."""
 
 __version__ = "0.1.0"
+METHODS = ("ist", "local_sgd", "data_parallel")

@@ -31,6 +31,8 @@ def prepare(num_cpu_devices: int) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     missing = [f"--{name}={value}" for name, value in _CPU_FLAGS.items() if name not in flags]
     os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
+    if jax.config.values["jax_num_cpu_devices"] == num_cpu_devices:  # by an earlier run of the process
+        return
     try:
         jax.config.update("jax_num_cpu_devices", num_cpu_devices)
     except RuntimeError as error:  # a notebook has used JAX before; several workers per device then

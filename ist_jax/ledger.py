@@ -1,21 +1,28 @@
-"""What a round costs in communication, by formula.
+"""What a round costs, by formula: parameters, bytes and memory; `audit` puts compiled programs beside it.
 
-Two counts, which must not be mixed up:
+Two counts of bytes, which must not be mixed up:
 
   paper  as the papers count: 4 bytes (the dtype's) x 2 directions x the parameters of all subnets; the
          slots that are assigned, whoever's memory they already are in.
   wire   bytes that leave a device in the compiled collectives: n slots per worker, empty ones
          included, rows padded to the devices; a worker's own part does not move, one device sends
-         nothing. `collective_operands` are the same programs' operands, own parts included.
+         nothing. A device receives as many. `collective_operands` are the same programs' operands, own
+         parts included.
 
 Method 'local_sgd' sends every worker's whole model both ways once a round, 'data_parallel' once a step.
 """
 
-from typing import NamedTuple
+import math
+from functools import partial
+from typing import Any, NamedTuple
 
-import numpy as np
+import jax
 
+from ist_jax import flops, local_sgd
 from ist_jax.layout import Layout, Leaf
+from ist_jax.local_sgd import Recipe
+
+_COUNT_BYTES = 4  # int32: how many workers were healthy, summed beside the gradients
 
 
 class Operands(NamedTuple):
@@ -38,16 +45,70 @@ def collective_operands(layout: Layout) -> Operands:
     return Operands(units * item, (units + workers * shared + flags) * item, shared // devices * item)
 
 
-def wire_bytes(layout: Layout, *, trees: int = 1) -> float:
-    """Bytes that one device sends in a round of gather and merge.
+# --- bytes that a device sends ---------------------------------------------------------------------
+
+
+def sent(kind: str, operand: float, devices: int) -> float:
+    """Bytes that a device sends in a collective over D devices, and receives.
+
+    Args:
+      kind: 'all-to-all', 'all-gather', 'all-reduce' (a ring), 'reduce-scatter' or 'collective-permute'.
+      operand: bytes of the device's operand.
+      devices: D.
+    """
+    parts = {
+        "all-to-all": 1,
+        "all-gather": devices,
+        "all-reduce": 2,
+        "reduce-scatter": 1,
+        "collective-permute": devices / max(1, devices - 1),
+    }
+    return operand * parts[kind] * (devices - 1) / devices
+
+
+def round_bytes(layout: Layout, *, trees: int = 1, averaged_steps: int = 0) -> dict[str, float]:
+    """Bytes that one device sends in a round, by cause.
 
     Args:
       layout: of the store.
       trees: parameter-shaped trees that are exchanged: 1, and 1 more per carried moment.
+      averaged_steps: l of data-parallel SGD, 0 for the other methods.
+
+    Returns:
+      'gather' of the units, 'merge_units', and 'merge_shared': the shared leaves and a flag per worker
+      (healthy or not); or 'gradients': a ring all-reduce of them and of a count in each step.
     """
-    operands, devices = collective_operands(layout), layout.num_devices
-    all_to_all = (operands.gather + operands.merge) * (devices - 1) / devices
-    return trees * (all_to_all + operands.merge_shared * (devices - 1))
+    devices = layout.num_devices
+    if averaged_steps:
+        operand = layout.dtype.itemsize * model_parameters(layout) + _COUNT_BYTES
+        return {"gradients": sent("all-reduce", averaged_steps * operand, devices)}
+    operands = collective_operands(layout)
+    units = sent("all-to-all", operands.gather, devices)
+    shared = sent("all-to-all", operands.merge - operands.gather, devices)
+    shared += sent("all-gather", operands.merge_shared, devices)
+    return {"gather": trees * units, "merge_units": trees * units, "merge_shared": trees * shared}
+
+
+def evaluation_bytes(layout: Layout, batches: int, *, streamed: bool) -> float:
+    """Bytes that one device sends in an evaluation: all-gathers of every unit.
+
+    Args:
+      layout: of the store.
+      batches: evaluation batches per device.
+      streamed: the model is gathered a block or layer at a time, for every batch (the compiler may do with
+        less where they are few); else whole, once.
+    """
+    units = sum(_shard_size(layout, p) for p, leaf in layout.leaves.items() if leaf.kind != "shared")
+    gathered = units * layout.dtype.itemsize * (batches if streamed else 1)
+    return sent("all-gather", gathered, layout.num_devices)
+
+
+def wire_bytes(layout: Layout, *, trees: int = 1) -> float:
+    """Bytes that one device sends in a round of gather and merge; arguments as of `round_bytes`."""
+    return sum(round_bytes(layout, trees=trees).values())
+
+
+# --- parameters, and the papers' count ------------------------------------------------------------
 
 
 def subnet_parameters(layout: Layout) -> float:
@@ -55,19 +116,123 @@ def subnet_parameters(layout: Layout) -> float:
     return sum(_assigned(layout, leaf) for leaf in layout.leaves.values())
 
 
-def paper_bytes_per_round(layout: Layout, *, trees: int = 1) -> float:
-    """Bytes of a round by the papers' count, of all workers together, both directions."""
-    return 2 * layout.dtype.itemsize * subnet_parameters(layout) * trees
+def largest_subnet(layout: Layout) -> int:
+    """Parameters of the largest subnet that a worker can be dealt."""
+    if all(group.fair for group in layout.groups.values()):  # who gets a remainder is drawn for each group
+        return slot_parameters(layout)
+
+    def parameters(worker: int) -> int:
+        counts = {name: group.counts[worker] for name, group in layout.groups.items()}
+        return sum(
+            math.prod(counts[group.name] for group in leaf.groups) * leaf.row_size
+            for leaf in layout.leaves.values()
+        )
+
+    return max(parameters(worker) for worker in range(layout.num_workers))
+
+
+def subnet_shapes(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """A subnet's arrays by path: every worker's have room for the n slots of the largest."""
+    return {
+        path: jax.ShapeDtypeStruct(_subnet_shape(leaf), layout.dtype) for path, leaf in layout.leaves.items()
+    }
+
+
+def _subnet_shape(leaf: Leaf) -> tuple[int, ...]:
+    slots = {axis: group.slots for axis, group in zip(leaf.unit_axes, leaf.groups, strict=True)}
+    return tuple(slots.get(axis, size) for axis, size in enumerate(leaf.shape))
+
+
+def slot_parameters(layout: Layout) -> int:
+    """Parameters of a subnet with all of its slots filled."""
+    return sum(math.prod(_subnet_shape(leaf)) for leaf in layout.leaves.values())
 
 
 def model_parameters(layout: Layout) -> int:
     """Parameters of the global model."""
-    return sum(int(np.prod(leaf.shape, dtype=int)) for leaf in layout.leaves.values())
+    return sum(math.prod(leaf.shape) for leaf in layout.leaves.values())
+
+
+def paper_bytes_per_round(layout: Layout, *, trees: int = 1) -> float:
+    """Bytes of a round by the papers' count, of all workers together, both directions."""
+    return sum(paper_bytes(layout, trees=trees).values())
+
+
+def paper_bytes(layout: Layout, *, trees: int = 1, averaged_steps: int = 0) -> dict[str, float]:
+    """The papers' count of a round, of all workers together; arguments and causes as of `round_bytes`."""
+    if averaged_steps:
+        return {"gradients": averaged_steps * full_model_bytes(layout)}
+    item = layout.dtype.itemsize * trees
+    shared = item * sum(_assigned(layout, leaf) for leaf in layout.leaves.values() if leaf.kind == "shared")
+    units = item * subnet_parameters(layout) - shared
+    return {"gather": units, "merge_units": units, "merge_shared": 2 * shared}
 
 
 def full_model_bytes(layout: Layout) -> int:
-    """The same for one exchange of the whole model by all workers: a round of local SGD."""
+    """The papers' count of one exchange of the whole model by all workers: a round of local SGD."""
     return 2 * layout.dtype.itemsize * model_parameters(layout) * layout.num_workers
+
+
+# --- memory and FLOPs ------------------------------------------------------------------------------
+
+
+class Memory(NamedTuple):
+    """Bytes that a device keeps while its workers train; not gradients, activations, buffers and data."""
+
+    store: int  # its part of the global model and of carried moments, padding included
+    subnets: int  # its workers' subnets and their carried moments, empty slots included
+    optimizer: int  # state that is made anew in every round, of the workers that train at the same time
+
+
+def memory(recipe: Recipe, *, in_place: bool) -> Memory:
+    """What a device keeps.
+
+    Args:
+      recipe: what a worker does.
+      in_place: data-parallel SGD, which trains the store itself.
+    """
+    layout, shapes = recipe.layout, subnet_shapes(recipe.layout)
+    trees = exchanged_trees(recipe)
+    store = layout.dtype.itemsize * sum(_shard_size(layout, path) for path in layout.leaves)
+    if in_place:
+        return Memory(trees * store, 0, 0)
+    fresh = () if recipe.carry else jax.eval_shape(recipe.tx.init, shapes)
+    at_once = layout.workers_per_device if recipe.vmapped else 1
+    subnets = trees * layout.workers_per_device * _bytes(shapes)
+    return Memory(trees * store, subnets, at_once * _bytes(fresh))
+
+
+def exchanged_trees(recipe: Recipe) -> int:
+    """Parameter-shaped trees of the state: the parameters, and what moments are carried."""
+    state = jax.eval_shape(partial(local_sgd.init_state, recipe), subnet_shapes(recipe.layout))
+    return len(state.trees)
+
+
+def step_flops(recipe: Recipe, inputs: Any, labels: Any) -> float:
+    """FLOPs of a local step of a subnet with all of its slots filled, as `flops` counts.
+
+    Args:
+      recipe: what a worker does.
+      inputs: of a batch; arrays or `jax.ShapeDtypeStruct`s.
+      labels: the same.
+    """
+    groups = recipe.layout.groups.values()
+    gates = {g.name: jax.ShapeDtypeStruct((g.slots,), bool) for g in groups if not g.even}
+    return flops.step_flops(recipe.loss_fn, subnet_shapes(recipe.layout), inputs, labels, gates or None)
+
+
+def _bytes(shapes: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+
+def _shard_size(layout: Layout, path: str) -> int:
+    """Numbers of a leaf that one device keeps."""
+    leaf, workers = layout.leaves[path], layout.workers_per_device
+    if leaf.kind == "shared":
+        return leaf.row_size
+    if leaf.kind == "rows":
+        return leaf.groups[0].size * layout.slice_size(path)
+    return workers * leaf.groups[0].strip_size * leaf.groups[1].size * leaf.row_size
 
 
 def _unit_operand(layout: Layout, path: str, leaf: Leaf) -> int:

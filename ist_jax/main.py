@@ -1,6 +1,7 @@
 """Trains a network as independent subnets.
 
-python -m ist_jax.main --config=configs/resnet.py [--workdir=DIR] [--config.num_workers=8 ...]
+python -m ist_jax.main --config=configs/resnet.py [--workdir=DIR] [--tensorboard] [--profile=ROUNDS]
+                       [--config.num_workers=8 ...]
 
 The same command on the same --workdir goes on from the newest intact checkpoint.
 """
@@ -32,8 +33,15 @@ def main(argv: list[str]) -> int:
     )
     flags.DEFINE_integer("num_processes", None, "how many processes there are", flag_values=values)
     flags.DEFINE_integer("process_id", None, "the number of this one, from 0", flag_values=values)
-    flags.DEFINE_bool(
+    flags.DEFINE_boolean(
         "distributed", False, "several processes, found through SLURM, Open MPI, Kubernetes or a TPU pod",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_boolean(
+        "tensorboard", False, "write event files to the folder's tensorboard/, too", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "profile", 0, "rounds, after the first, to trace to the folder's profile/", lower_bound=0,
         flag_values=values,
     )  # fmt: skip
     rest = cli.parse(values, argv, USAGE, required=["config"])
@@ -58,7 +66,7 @@ def main(argv: list[str]) -> int:
         with signals.handled(deferred=False):
             if spans:
                 connect(values.config, several)
-            run_once(values.config, workdir)
+            run_once(values.config, workdir, tensorboard=values.tensorboard, profile=values.profile)
         code = 0
     except signals.Interrupted as stop:
         print(stop, file=sys.stderr)
@@ -86,9 +94,9 @@ def connect(config: config_dict.ConfigDict, several: list) -> None:
         distributed.start(*several, lost_after=config.lost_after, stuck_after=config.stuck_after)
 
 
-def run_once(config: config_dict.ConfigDict, workdir: Path) -> None:
+def run_once(config: config_dict.ConfigDict, workdir: Path, *, tensorboard: bool, profile: int) -> None:
     """Trains, or goes on training, unless it is done already."""
-    from ist_jax import distributed, experiment, results, train
+    from ist_jax import distributed, experiment, results, train, watch
 
     leads = distributed.number() == 0
     logging.getLogger("ist_jax").setLevel(logging.INFO if leads else logging.WARNING)
@@ -102,8 +110,9 @@ def run_once(config: config_dict.ConfigDict, workdir: Path) -> None:
         if leads:
             results.open_workdir(config, workdir, start)
         distributed.meet("the folder")
-    with logging_redirect_tqdm():  # warnings go above the bar
-        train.run_rounds(run, workdir)
+    watchers = watch.opened(workdir, tensorboard=tensorboard and leads, profile=profile if leads else 0)
+    with logging_redirect_tqdm(), watchers as watching:  # warnings go above the bar
+        train.run_rounds(run, workdir, watchers=watching)
 
 
 if __name__ == "__main__":

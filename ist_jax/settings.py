@@ -12,13 +12,13 @@ import optax
 from flax import traverse_util
 from ml_collections import config_dict
 
-from ist_jax import partition, store
+from ist_jax import METHODS, partition, store
 from ist_jax.data.images import Transform
 from ist_jax.models.mlp import MLP
 from ist_jax.models.resnet import ResNet
 
 _CHOICES = {
-    "method": ("ist", "local_sgd", "data_parallel"),
+    "method": METHODS,
     "workers_on_device": ("map", "vmap"),
     "compute_dtype": ("float32", "bfloat16"),
     "data.sharing": ("all", "disjoint", "skewed"),

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from ist_jax import (
+    audit,
     checkpoint,
     checkpoint_writer,
     devices,
@@ -26,12 +27,17 @@ from ist_jax import (
     signals,
 )
 from ist_jax.experiment import Run, set_up
+from ist_jax.watch import Watcher
 
 log = logging.getLogger(__name__)
 
 
 def train(
-    config: config_dict.ConfigDict, workdir: str | Path, model: nn.Module | None = None
+    config: config_dict.ConfigDict,
+    workdir: str | Path,
+    model: nn.Module | None = None,
+    *,
+    started: Callable[[Run], None] | None = None,
 ) -> dict[str, Any]:
     """Trains a model and writes its results.
 
@@ -39,6 +45,7 @@ def train(
       config: as from `configs/`.
       workdir: folder for config.json, metrics.jsonl, summary.json and the parameters.
       model: any Flax model that follows `ist_jax.models`; None: the one that the config describes.
+      started: called before the first round of a run that does not go on from a checkpoint.
 
     Returns:
       What summary.json holds.
@@ -52,6 +59,8 @@ def train(
         start = results.find_start(workdir, model)
         run = set_up(config, model, start=start)
         results.open_workdir(config, workdir, start)
+        if started is not None and start is None:
+            started(run)
         run_rounds(run, workdir, custom_model=model)
     return json.loads((workdir / "summary.json").read_text())
 
@@ -60,13 +69,16 @@ class Diverged(RuntimeError):
     """A worker's rounds had to be left out too many times in a row."""
 
 
-def run_rounds(run: Run, workdir: Path, custom_model: nn.Module | None = None) -> dict[str, Any]:
+def run_rounds(
+    run: Run, workdir: Path, custom_model: nn.Module | None = None, watchers: Sequence[Watcher] = ()
+) -> dict[str, Any]:
     """Trains for the rounds that remain, writing metrics and checkpoints as they come, then the summary.
 
     Args:
       run: from `set_up`; its state is used up.
       workdir: from `open_workdir`.
       custom_model: the model, where it is not the config's; recorded.
+      watchers: called with every record.
 
     Returns:
       What summary.json holds.
@@ -77,6 +89,8 @@ def run_rounds(run: Run, workdir: Path, custom_model: nn.Module | None = None) -
     """
     config, state, leads = run.config, run.state, distributed.number() == 0
     log.info("results: %s", workdir)
+    if leads:
+        metrics.write_json(workdir / "ledger.json", audit.ledger_of(run))
     records = metrics.read_records(workdir)
     progress = metrics.Progress(run.num_rounds, config.method, done=run.first_round, quiet=not leads)
     writer = checkpoint_writer.Writer(workdir, run.layout, keep=config.checkpoint.keep)
@@ -91,6 +105,8 @@ def run_rounds(run: Run, workdir: Path, custom_model: nn.Module | None = None) -
             progress.update(record)
             distributed.progress(f"round {index + 1}")
             signum = devices.agree(request.signum, run.devices)
+            for watch in watchers:
+                watch(record)
             stuck = diverged(records, config.max_rounds_left_out)
             stopping = index + 1 == run.num_rounds or bool(signum) or stuck is not None
             if stopping or (config.checkpoint.every and (index + 1) % config.checkpoint.every == 0):

@@ -44,6 +44,17 @@ def test_every_config_and_method_leaves_a_complete_folder(name, method, tmp_path
     exchanged = {"ist": full * summary["parameters_per_worker"] / summary["parameters"], "local_sgd": full}
     assert summary["bytes_exchanged_per_worker"] == pytest.approx(exchanged.get(method, full * 2))
     assert set(summary["versions"]) >= {"python", "jax", "flax"}
+    table = json.loads((tmp_path / "ledger.json").read_text())
+    rows = {row["cause"]: row for row in table["rows"]}
+    assert all(row.keys() == {"cause", "unit", "per", *table["columns"]} for row in rows.values())
+    assert rows["round"]["paper"] == summary["bytes_exchanged_per_worker"] / 3
+    assert rows["round"]["formula"] > 0
+    for cause in rows.keys() & {"round", "gather", "merge_units", "merge_shared", "gradients", "store"}:
+        assert rows[cause]["formula"] == rows[cause]["hlo"], cause
+    evaluation = rows["evaluation"]
+    assert has_gather == (0 < evaluation["hlo"] <= evaluation["formula"])
+    assert rows["parameters held"]["hlo"] == rows["parameters held"]["formula"]
+    assert all(rows[f"peak of {name}"]["hlo"] > 0 for name in ("local", "evaluate"))
 
 
 def test_the_hash_is_of_the_parameters_and_repeats(tmp_path):

@@ -1,0 +1,148 @@
+"""The ledger of a run: what it costs by formula, beside what its compiled programs and its sockets say."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ist_jax import evaluate, hlo, ledger
+from ist_jax.experiment import Run
+from ist_jax.layout import Layout
+
+COLUMNS = {
+    "paper": "the papers' count: 4 bytes x 2 directions x the parameters of the slots that are assigned, "
+    "wherever they already are; a mean over the workers",
+    "formula": "bytes that leave a device, shared out among its workers; as many arrive. Empty slots and "
+    "padding included, a worker's own part not; nothing on one device. Memory: what must be kept. FLOPs: of "
+    "matrix products and convolutions, forward and backward, all slots filled",
+    "hlo": "the same from the optimised HLO of the programs that run, loops counted as often as they run. "
+    "Memory by the compiler's analysis; peak: arguments + results - what they share + temporaries. FLOPs: as "
+    "compiled, so on CPU with the zeros of strided convolutions' gradients",
+    "wire": "bytes that arrive over a process's TCP connections, shared out among its workers; null with one "
+    "process",
+}
+
+
+def ledger_of(run: Run) -> dict[str, Any]:
+    """What ledger.json holds: a row per cause with its unit, and columns, None where nothing is known."""
+    config, layout = run.config, run.layout
+    programs = {name: hlo.read(p.as_text()) for name, p in run.programs._asdict().items() if p is not None}
+    trees, workers = len(run.state.trees), layout.workers_per_device
+    averaged_steps = config.local_steps if config.method == "data_parallel" else 0
+    kept = ledger.memory(run.recipe, in_place=averaged_steps > 0)._asdict()
+    found = _kept(run, programs)
+    numbers = found["subnets"] / workers if found["subnets"] else found["store"]
+    parameters = _row(
+        "parameters held", "parameters", "worker",
+        paper=ledger.subnet_parameters(layout) / config.num_workers, formula=ledger.slot_parameters(layout),
+        hlo=numbers / trees / layout.dtype.itemsize,
+    )  # fmt: skip
+    paper = ledger.paper_bytes(layout, trees=trees, averaged_steps=averaged_steps)
+    formula = ledger.round_bytes(layout, trees=trees, averaged_steps=averaged_steps)
+    sent = sent_bytes(layout, programs, trees=trees)
+    traffic = [
+        _row(
+            cause, "bytes", "worker and round", paper=paper[cause] / config.num_workers,
+            formula=formula[cause] / workers, hlo=sent[cause] / workers,
+        )
+        for cause in formula
+    ]  # fmt: skip
+    total = {name: sum(row[name] for row in traffic) for name in ("paper", "formula", "hlo")}
+    traffic.append(_row("round", "bytes", "worker and round", **total))
+    evaluation = _row(
+        "evaluation", "bytes", "worker and evaluation",
+        formula=_evaluation_bytes(run) / workers, hlo=len(run.test_batches) * sent["evaluation"] / workers,
+    )  # fmt: skip
+    memory = [_row(x, "bytes", "device", formula=kept[x], hlo=found.get(x)) for x in kept]
+    for name, program in run.programs._asdict().items():
+        if program is not None:
+            memory.append(_row(f"peak of {name}", "bytes", "device", hlo=_peak(program)))
+    step = _row(
+        "training step", "FLOPs", "worker and step",
+        formula=ledger.step_flops(run.recipe, *_batch_shapes(run)),
+        hlo=programs["local"].flops / (workers * config.local_steps),
+    )  # fmt: skip
+    return {
+        "method": config.method,
+        "num_workers": config.num_workers,
+        "num_devices": layout.num_devices,
+        "columns": COLUMNS,
+        "rows": [parameters, *traffic, evaluation, *memory, step],
+    }
+
+
+def with_wire(table: Mapping[str, Any], measured: Mapping[str, float]) -> dict[str, Any]:
+    """The ledger with its last column filled in.
+
+    Args:
+      table: from `ledger_of`.
+      measured: bytes that arrived per worker, by cause: of 'gather' and 'round' in a round, of 'evaluation'
+        in one.
+    """
+    rows = [row | {"wire": measured.get(row["cause"], row["wire"])} for row in table["rows"]]
+    return dict(table) | {"rows": rows}
+
+
+def _row(cause: str, unit: str, per: str, **columns: float | None) -> dict[str, Any]:
+    whole = {name: int(x) if x is not None and x % 1 == 0 else x for name, x in columns.items()}
+    return {"cause": cause, "unit": unit, "per": per} | {name: whole.get(name) for name in COLUMNS}
+
+
+def sent_bytes(layout: Layout, programs: Mapping[str, hlo.Program], *, trees: int) -> dict[str, float]:
+    """Bytes that a device sends by the collectives of its programs, by cause.
+
+    The one all-to-all of a merge is told apart by its all-gather: what that one collects, every worker sent
+    slices of. There is a flag per worker and tree, too; the rest are the units.
+    """
+
+    def by_kind(name: str) -> dict[str, float]:
+        kinds: dict[str, float] = {}
+        for (kind, devices), operand in programs[name].operands.items() if name in programs else ():
+            kinds[kind] = kinds.get(kind, 0) + ledger.sent(kind, operand, devices)
+        return kinds
+
+    gather, local, merge, evaluation = map(by_kind, ("gather", "local", "merge", "evaluate"))
+    causes = {"evaluation": sum(evaluation.values())}
+    if "merge" not in programs:
+        return causes | {"gradients": sum(local.values())}
+    flags = trees * (layout.num_devices - 1) * layout.dtype.itemsize
+    slices = (merge.get("all-gather", 0) + flags) * layout.workers_per_device
+    units = merge.get("all-to-all", 0) - slices
+    shared = sum(merge.values()) - units + sum(local.values())
+    return causes | {"gather": sum(gather.values()), "merge_units": units, "merge_shared": shared}
+
+
+def _kept(run: Run, programs: Mapping[str, hlo.Program]) -> dict[str, int]:
+    """What a device keeps, from the arguments of the programs.
+
+    Those of a merge begin with the state (its trees, then the rest) and the subnets; data-parallel steps have
+    no subnets.
+    """
+    leaves = len(run.state.trees) * len(run.layout.leaves)
+    if "merge" not in programs:
+        return {"store": sum(programs["local"].arguments[:leaves]), "subnets": 0}
+    arguments = programs["merge"].arguments
+    after = leaves + len(run.state.rest)
+    return {"store": sum(arguments[:leaves]), "subnets": sum(arguments[after : after + leaves])}
+
+
+def _peak(program: jax.stages.Compiled) -> int | None:
+    """Bytes of a device's memory that a program needs; None where the backend does not say."""
+    m = program.memory_analysis()
+    if m is None:
+        return None
+    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+
+
+def _evaluation_bytes(run: Run) -> float:
+    batches = sum(chunk["label"].shape[1] for chunk in run.test_batches)
+    return ledger.evaluation_bytes(run.layout, batches, streamed=evaluate.is_streamable(run.model))
+
+
+def _batch_shapes(run: Run) -> tuple[Any, Any]:
+    """The (inputs, labels) of a batch."""
+    data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), run.feed.spec)
+    indices = jax.ShapeDtypeStruct((run.config.batch_size,), np.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(run.recipe.batch_fn, data, indices, key)

@@ -1,0 +1,195 @@
+"""The methods side by side: the same initial parameters, the same examples, several seeds.
+
+python -m ist_jax.compare --config=configs/resnet.py [--methods=ist,local_sgd,data_parallel] [--seeds=3]
+                          [--workdir=DIR] [--config.num_workers=8 ...]
+
+Every run has a folder of its own, DIR/METHOD-SEED, as by `ist_jax.main`; those that are finished are not
+repeated, one that was stopped goes on. DIR/compare.json holds, by method, mean and spread of accuracy (of the
+last evaluation), seconds (of all rounds, evaluation included) and bytes (of a worker, by the papers' count),
+and the runs' folders; DIR/report.html draws them.
+"""
+
+import datetime
+import json
+import logging
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from ist_jax import METHODS, cli
+
+if TYPE_CHECKING:
+    import flax.linen as nn
+
+    from ist_jax.experiment import Run
+
+log = logging.getLogger("ist_jax.compare")  # also where this file is the command
+
+USAGE = "python -m ist_jax.compare --config=FILE[:MODE] [--methods=LIST] [--seeds=N] [--workdir=DIR]"
+# Keys of compare.json and of the summary that they come from.
+_FIGURES = {
+    "accuracy": "test_accuracy",
+    "seconds": "seconds_total",
+    "bytes": "bytes_exchanged_per_worker",
+}
+
+
+def compare(
+    config: config_dict.ConfigDict,
+    workdir: Path,
+    *,
+    methods: Sequence[str],
+    seeds: int,
+    model: "nn.Module | None" = None,
+) -> dict[str, Any]:
+    """Trains every method with every seed, and writes what compare.json holds.
+
+    Args:
+      config: as from `configs/`; its seed is the first.
+      workdir: holds a folder for each run, compare.json and report.html.
+      methods: such as ('ist', 'local_sgd').
+      seeds: how many.
+      model: as for `train.train`.
+
+    Returns:
+      'methods': by method 'accuracy', 'seconds' and 'bytes', each with 'mean', 'min' and 'max' over the
+      seeds, and 'runs', the folders; 'start': by seed the hashes of what all methods began with.
+
+    Raises:
+      ValueError: a setting that cannot work, or runs that did not begin alike.
+    """
+    from ist_jax import metrics, report, train
+
+    folders: dict[str, list[Path]] = {method: [] for method in methods}
+    summaries: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+    starts = {}
+    for seed in range(config.seed, config.seed + seeds):
+        for method in methods:
+            own = config.copy_and_resolve_references()
+            own.method, own.seed = method, seed
+            folder = workdir / f"{method}-{seed}"
+            log.info("compare: %s, seed %d", method, seed)
+            summaries[method].append(train.train(own, folder, model, started=_note_start(folder)))
+            folders[method].append(folder)
+        starts[str(seed)] = _common_start([folders[method][-1] for method in methods])
+    result = {
+        "methods": {
+            method: {name: _spread([run[key] for run in summaries[method]]) for name, key in _FIGURES.items()}
+            | {"runs": [folder.name for folder in folders[method]]}
+            for method in methods
+        },
+        "start": starts,
+    }
+    metrics.write_json(workdir / "compare.json", result)
+    report.write_report([folder for method in methods for folder in folders[method]], workdir / "report.html")
+    return result
+
+
+def start_of(run: "Run") -> dict[str, str]:
+    """Hashes of what a run begins with: its parameters, and the examples of its first and last round."""
+    import hashlib
+
+    from ist_jax import metrics
+    from ist_jax.data import batches
+    from ist_jax.layout import iter_leaves
+
+    config, digest = run.config, hashlib.sha256()
+    size = {"local_steps": config.local_steps, "batch_size": config.batch_size}
+    for index in (0, run.num_rounds - 1):
+        digest.update(batches.train_indices(config.seed, index, run.feed.shards, **size).tobytes())
+    return {
+        "params_sha256": metrics.params_sha256(iter_leaves(run.layout, run.state.trees[0])),
+        "examples_sha256": digest.hexdigest(),
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The comparison for people: means, and the least and most over the seeds."""
+    lines = [f"{'':14}{'test accuracy %':>26}{'seconds':>26}{'MB per worker':>16}"]
+    for method, figures in result["methods"].items():
+        accuracy, seconds = (figures[name] for name in ("accuracy", "seconds"))
+        lines.append(
+            f"{method:14}{_text(accuracy, 100, 2):>26}{_text(seconds, 1, 1):>26}"
+            f"{figures['bytes']['mean'] / 1e6:16,.2f}"
+        )
+    return "\n".join(lines)
+
+
+def _text(figure: Mapping[str, float], factor: float, digits: int) -> str:
+    mean, least, most = (f"{factor * figure[name]:,.{digits}f}" for name in ("mean", "min", "max"))
+    return f"{mean} ({least} to {most})"
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
+
+
+def _note_start(folder: Path) -> Any:
+    def note(run: "Run") -> None:
+        from ist_jax import metrics
+
+        metrics.write_json(folder / "start.json", start_of(run))
+
+    return note
+
+
+def _common_start(folders: Sequence[Path]) -> dict[str, str]:
+    """What all of these runs began with."""
+    starts = []
+    for folder in folders:
+        if not (folder / "start.json").is_file():
+            raise ValueError(f"{folder} is of a run by itself, no comparison's; choose another --workdir")
+        starts.append(json.loads((folder / "start.json").read_text()))
+        if starts[-1] != starts[0]:
+            raise ValueError(f"{folder} did not begin as {folders[0].name} did; choose another --workdir")
+    return starts[0]
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code."""
+    values = flags.FlagValues()
+    cli.define_config(values, argv, None)
+    flags.DEFINE_list("methods", list(METHODS), "methods to compare", flag_values=values)
+    flags.DEFINE_integer("seeds", 3, "runs of each method", flag_values=values, lower_bound=1)
+    flags.DEFINE_string(
+        "workdir", None, "folder for the runs; default: a new one under runs/", flag_values=values
+    )
+    rest = cli.parse(values, argv, USAGE, required=["config"])
+    if rest:
+        raise cli.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
+    unknown = [method for method in values.methods if method not in METHODS]
+    if unknown or not values.methods:
+        raise cli.fail(f"--methods={','.join(values.methods)}; give some of {', '.join(METHODS)}")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("ist_jax").setLevel(logging.INFO)
+
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    from ist_jax import results, signals, train  # JAX starts here
+
+    name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
+    default = Path("runs") / f"compare-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    workdir = Path(values.workdir) if values.workdir else default
+    try:
+        with signals.handled(deferred=False), cli.errors(), logging_redirect_tqdm():
+            results.check_writable(workdir)
+            result = compare(
+                values.config, workdir, methods=list(dict.fromkeys(values.methods)), seeds=values.seeds
+            )
+    except signals.Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return stop.exit_code
+    except train.Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,231 @@
+"""What a config will cost, for the three methods side by side: without its data, its devices or a step.
+
+python -m ist_jax.plan --config=configs/resnet.py:cifar100 [--json] [--bandwidth=1e8,1e9,1e10] [--flops=1e13]
+                       [--config.num_workers=8 ...]
+
+Only shapes are traced, so the largest nets fit a laptop. `--json` prints an object: by method, the fields of
+`Cost`; beside the methods, 'seconds_per_round' (by method, one per bandwidth) and 'setting'.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from ist_jax import METHODS, cli
+
+if TYPE_CHECKING:
+    from ist_jax import data
+
+USAGE = "python -m ist_jax.plan --config=FILE[:MODE] [--json] [--bandwidth=LIST] [--config.KEY=VALUE ...]"
+_BANDWIDTHS = ("1e8", "1e9", "1e10")  # bits per second
+_FLOPS = 1e13  # per second: about what a large accelerator sustains in float32
+
+
+class Cost(NamedTuple):
+    """What one method costs.
+
+    Attributes:
+      params_per_worker: parameters of the largest subnet that a worker can be dealt.
+      paper_gigabytes_per_round: by the papers' count, of all workers together, in 10^9 bytes.
+      wire_bytes_per_worker_per_round: bytes that leave a device, shared out among its workers; as many
+        arrive. Empty slots and padding included, evaluation not.
+      state_bytes_per_worker: parameters and optimizer state that a device keeps while its workers train,
+        shared out among them: `ledger.Memory`.
+      flops_per_worker_per_step: of the largest subnet, as `flops` counts.
+    """
+
+    params_per_worker: int
+    paper_gigabytes_per_round: float
+    wire_bytes_per_worker_per_round: float
+    state_bytes_per_worker: float
+    flops_per_worker_per_step: float
+
+
+def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
+    """The costs of a config's method.
+
+    Args:
+      config: as from `configs/`; with num_devices=0 every worker has a device of its own.
+      facts: of the data set.
+
+    Raises:
+      ValueError: a setting that cannot work; the message names the key.
+    """
+    import jax
+    import numpy as np
+
+    from ist_jax import ledger, local_sgd, partition, settings
+    from ist_jax.data import augment
+    from ist_jax.layout import make_layout
+
+    settings.check(config)
+    model = settings.build_model(config, facts.num_classes)
+    example = jax.ShapeDtypeStruct((1, *facts.example), np.float32)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), example)["params"]
+    axes = partition.resolve_axes(shapes, model.unit_axes() if config.method == "ist" else {})
+    groups = settings.make_groups(config, model, shapes, axes)
+    layout = make_layout(shapes, axes, groups, config.num_workers, config.num_devices or config.num_workers)
+    averaged = config.method == "data_parallel"
+    recipe = local_sgd.Recipe(
+        layout=layout,
+        tx=settings.make_tx(config.optimizer),
+        loss_fn=settings.make_loss_fn(
+            model.subnet({n: g.slots for n, g in groups.items()}) if groups else model
+        ),
+        batch_fn=augment.make_batch_fn(lambda x: x, pad=config.data.pad, flip=config.data.flip),
+        seed=config.seed,
+        carry=config.optimizer_state == "carry" or averaged,
+        vmapped=config.workers_on_device == "vmap",
+    )
+    inputs = jax.ShapeDtypeStruct((config.batch_size, *facts.example), np.float32)
+    labels = jax.ShapeDtypeStruct((config.batch_size,), np.int32)
+    count = {"trees": ledger.exchanged_trees(recipe), "averaged_steps": averaged * config.local_steps}
+    workers = layout.workers_per_device
+    return Cost(
+        params_per_worker=ledger.largest_subnet(layout),
+        paper_gigabytes_per_round=sum(ledger.paper_bytes(layout, **count).values()) / 1e9,
+        wire_bytes_per_worker_per_round=sum(ledger.round_bytes(layout, **count).values()) / workers,
+        state_bytes_per_worker=sum(ledger.memory(recipe, in_place=averaged)) / workers,
+        flops_per_worker_per_step=ledger.step_flops(recipe, inputs, labels),
+    )
+
+
+def plan(
+    config: config_dict.ConfigDict, facts: "data.Facts", *, bandwidths: Sequence[float], flops: float
+) -> dict[str, Any]:
+    """What `--json` prints.
+
+    Args:
+      config: of any of the methods.
+      facts: of its data set.
+      bandwidths: of a device's link, in bits per second each way.
+      flops: that a device sustains per second.
+
+    Raises:
+      ValueError: a setting that cannot work; the message names the key.
+    """
+    costs = {}
+    for method in METHODS:
+        own = config.copy_and_resolve_references()
+        own.method = method
+        costs[method] = predict(own, facts)
+    workers = config.num_workers
+    devices = config.num_devices or workers
+    rounds = config.rounds
+    if rounds is None and facts.num_train is not None:
+        per_round = workers * config.local_steps * config.batch_size
+        rounds = math.ceil(config.epochs * facts.num_train / per_round)
+
+    def seconds(cost: Cost, bandwidth: float) -> float:
+        computing = config.local_steps * cost.flops_per_worker_per_step / flops
+        sending = 8 * cost.wire_bytes_per_worker_per_round / bandwidth
+        return workers // devices * (computing + sending)
+
+    return {method: _whole(cost) for method, cost in costs.items()} | {
+        "seconds_per_round": {m: [seconds(cost, b) for b in bandwidths] for m, cost in costs.items()},
+        "setting": {
+            "num_workers": workers,
+            "num_devices": devices,
+            "local_steps": config.local_steps,
+            "batch_size": config.batch_size,
+            "rounds": rounds,
+            "bits_per_second": list(bandwidths),
+            "flops_per_second": flops,
+        },
+    }
+
+
+def _whole(cost: Cost) -> dict[str, float]:
+    """The fields by name, whole numbers as such."""
+    return {name: int(x) if x % 1 == 0 else x for name, x in cost._asdict().items()}
+
+
+def table(planned: dict[str, Any]) -> str:
+    """The plan for people, at most 100 columns wide with up to 6 bandwidths."""
+    setting, times = planned["setting"], planned["seconds_per_round"]
+    lines = [
+        f"{setting['num_workers']} workers on {setting['num_devices']} devices, "
+        + (f"{setting['rounds']:,} rounds of " if setting["rounds"] else "rounds of ")
+        + f"{setting['local_steps']} local steps on {setting['batch_size']} examples each",
+        "",
+        f"{'':14}{'parameters':>16}{'GB of all':>14}{'MB sent':>14}{'MB of state':>14}{'GFLOP':>14}",
+        f"{'':14}{'a worker':>16}{'a round':>14}{'a worker':>14}{'a worker':>14}{'a worker':>14}",
+        f"{'':14}{'(largest)':>16}{'(papers)':>14}{'and round':>14}{'':>14}{'and step':>14}",
+    ]
+    for method in times:
+        cost = Cost(**planned[method])
+        lines.append(
+            f"{method:14}{cost.params_per_worker:16,}{cost.paper_gigabytes_per_round:14,.3f}"
+            f"{cost.wire_bytes_per_worker_per_round / 1e6:14,.2f}{cost.state_bytes_per_worker / 1e6:14,.1f}"
+            f"{cost.flops_per_worker_per_step / 1e9:14,.3f}"
+        )
+    rate = f"{setting['flops_per_second'] / 1e12:g} TFLOP/s"
+    lines += ["", f"seconds a round of a device that computes at {rate} and whose link carries"]
+    lines.append(f"{'':14}" + "".join(f"{b / 1e9:9g} Gb/s" for b in setting["bits_per_second"]))
+    lines += [f"{method:14}" + "".join(f"{s:14,.3f}" for s in times[method]) for method in times]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code."""
+    values = flags.FlagValues()
+    cli.define_config(values, argv, None)
+    flags.DEFINE_boolean("json", False, "print JSON instead of a table", flag_values=values)
+    flags.DEFINE_list(
+        "bandwidth", list(_BANDWIDTHS), "of a device's link, in bits per second each way", flag_values=values
+    )
+    flags.DEFINE_float("flops", _FLOPS, "that a device sustains, per second", flag_values=values)
+    flags.DEFINE_list(
+        "example", [], "shape of an example, of a data set that is not known: 32,32,3", flag_values=values
+    )
+    flags.DEFINE_integer("classes", 0, "classes of such a data set", flag_values=values)
+    rest = cli.parse(values, argv, USAGE, required=["config"])
+    if rest:
+        raise cli.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
+    with cli.errors():
+        bandwidths = _positive("bandwidth", values.bandwidth)
+        (rate,) = _positive("flops", [values.flops])
+        config = values.config
+        facts = _facts(config, [int(size) for size in _positive("example", values.example)], values.classes)
+
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # shapes need no accelerator
+        planned = plan(config, facts, bandwidths=bandwidths, flops=rate)
+    if values.json:
+        print(json.dumps(planned, indent=2))
+    else:
+        print(config_flags.get_config_filename(values["config"]), table(planned), sep="\n")
+    return 0
+
+
+def _positive(flag: str, texts: Sequence[Any]) -> list[float]:
+    try:
+        numbers = [float(text) for text in texts]
+    except ValueError:
+        raise ValueError(f"--{flag}={','.join(texts)}: numbers are needed, separated by commas") from None
+    if not all(0 < number < math.inf for number in numbers):
+        raise ValueError(f"--{flag}={','.join(map(str, texts))}: numbers above 0 are needed")
+    return numbers
+
+
+def _facts(config: config_dict.ConfigDict, example: Sequence[int], classes: int) -> "data.Facts":
+    from ist_jax import data, settings
+
+    name = settings.get(config, "data.name")
+    if example and classes > 0:
+        return data.Facts(tuple(example), classes, None)
+    if name not in data.FACTS:
+        raise ValueError(
+            f"what data.name={name!r} holds is not known before it is opened; give --example and --classes"
+        )
+    return data.FACTS[name]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,137 @@
+"""Comparisons of methods, and what looks on while a run goes round by round."""
+
+import json
+import logging
+import struct
+
+import jax
+import pytest
+from conftest import ROOT, get_config
+from tensorboardX.proto.event_pb2 import Event
+
+from ist_jax import compare, main, metrics, watch
+
+MLP = f"--config={ROOT}/configs/mlp.py:smoke"
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("compared")
+    return workdir, compare.compare(get_config("mlp"), workdir, methods=["ist", "local_sgd"], seeds=1)
+
+
+def test_a_comparison_leaves_a_folder_for_each_run_and_its_figures(compared):
+    workdir, result = compared
+    assert json.loads((workdir / "compare.json").read_text()) == result
+    assert "<html" in (workdir / "report.html").read_text()
+    assert result.keys() == {"methods", "start"}
+    for method in ("ist", "local_sgd"):
+        figures = result["methods"][method]
+        assert figures.keys() == {"accuracy", "seconds", "bytes", "runs"}
+        assert figures["runs"] == [f"{method}-0"]
+        summary = json.loads((workdir / f"{method}-0" / "summary.json").read_text())
+        assert summary["method"] == method
+        for name, key in (("accuracy", "test_accuracy"), ("seconds", "seconds_total")):
+            assert figures[name] == dict.fromkeys(("mean", "min", "max"), summary[key])
+        assert figures["bytes"]["mean"] == summary["bytes_exchanged_per_worker"]
+
+
+def test_finished_runs_are_not_repeated_and_seeds_give_a_spread(compared, capsys):
+    workdir, first = compared
+    before = (workdir / "ist-0" / "summary.json").stat().st_mtime_ns
+    assert compare.main(["compare", MLP, "--methods=ist", "--seeds=2", f"--workdir={workdir}"]) == 0
+    assert (workdir / "ist-0" / "summary.json").stat().st_mtime_ns == before
+    result = json.loads((workdir / "compare.json").read_text())
+    runs = [json.loads((workdir / f"ist-{seed}" / "summary.json").read_text()) for seed in (0, 1)]
+    low, high = sorted(run["test_accuracy"] for run in runs)
+    assert low < high
+    assert result["methods"]["ist"]["accuracy"] == {"mean": (low + high) / 2, "min": low, "max": high}
+    assert result["start"]["0"] == first["start"]["0"]
+    assert len({start["params_sha256"] for start in result["start"].values()}) == 2
+    assert len({start["examples_sha256"] for start in result["start"].values()}) == 2
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ist "))
+    assert f"({100 * low:.2f} to {100 * high:.2f})" in line
+
+
+@pytest.mark.parametrize("key", ["params_sha256", "examples_sha256"])
+def test_runs_that_did_not_begin_alike_are_no_comparison(compared, key):
+    workdir, _ = compared
+    path = workdir / "local_sgd-0" / "start.json"
+    before = path.read_text()
+    try:
+        metrics.write_json(path, json.loads(before) | {key: "another"})
+        with pytest.raises(ValueError, match="local_sgd-0 did not begin as ist-0 did"):
+            compare.compare(get_config("mlp"), workdir, methods=["ist", "local_sgd"], seeds=1)
+        path.unlink()
+        with pytest.raises(ValueError, match="local_sgd-0 is of a run by itself"):
+            compare.compare(get_config("mlp"), workdir, methods=["ist", "local_sgd"], seeds=1)
+    finally:
+        path.write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--config is missing"),
+        ([MLP, "--seed=3"], "seed"),
+        ([MLP, "stray"], "unexpected argument 'stray'"),
+        ([MLP, "--methods=ist,sgd"], "--methods=ist,sgd; give some of ist, local_sgd, data_parallel"),
+        ([MLP, "--methods="], "--methods=; give some of"),
+        ([MLP, "--seeds=0"], "seeds"),
+        ([MLP, "--config.num_workers=64"], "leaves a worker without a neuron"),
+        ([MLP, "--workdir=/proc/nowhere"], "cannot write to --workdir=/proc/nowhere"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(flags, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["compare", *flags])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def read_events(folder):
+    """(step, name, value) of all scalars; a record is its length, a checksum, the event and a checksum."""
+    (path,) = folder.glob("events.out.tfevents.*")
+    data, at = path.read_bytes(), 0
+    while at < len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        event = Event.FromString(data[at + 12 : at + 12 + length])
+        yield from ((event.step, value.tag, value.simple_value) for value in event.summary.value)
+        at += 16 + length
+
+
+def test_event_files_hold_the_scalars_of_the_metrics_and_a_trace_is_left(tmp_path):
+    flags = ["--tensorboard", "--profile=1", f"--workdir={tmp_path}"]
+    assert main.main(["main", MLP, *flags]) == 0
+    events = {(step, name): value for step, name, value in read_events(tmp_path / "tensorboard")}
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    wanted = {
+        (record["round"], name): value
+        for record in records
+        for name, value in record.items()
+        if isinstance(value, int | float)
+    }
+    assert (3, "test_accuracy") in wanted
+    assert events == pytest.approx(wanted, rel=1e-6)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_the_profiler_sees_the_rounds_after_the_first(tmp_path, monkeypatch, caplog):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    with watch.opened(tmp_path, tensorboard=False, profile=2) as (trace,):
+        for number, expected in ((5, 1), (6, 1), (7, 2), (8, 2)):
+            trace({"round": number})
+            assert len(calls) == expected
+    assert calls == [tmp_path / "profile", "stop"]
+    with caplog.at_level(logging.WARNING), watch.opened(tmp_path, tensorboard=False, profile=2) as (trace,):
+        trace({"round": 1})
+        trace({"round": 2})
+    assert calls[2:] == [tmp_path / "profile", "stop"]
+    assert "profile: 1 rounds after the first were traced, not 2" in caplog.text
+    with watch.opened(tmp_path, tensorboard=False, profile=0) as watchers:
+        assert watchers == []

@@ -1,0 +1,292 @@
+"""What a round costs: by hand, by formula, by the compiled programs and on the wire."""
+
+import math
+import socket
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import get_config
+from flax import traverse_util
+from jax import lax
+
+from ist_jax import audit, devices, experiment, flops, hlo, ledger, partition, settings, store, wire
+from ist_jax.layout import from_params, make_layout
+from ist_jax.models.resnet import ResNet
+
+
+def layout_of(name, num_workers, **overrides):
+    config = get_config(name, num_workers=num_workers, **overrides)
+    model = settings.build_model(config, 10)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))["params"]
+    axes = partition.resolve_axes(shapes, model.unit_axes())
+    groups = settings.make_groups(config, model, shapes, axes)
+    return make_layout(shapes, axes, groups, num_workers, config.num_devices or num_workers)
+
+
+def test_bytes_of_three_leaves_by_hand():
+    # S = D = 2 workers, 4 units u, 8 units v (all dealt evenly, v within 2 strips), float32:
+    #   shared [5]      on both devices
+    #   rows   [4, 3]   u: 3 numbers a unit, padded to 2 slices of 2
+    #   pairs  [8, 4]   v x u: 2 strips of 4 rows
+    params = {"shared": np.zeros(5), "rows": np.zeros((4, 3)), "pairs": np.zeros((8, 4))}
+    params = {path: x.astype(np.float32) for path, x in params.items()}
+    axes = {"shared": (None,), "rows": ("u", None), "pairs": ("v", "u")}
+    layout = make_layout(params, axes, partition.make_groups(params, axes, 2), 2, 2)
+    # a worker: 5 shared + 2 units x 3 + (4 x 2) pairs = 19 parameters of 5 + 12 + 32 = 49
+    assert ledger.largest_subnet(layout) == ledger.slot_parameters(layout) == 19
+    assert ledger.model_parameters(layout) == 49
+    assert ledger.subnet_parameters(layout) == 2 * 19
+    # papers: 14 unit numbers down and up, 5 shared ones both ways, each 4 B, of 2 workers
+    assert ledger.paper_bytes(layout) == {"gather": 112, "merge_units": 112, "merge_shared": 80}
+    # a device sends the other worker its 2 rows' slices (2 x 2) and its strip's 2 x 2 pairs: 8 numbers, 32 B.
+    # Shared: 5 padded to 6: a slice of 3 to the other, 1 flag, and after the mean its own 3 again: 28 B
+    assert ledger.round_bytes(layout) == {"gather": 32, "merge_units": 32, "merge_shared": 28}
+    assert ledger.wire_bytes(layout, trees=2) == 2 * (32 + 32 + 28)
+    # an evaluation gathers 4 rows of slices of 2 and a strip of 4 x 4 from the other device, for each batch
+    assert ledger.evaluation_bytes(layout, 3, streamed=True) == 3 * 4 * (8 + 16)
+    assert ledger.evaluation_bytes(layout, 3, streamed=False) == 4 * (8 + 16)
+    # data-parallel: 49 gradients and a count, 4 B each, in each of 10 steps; a ring sends 2 x 1/2 of them
+    assert ledger.round_bytes(layout, averaged_steps=10) == {"gradients": 10 * 200}
+    assert ledger.paper_bytes(layout, averaged_steps=10) == {"gradients": 10 * 2 * 4 * 49 * 2}
+
+
+def test_nothing_is_sent_on_one_device():
+    layout = layout_of("mlp", 2, num_devices=1)
+    assert ledger.wire_bytes(layout) == ledger.evaluation_bytes(layout, 5, streamed=True) == 0
+    assert ledger.round_bytes(layout, averaged_steps=3) == {"gradients": 0}
+
+
+def test_the_largest_subnet_is_of_the_worker_with_the_largest_share():
+    # 32 neurons a layer dealt 24 and 8: 64 inputs, 2 norms of 2 numbers, 10 classes
+    layout = layout_of("mlp", 2, **{"partition.shares": (3.0, 1.0)})
+    assert ledger.largest_subnet(layout) == 24 * 64 + 2 * 24 + 24 * 24 + 2 * 24 + 24 * 10
+    layout = layout_of("mlp", 3)  # 11, 11 and 10, drawn for each layer: 11 x 11 is possible
+    assert ledger.largest_subnet(layout) == 11 * 64 + 2 * 11 + 11 * 11 + 2 * 11 + 11 * 10
+
+
+@pytest.mark.parametrize(
+    ("name", "num_workers", "overrides"),
+    [
+        ("resnet", 2, {"model.sections": (1, 6), "partition.min_units": 4}),
+        ("resnet", 4, {"model.sections": (1, 6), "partition.min_units": 2}),
+        ("resnet", 8, {"model.sections": (1, 24), "partition.min_units": 4}),
+        ("mlp", 2, {"partition.min_units": 20}),
+        ("mlp", 4, {}),
+        ("mlp", 8, {"partition.min_units": 6, "num_devices": 4}),
+    ],
+)
+def test_formula_and_hlo_agree_to_the_byte(name, num_workers, overrides):
+    layout = layout_of(name, num_workers, **overrides)
+    grid = (layout.num_devices, layout.workers_per_device)
+    shapes = {path: leaf.shape for path, leaf in layout.leaves.items()}
+    params = traverse_util.unflatten_dict({p: np.zeros(s, np.float32) for p, s in shapes.items()}, sep="/")
+    shards = from_params(layout, params)
+    subnets = {path: np.zeros((*grid, *x.shape), x.dtype) for path, x in ledger.subnet_shapes(layout).items()}
+    assignment = partition.sample(partition.round_rng(0, 0), layout.groups)
+    build = partial(devices.compile_program, devices=jax.devices()[: layout.num_devices])
+    programs = {
+        "gather": build(partial(store.gather, layout), (shards, assignment), in_axes=[0, None]),
+        "merge": build(
+            partial(store.merge, layout),
+            (shards, subnets, assignment, np.ones(grid, bool)),
+            in_axes=[0, 0, None, 0],
+        ),
+    }
+    found = audit.sent_bytes(layout, {n: hlo.read(p.as_text()) for n, p in programs.items()}, trees=1)
+    expected = ledger.round_bytes(layout)
+    assert {cause: found[cause] for cause in expected} == expected
+    assert expected["gather"] > 0
+    overlap = any(not group.disjoint for group in layout.groups.values())
+    assert overlap == ("partition.min_units" in overrides)
+
+
+@pytest.fixture(scope="module")
+def table():
+    run = experiment.set_up(get_config("mlp", method="data_parallel", num_workers=4, num_devices=2))
+    return audit.ledger_of(run)
+
+
+def rows(table):
+    return {row["cause"]: row for row in table["rows"]}
+
+
+def test_ledger_of_data_parallel_counts_every_step(table):
+    gradients = rows(table)["gradients"]
+    # 3,520 parameters; l = 2; ring of 2 devices, 2 workers on each: 2 x (14,080 + 4) / 2 bytes a worker
+    assert gradients["formula"] == gradients["hlo"] == 2 * (4 * 3520 + 4) / 2
+    assert gradients["paper"] == 2 * 2 * 4 * 3520
+    store_row = rows(table)["store"]
+    assert store_row["formula"] == store_row["hlo"] == 2 * 4 * 3520  # momentum stays with the parameters
+
+
+def test_step_flops_by_hand_and_by_the_compiler(table):
+    step = rows(table)["training step"]
+    # 64-32-32-10, batch 8: every layer forward and by its kernel, the last two by their inputs too
+    assert step["formula"] == step["hlo"] == 2 * 8 * (2 * 64 * 32 + 3 * 32 * 32 + 3 * 32 * 10)
+
+
+def test_the_wire_column_is_filled_by_cause(table):
+    assert {row["wire"] for row in table["rows"]} == {None}
+    filled = rows(audit.with_wire(table, {"round": 28_000.0}))
+    assert filled["round"]["wire"] == 28_000
+    assert filled["gradients"]["wire"] is None
+    assert filled["round"]["formula"] == rows(table)["round"]["formula"]
+
+
+def convolution(stride, dilation, groups):
+    def fn(params, x):
+        return lax.conv_general_dilated(
+            x, params, (stride, 1), "SAME", rhs_dilation=(1, dilation), feature_group_count=groups,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        ).sum()  # fmt: skip
+
+    return fn
+
+
+def test_flops_of_a_convolution_by_hand():
+    # 3x3 on 4x4, SAME: along an axis 2 + 3 + 3 + 2 = 10 products that meet no padding; one gradient, by the
+    # kernel, as the image is data
+    shapes = (np.zeros((3, 3, 2, 5), np.float32), np.zeros((7, 4, 4, 2), np.float32))
+    assert flops.step_flops(convolution(1, 1, 1), *shapes) == 2 * (2 * 10 * 10 * 2 * 5 * 7)
+
+
+@pytest.mark.parametrize(("stride", "dilation", "groups"), [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 1, 2)])
+def test_flops_are_those_of_xlas_own_analysis(stride, dilation, groups):
+    fn = convolution(stride, dilation, groups)
+    kernel, image = np.zeros((3, 3, 4 // groups, 6), np.float32), np.zeros((5, 9, 8, 4), np.float32)
+    lowered = jax.jit(jax.grad(fn, (0, 1))).lower(kernel, image)  # forward is dropped: the sum needs none
+    backward = flops.step_flops(lambda both: fn(*both), (kernel, image)) * 2 / 3
+    by_xla = lowered.cost_analysis()["flops"]
+    assert backward <= by_xla <= 1.02 * backward
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    def step(params, x):
+        def body(x, kernel):
+            return jnp.tanh(x @ kernel), None
+
+        x, _ = lax.scan(body, x, params, unroll=1)
+        return lax.cond(x.sum() > 0, lambda x: (x @ x.T).sum(), lambda x: x.sum(), x)
+
+    params, x = np.zeros((6, 8, 8), np.float32), np.zeros((4, 8), np.float32)
+    # 6 products of [4, 8] by [8, 8]: forward and by the kernel, 5 by the input too, which the first has as
+    # data; but a loop's body is one program, so all 6. The dearer branch: [4, 8] by [8, 4], by both factors
+    wanted = 6 * 3 * (2 * 4 * 8 * 8) + 3 * (2 * 4 * 8 * 4)
+    assert flops.step_flops(step, params, x) == wanted
+    compiled = jax.jit(jax.value_and_grad(step)).lower(params, x).compile()
+    assert hlo.read(compiled.as_text()).flops == wanted
+
+
+def test_a_scanned_resnet_has_the_flops_of_an_unrolled_one():
+    found = {}
+    for unroll in (1, 3):
+        model = ResNet((1, 4), 8, 10, partitioned=(2,), unroll=unroll)
+        image = jnp.zeros((8, 8, 8, 1))
+        params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+        loss = jax.value_and_grad(lambda p, x, model=model: model.apply({"params": p}, x).sum())
+        compiled = jax.jit(loss).lower(params, image).compile({"xla_backend_optimization_level": "0"})
+        found[unroll] = hlo.read(compiled.as_text()).flops
+        by_xla = compiled.cost_analysis()["flops"]  # with all that is no product, but a loop's body once
+        assert found[unroll] > by_xla if unroll == 1 else found[unroll] < by_xla < 1.5 * found[unroll]
+    assert found[1] == found[3]
+    by_formula = flops.step_flops(lambda p, x: model.apply({"params": p}, x).sum(), params, image)
+    assert by_formula < found[1] < 1.3 * by_formula  # zeros between the elements of strided gradients
+
+
+def test_what_the_text_does_not_say_is_not_a_number():
+    call = 'custom-call(%a), custom_call_target="__cublas$gemm"'
+    text = f"""HloModule m
+
+ENTRY %main (a: f32[4]) -> f32[4] {{
+  %a = f32[4]{{0}} parameter(0)
+  ROOT %c = f32[4]{{0}} {call}
+}}
+"""
+    assert math.isnan(hlo.read(text).flops)
+    assert hlo.read(text.replace("__cublas$gemm", "topk")).flops == 0
+    assert hlo.read(text).arguments == [16]
+
+
+def test_asynchronous_collectives_and_both_forms_of_groups_are_read():
+    text = """HloModule m
+
+ENTRY %main (a: bf16[8,2]) -> bf16[32,2] {
+  %a = bf16[8,2]{1,0} parameter(0)
+  %s = (bf16[8,2]{1,0}, bf16[32,2]{1,0:T(8,128)}) all-gather-start(%a), replica_groups=[2,4]<=[8]
+  %d = bf16[32,2]{1,0} all-gather-done(%s)
+  %r = bf16[32,2]{1,0} all-reduce(%d), replica_groups={{0,1},{2,3}}, to_apply=%main.add
+  ROOT %p = bf16[32,2]{1,0} collective-permute(%r), source_target_pairs={{0,1},{1,2},{2,0}}
+}
+"""
+    found = hlo.read(text.replace(", to_apply=%main.add", "")).operands
+    assert found == {("all-gather", 4): 32, ("all-reduce", 2): 128, ("collective-permute", 3): 128}
+
+
+def test_a_meter_counts_what_arrives_by_cause():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        other, _ = server.accept()
+        with client, other:
+            meter = wire.Meter()
+            for size, causes in ((100_000, ("gather", "round")), (7, ()), (1_000, ("round",))):
+                client.sendall(bytes(size))
+                while size:
+                    size -= len(other.recv(size))
+                meter.lap(*causes)
+    assert meter.bytes == {"gather": 100_000, "round": 101_000}
+
+
+_PROCESS = """
+import sys
+from functools import partial
+import jax, numpy as np
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 1)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from ist_jax import devices, ledger, partition, store, wire
+from ist_jax.layout import from_params, make_layout
+params = {"shared": np.zeros(50_000), "rows": np.zeros((4, 30_001)), "pairs": np.zeros((256, 512))}
+params = {path: x.astype(np.float32) for path, x in params.items()}
+axes = {"shared": (None,), "rows": ("u", None), "pairs": ("v", "w")}
+layout = make_layout(params, axes, partition.make_groups(params, axes, 2), 2, 2)
+shards = {path: x[:1] for path, x in from_params(layout, params).items()}
+subnets = {path: np.zeros((1, 1, *x.shape), x.dtype) for path, x in ledger.subnet_shapes(layout).items()}
+assignment = partition.sample(partition.round_rng(0, 0), layout.groups)
+gather = jax.pmap(partial(store.gather, layout), axis_name=store.AXIS, in_axes=(0, None))
+merge = jax.pmap(partial(store.merge, layout), axis_name=store.AXIS, in_axes=(0, 0, None, 0))
+def run(meter):
+    jax.block_until_ready(gather(shards, assignment))
+    meter.lap("gather", "round")
+    jax.block_until_ready(merge(shards, subnets, assignment, np.ones((1, 1), bool)))
+    meter.lap("round")
+run(wire.Meter())  # compiles and connects
+meter = wire.Meter()
+run(meter)
+formula = ledger.round_bytes(layout)
+print(meter.bytes["gather"] / formula["gather"], meter.bytes["round"] / sum(formula.values()))
+"""
+
+
+def test_two_processes_exchange_what_the_formula_says():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    command = [sys.executable, "-c", _PROCESS, address]
+    processes = [
+        subprocess.Popen([*command, str(k)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for k in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for out, err in outputs:
+        assert out, err
+        ratios = [float(word) for word in out.splitlines()[-1].split()]
+        assert ratios == pytest.approx([1, 1], abs=0.05)

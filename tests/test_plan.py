@@ -1,0 +1,131 @@
+"""Costs before anything runs: the papers' tables, the largest nets, the command."""
+
+import json
+import time
+
+import pytest
+from conftest import ROOT, get_config
+
+from ist_jax import data, plan
+
+RESNET = f"--config={ROOT}/configs/resnet.py:cifar100"
+MLP = f"--config={ROOT}/configs/mlp.py:smoke"
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "min_units", "local_sgd", "resist"),
+    [(2, 11, 0.662, 0.455), (4, 6, 1.325, 0.720), (8, 4, 2.649, 1.289)],
+)
+def test_gigabytes_of_the_papers_table(num_workers, min_units, local_sgd, resist):
+    config = get_config("resnet", "cifar100", num_workers=num_workers)
+    config.partition.min_units = min_units
+    for method, gigabytes in (("local_sgd", local_sgd), ("ist", resist)):
+        config.method = method
+        cost = plan.predict(config, data.FACTS["cifar100"])
+        assert cost.paper_gigabytes_per_round == pytest.approx(gigabytes, abs=1e-3)
+    # 41,396,900 parameters; a block of section 3 has two 3x3x256x256 kernels and two norms
+    block = 2 * (9 * 256 * 256 + 2 * 256)
+    assert cost.params_per_worker == 41_396_900 - (22 - min_units) * block
+
+
+def test_costs_of_an_mlp_by_hand():
+    config = get_config("mlp")  # 64-32-32-10, 2 workers, 2 steps of 8 examples, momentum
+    costs = {}
+    for config.method in ("ist", "local_sgd", "data_parallel"):
+        costs[config.method] = plan.predict(config, data.FACTS["digits"])
+    # half of each layer: 64 x 16, 16 x 16 and 16 x 10 weights, 2 x 2 x 16 norms; 2 of the 4 strips' rows
+    ist = costs["ist"]
+    assert ist.params_per_worker == 64 * 16 + 16 * 16 + 16 * 10 + 4 * 16
+    assert ist.paper_gigabytes_per_round == 2 * 2 * 4 * ist.params_per_worker / 1e9
+    assert ist.flops_per_worker_per_step == 2 * 8 * (2 * 64 * 16 + 3 * 16 * 16 + 3 * 16 * 10)
+    # the store's half (each of 4 norm leaves has rows of 1 number, kept as a whole), the subnet, its momentum
+    assert ist.state_bytes_per_worker == 4 * ((64 * 32 + 32 * 32 + 32 * 10) / 2 + 4 * 32 + 2 * 1504)
+    full = 64 * 32 + 32 * 32 + 32 * 10 + 4 * 32
+    assert costs["local_sgd"].state_bytes_per_worker == 4 * 3 * full
+    assert costs["local_sgd"].wire_bytes_per_worker_per_round == 4 * (full / 2 + 1 + full / 2)
+    assert costs["data_parallel"].state_bytes_per_worker == 4 * 2 * full
+    assert costs["data_parallel"].wire_bytes_per_worker_per_round == 2 * 4 * (full + 1)
+
+
+def run(capsys, *flags):
+    assert plan.main(["plan", *flags]) == 0
+    return capsys.readouterr().out
+
+
+def test_json_has_the_documented_keys(capsys):
+    planned = json.loads(run(capsys, MLP, "--json", "--bandwidth=1e9,2e9", "--flops=1e6"))
+    assert planned.keys() == {"ist", "local_sgd", "data_parallel", "seconds_per_round", "setting"}
+    for method in ("ist", "local_sgd", "data_parallel"):
+        assert planned[method].keys() == set(plan.Cost._fields)
+        cost, (slow, fast) = plan.Cost(**planned[method]), planned["seconds_per_round"][method]
+        computing = 2 * cost.flops_per_worker_per_step / 1e6  # l = 2
+        assert slow == pytest.approx(computing + 8 * cost.wire_bytes_per_worker_per_round / 1e9)
+        assert fast == pytest.approx(computing + 8 * cost.wire_bytes_per_worker_per_round / 2e9)
+    assert planned["setting"]["rounds"] == 3
+
+
+def test_several_workers_on_a_device_take_turns_and_share_its_link():
+    config, facts = get_config("mlp", num_workers=4), data.FACTS["digits"]
+    alone = plan.plan(config, facts, bandwidths=[1e99], flops=1e9)["seconds_per_round"]
+    config.num_devices = 2
+    shared = plan.plan(config, facts, bandwidths=[1e99], flops=1e9)["seconds_per_round"]
+    for method, (seconds,) in alone.items():
+        assert shared[method] == [pytest.approx(2 * seconds)]
+
+
+def test_the_table_is_legible_at_100_columns(capsys):
+    lines = run(capsys, RESNET, "--bandwidth=1e8,1e9,1e10,1e11,4e11").splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[0] == f"{ROOT}/configs/resnet.py:cifar100"
+    assert lines[1] == "4 workers on 4 devices, 313 rounds of 50 local steps on 128 examples each"
+    assert any(line.split()[:3] == ["ist", "22,506,148", "0.720"] for line in lines)
+
+
+def test_a_thousand_workers_take_less_than_ten_seconds(capsys):
+    started = time.perf_counter()
+    planned = json.loads(run(capsys, RESNET, "--config.num_workers=1024", "--json"))
+    assert time.perf_counter() - started < 10
+    assert planned["setting"]["num_workers"] == planned["setting"]["num_devices"] == 1024
+
+
+def test_two_billion_weights_fit_a_laptop(capsys):
+    amazon = ("--config.model.hidden=(2560,)", "--example=135909", "--classes=670091")
+    planned = json.loads(run(capsys, MLP, "--config.num_workers=8", *amazon, "--json"))
+    assert planned["local_sgd"]["params_per_worker"] == (135_909 + 670_091) * 2560 + 2 * 2560
+    assert planned["ist"]["params_per_worker"] == (135_909 + 670_091) * 320 + 2 * 320
+    eighth = planned["local_sgd"]["state_bytes_per_worker"] / 8
+    assert planned["ist"]["state_bytes_per_worker"] == pytest.approx(eighth, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--config is missing"),
+        ([MLP, "--jsn"], "jsn"),
+        ([MLP, "stray"], "unexpected argument 'stray'"),
+        ([MLP, "--bandwidth=fast"], "--bandwidth=fast: numbers are needed"),
+        ([MLP, "--bandwidth=1e9,0"], "--bandwidth=1e9,0: numbers above 0"),
+        ([MLP, "--flops=-1"], "--flops=-1.0: numbers above 0"),
+        ([MLP, "--flops=many"], "a number is needed, not 'many'"),
+        ([MLP, "--config.num_workers=64"], "leaves a worker without a neuron"),
+        ([MLP, "--config.num_workers=4", "--config.num_devices=3"], "one of [1, 2, 4]"),
+        ([MLP, "--config.data.name=mine"], "give --example and --classes"),
+        ([MLP, "--config.data.name=mine", "--example=28,28"], "give --example and --classes"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(flags, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        plan.main(["plan", *flags])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_every_data_set_that_can_be_opened_has_its_facts():
+    assert data.FACTS.keys() == data.OPENERS.keys()
+    digits = data.open_data_set("digits", "")
+    assert (
+        data.Facts(digits.train[0]["image"].shape, len(digits.classes), len(digits.train))
+        == data.FACTS["digits"]
+    )
