@@ -174,6 +174,7 @@ class _SpanningProgram:
             for arg, s in zip(args, self._shardings, strict=True)
         ]
         self.compiled = jax.jit(mapped, donate_argnums=tuple(donate)).lower(*like).compile()
+        self.as_text, self.memory_analysis = self.compiled.as_text, self.compiled.memory_analysis
 
     def __call__(self, *args: Any) -> Any:
         return self.compiled(*(_place_all(x, s) for x, s in zip(args, self._shardings, strict=True)))

@@ -69,5 +69,9 @@ class InMemoryEvaluation:
     def spec(self) -> Any:
         return self.data
 
+    def __len__(self) -> int:
+        """Chunks."""
+        return 1
+
     def __iter__(self) -> Iterator[Any]:
         yield self.data

@@ -65,6 +65,11 @@ class StreamingFeed:
         self._indices = np.broadcast_to(indices, (num_devices, *here))
 
     @property
+    def shards(self) -> Sequence[np.ndarray]:
+        """The examples of each worker."""
+        return self._make.shards
+
+    @property
     def spec(self) -> Any:
         shape, side = (self._num_devices, self._indices[0].size), self._make.transform.size
         return {
@@ -129,6 +134,10 @@ class StreamingEvaluation:
             "label": jax.ShapeDtypeStruct((devices, 1, size), np.int32),
             "weight": jax.ShapeDtypeStruct((devices, 1, size), np.float32),
         }
+
+    def __len__(self) -> int:
+        """Chunks."""
+        return self._make.plan.indices.shape[1]
 
     def __iter__(self) -> Iterator[Any]:
         make, (devices, rows, _) = self._make, self._make.plan.indices.shape
