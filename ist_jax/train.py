@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -25,6 +26,7 @@ from ist_jax import (
     partition,
     results,
     signals,
+    wire,
 )
 from ist_jax.experiment import Run, set_up
 from ist_jax.watch import Watcher
@@ -94,10 +96,13 @@ def run_rounds(
     records = metrics.read_records(workdir)
     progress = metrics.Progress(run.num_rounds, config.method, done=run.first_round, quiet=not leads)
     writer = checkpoint_writer.Writer(workdir, run.layout, keep=config.checkpoint.keep)
+    meter = wire.Meter() if distributed.count() > 1 and sys.platform == "linux" else None
     stuck, signum = None, 0
     with signals.handled(deferred=True) as request, closing(writer), closing(progress):
         for index in range(run.first_round, run.num_rounds):
-            state, record = train_round(run, state, index)
+            if meter is not None:
+                meter.lap()
+            state, record = train_round(run, state, index, meter)
             writer.wait()  # so that a kill never costs more than `checkpoint.every` recorded rounds
             records.append(record)
             if leads:
@@ -139,6 +144,10 @@ def run_rounds(
     if "test_accuracy" not in records[-1]:  # a run that was stopped, and is now wanted no longer than it is
         records[-1] |= evaluated(run, state)
     if leads:
+        if meter is not None:
+            metrics.write_json(
+                workdir / "ledger.json", audit.with_wire(audit.ledger_of(run), _received(run, meter))
+            )
         metrics.write_records(workdir, records)
         metrics.write_json(workdir / "summary.json", _summary(run, records, workdir, custom_model))
         log.info("report: %s", results.write_report(workdir))
@@ -146,6 +155,13 @@ def run_rounds(
     summary = results.read_summary(workdir)
     log.info(results.last_line(summary))
     return summary
+
+
+def _received(run: Run, meter: wire.Meter) -> dict[str, float]:
+    """Bytes per worker and round, by cause, of this session's rounds."""
+    workers_here = run.config.num_workers / distributed.count()
+    rounds = max(1, run.num_rounds - run.first_round)
+    return {cause: received / (workers_here * rounds) for cause, received in meter.bytes.items()}
 
 
 def _summary(
@@ -165,13 +181,15 @@ def _summary(
     )
 
 
-def train_round(run: Run, state: local_sgd.State, index: int) -> tuple[local_sgd.State, dict[str, Any]]:
+def train_round(
+    run: Run, state: local_sgd.State, index: int, meter: wire.Meter | None = None
+) -> tuple[local_sgd.State, dict[str, Any]]:
     """One round and, when it is due, the evaluation: the state after it, and its record."""
     config = run.config
     per_round = config.num_workers * config.local_steps * config.batch_size
     started = time.perf_counter()
     present = partition.sample_present(config.seed, index, config.num_workers, config.participation)
-    state, means, seconds = run_round(run, state, index, present)
+    state, means, seconds = run_round(run, state, index, present, meter)
     sick = np.flatnonzero(~means.healthy & present)
     warn_left_out(index + 1, sick, "steps" if config.method == "data_parallel" else "round")
     merged = means.healthy & present
@@ -206,11 +224,16 @@ def evaluated(run: Run, state: local_sgd.State) -> dict[str, float]:
 
 
 def run_round(
-    run: Run, state: local_sgd.State, index: int, present: np.ndarray | None = None
+    run: Run,
+    state: local_sgd.State,
+    index: int,
+    present: np.ndarray | None = None,
+    meter: wire.Meter | None = None,
 ) -> tuple[local_sgd.State, local_sgd.Metrics, dict[str, float]]:
     """One round: the state after it, the workers' metrics [S], and the seconds of its phases.
 
-    Workers that are not `present` (bool [S]; None: all are) train, but nobody hears of it.
+    Workers that are not `present` (bool [S]; None: all are) train, but nobody hears of it. A `meter` adds up
+    what the phases received.
 
     The programs are waited for one after another: that is how the phases are timed, and it keeps CPU
     devices from meeting a collective too far apart.
@@ -236,11 +259,17 @@ def run_round(
         if programs.gather is not None:
             units = jax.block_until_ready(programs.gather(state, assignment))
             times[1] = time.perf_counter()
+        if meter is not None:
+            meter.lap("gather", "round")
         subnets, means = jax.block_until_ready(programs.local(state, units, gates, data, *feed))
         means = devices.fetch(tuple(means))
         times[2] = time.perf_counter()
+        if meter is not None:
+            meter.lap()
         state = jax.block_until_ready(programs.merge(state, subnets, assignment, means[2] & here))
         times[3] = time.perf_counter()
+    if meter is not None:
+        meter.lap("round")
     phases = dict(
         zip(("seconds_gather", "seconds_local", "seconds_merge"), np.diff(times).tolist(), strict=True)
     )
