@@ -1,6 +1,6 @@
 """Kills, damaged files, memory over time and the price of checkpoints: the long versions of the tests.
 
-    python benchmarks/faults.py --part=kills [--count=20]      SIGKILL at random instants, then the same command
+    python benchmarks/faults.py --part=kills [--count=20]      SIGKILL at random instants, then go on
     python benchmarks/faults.py --part=damage [--count=200]    random damage to a checkpoint, then a load
     python benchmarks/faults.py --part=memory [--count=2000]   resident memory over so many rounds
     python benchmarks/faults.py --part=price                   what saving costs the default ResNet run
@@ -70,7 +70,7 @@ def kills(count: int, folder: Path) -> str:
             f"kill {number}: {processes} process(es), exits {codes}, {done} rounds, {safe} safe: {same}",
             flush=True,
         )
-    return f"{identical} of {count} kills resumed to an unbroken run's bits; at most {max(lost)} rounds were lost"
+    return f"{identical} of {count} kills resumed to an unbroken run's bits; at most {max(lost)} rounds lost"
 
 
 def damage(count: int, folder: Path) -> str:
@@ -119,7 +119,7 @@ def memory(count: int, folder: Path) -> str:
     second = statistics.mean(m for part, m in samples if 0.25 <= part < 0.5)
     last = statistics.mean(m for part, m in samples if 0.75 <= part < 1)
     return (
-        f"resident memory over {count} rounds: {second:.1f} MiB in the second quarter, {last:.1f} in the last, "
+        f"resident over {count} rounds: {second:.1f} MiB in the second quarter, {last:.1f} in the last: "
         f"{last / second - 1:+.2%}"
     )
 
@@ -155,7 +155,7 @@ def price(_: int, folder: Path) -> str:
     total = time.perf_counter() - started
     blocked = [s * 1000 for s in spent["save"]]
     return (
-        f"{len(blocked)} saves blocked {statistics.median(blocked):.1f} ms (median; most {max(blocked):.1f}); "
+        f"{len(blocked)} saves: {statistics.median(blocked):.1f} ms blocked (median; most {max(blocked):.1f}), "
         f"with the waits {(sum(spent['save']) + sum(spent['wait'])) / total:.2%} of {total:.1f} s"
     )
 
