@@ -25,6 +25,7 @@ from ist_jax import (
     partition,
     results,
     signals,
+    wire,
 )
 from ist_jax.experiment import Run, set_up
 from ist_jax.watch import Watcher
@@ -89,15 +90,16 @@ def run_rounds(
     """
     config, state, leads = run.config, run.state, distributed.number() == 0
     log.info("results: %s", workdir)
+    table, meter = audit.ledger_of(run) if leads else {}, wire.open_meter(distributed.count())
     if leads:
-        metrics.write_json(workdir / "ledger.json", audit.ledger_of(run))
+        metrics.write_json(workdir / "ledger.json", table)
     records = metrics.read_records(workdir)
     progress = metrics.Progress(run.num_rounds, config.method, done=run.first_round, quiet=not leads)
     writer = checkpoint_writer.Writer(workdir, run.layout, keep=config.checkpoint.keep)
     stuck, signum = None, 0
     with signals.handled(deferred=True) as request, closing(writer), closing(progress):
         for index in range(run.first_round, run.num_rounds):
-            state, record = train_round(run, state, index)
+            state, record = train_round(run, state, index, meter)
             writer.wait()  # so that a kill never costs more than `checkpoint.every` recorded rounds
             records.append(record)
             if leads:
@@ -139,6 +141,10 @@ def run_rounds(
     if "test_accuracy" not in records[-1]:  # a run that was stopped, and is now wanted no longer than it is
         records[-1] |= evaluated(run, state)
     if leads:
+        if meter is not None:
+            rounds, workers = len(records) - run.first_round, config.num_workers // distributed.count()
+            table = audit.with_wire(table, meter, rounds=rounds, workers=workers)
+            metrics.write_json(workdir / "ledger.json", table)
         metrics.write_records(workdir, records)
         metrics.write_json(workdir / "summary.json", _summary(run, records, workdir, custom_model))
         log.info("report: %s", results.write_report(workdir))
@@ -165,13 +171,15 @@ def _summary(
     )
 
 
-def train_round(run: Run, state: local_sgd.State, index: int) -> tuple[local_sgd.State, dict[str, Any]]:
+def train_round(
+    run: Run, state: local_sgd.State, index: int, meter: wire.Meter | None = None
+) -> tuple[local_sgd.State, dict[str, Any]]:
     """One round and, when it is due, the evaluation: the state after it, and its record."""
     config = run.config
     per_round = config.num_workers * config.local_steps * config.batch_size
     started = time.perf_counter()
     present = partition.sample_present(config.seed, index, config.num_workers, config.participation)
-    state, means, seconds = run_round(run, state, index, present)
+    state, means, seconds = run_round(run, state, index, present, meter)
     sick = np.flatnonzero(~means.healthy & present)
     warn_left_out(index + 1, sick, "steps" if config.method == "data_parallel" else "round")
     merged = means.healthy & present
@@ -191,26 +199,32 @@ def train_round(run: Run, state: local_sgd.State, index: int) -> tuple[local_sgd
     }
     last = index + 1 == run.num_rounds
     if last or (config.eval_every and (index + 1) % config.eval_every == 0):
-        record |= evaluated(run, state)
+        record |= evaluated(run, state, meter)
     record["seconds_round"] = time.perf_counter() - started
     record["examples_per_second"] = per_round / record["seconds_round"]
     return state, record
 
 
-def evaluated(run: Run, state: local_sgd.State) -> dict[str, float]:
+def evaluated(run: Run, state: local_sgd.State, meter: wire.Meter | None = None) -> dict[str, float]:
     """The part of a record that an evaluation adds."""
     started = time.perf_counter()
-    score = evaluate_state(run, state)
+    with wire.metered(meter, "evaluation"):
+        score = evaluate_state(run, state)
     seconds = time.perf_counter() - started
     return {"test_loss": score.loss, "test_accuracy": score.accuracy, "seconds_evaluate": seconds}
 
 
 def run_round(
-    run: Run, state: local_sgd.State, index: int, present: np.ndarray | None = None
+    run: Run,
+    state: local_sgd.State,
+    index: int,
+    present: np.ndarray | None = None,
+    meter: wire.Meter | None = None,
 ) -> tuple[local_sgd.State, local_sgd.Metrics, dict[str, float]]:
     """One round: the state after it, the workers' metrics [S], and the seconds of its phases.
 
-    Workers that are not `present` (bool [S]; None: all are) train, but nobody hears of it.
+    Workers that are not `present` (bool [S]; None: all are) train, but nobody hears of it. What arrives from
+    other processes is counted by the `meter`.
 
     The programs are waited for one after another: that is how the phases are timed, and it keeps CPU
     devices from meeting a collective too far apart.
@@ -228,18 +242,21 @@ def run_round(
     times = [time.perf_counter()] * 4
     here = np.ones(grid, bool) if present is None else present.reshape(grid)
     if programs.merge is None:
-        state, means = jax.block_until_ready(programs.local(state, here, data, *feed))
+        with wire.metered(meter, "round"):
+            state, means = jax.block_until_ready(programs.local(state, here, data, *feed))
         means = devices.fetch(tuple(means))
         times[2] = times[3] = time.perf_counter()
     else:
         units: Any = tuple({} for _ in state.trees)
         if programs.gather is not None:
-            units = jax.block_until_ready(programs.gather(state, assignment))
+            with wire.metered(meter, "round", "gather"):
+                units = jax.block_until_ready(programs.gather(state, assignment))
             times[1] = time.perf_counter()
         subnets, means = jax.block_until_ready(programs.local(state, units, gates, data, *feed))
         means = devices.fetch(tuple(means))
         times[2] = time.perf_counter()
-        state = jax.block_until_ready(programs.merge(state, subnets, assignment, means[2] & here))
+        with wire.metered(meter, "round"):
+            state = jax.block_until_ready(programs.merge(state, subnets, assignment, means[2] & here))
         times[3] = time.perf_counter()
     phases = dict(
         zip(("seconds_gather", "seconds_local", "seconds_merge"), np.diff(times).tolist(), strict=True)
