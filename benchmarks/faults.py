@@ -155,7 +155,7 @@ def price(_: int, folder: Path) -> str:
     total = time.perf_counter() - started
     blocked = [s * 1000 for s in spent["save"]]
     return (
-        f"{len(blocked)} saves: {statistics.median(blocked):.1f} ms blocked (median; most {max(blocked):.1f}), "
+        f"{len(blocked)} saves: {statistics.median(blocked):.1f} ms (median; most {max(blocked):.1f}), "
         f"with the waits {(sum(spent['save']) + sum(spent['wait'])) / total:.2%} of {total:.1f} s"
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 from ist_jax import evaluate, hlo, ledger
 from ist_jax.experiment import Run
 from ist_jax.layout import Layout
+from ist_jax.wire import Meter
 
 COLUMNS = {
     "paper": "the papers' count: 4 bytes x 2 directions x the parameters of the slots that are assigned, "
@@ -72,15 +73,18 @@ def ledger_of(run: Run) -> dict[str, Any]:
     }
 
 
-def with_wire(table: Mapping[str, Any], measured: Mapping[str, float]) -> dict[str, Any]:
+def with_wire(table: Mapping[str, Any], meter: Meter, *, rounds: int, workers: int) -> dict[str, Any]:
     """The ledger with its last column filled in.
 
     Args:
       table: from `ledger_of`.
-      measured: bytes that arrived per worker, by cause: of 'gather' and 'round' in a round, of 'evaluation'
-        in one.
+      meter: of a process; it knows 'gather', 'round' (all of it) and 'evaluation'.
+      rounds: that it has seen.
+      workers: of the process.
     """
-    rows = [row | {"wire": measured.get(row["cause"], row["wire"])} for row in table["rows"]]
+    times = {"evaluation": meter.times["evaluation"]}
+    measured = {cause: x / times.get(cause, rounds) / workers for cause, x in meter.bytes.items()}
+    rows = [row | {"wire": measured.get(row["cause"])} for row in table["rows"]]
     return dict(table) | {"rows": rows}
 
 

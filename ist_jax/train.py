@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -91,17 +90,15 @@ def run_rounds(
     """
     config, state, leads = run.config, run.state, distributed.number() == 0
     log.info("results: %s", workdir)
+    table, meter = audit.ledger_of(run) if leads else {}, wire.open_meter(distributed.count())
     if leads:
-        metrics.write_json(workdir / "ledger.json", audit.ledger_of(run))
+        metrics.write_json(workdir / "ledger.json", table)
     records = metrics.read_records(workdir)
     progress = metrics.Progress(run.num_rounds, config.method, done=run.first_round, quiet=not leads)
     writer = checkpoint_writer.Writer(workdir, run.layout, keep=config.checkpoint.keep)
-    meter = wire.Meter() if distributed.count() > 1 and sys.platform == "linux" else None
     stuck, signum = None, 0
     with signals.handled(deferred=True) as request, closing(writer), closing(progress):
         for index in range(run.first_round, run.num_rounds):
-            if meter is not None:
-                meter.lap()
             state, record = train_round(run, state, index, meter)
             writer.wait()  # so that a kill never costs more than `checkpoint.every` recorded rounds
             records.append(record)
@@ -145,9 +142,9 @@ def run_rounds(
         records[-1] |= evaluated(run, state)
     if leads:
         if meter is not None:
-            metrics.write_json(
-                workdir / "ledger.json", audit.with_wire(audit.ledger_of(run), _received(run, meter))
-            )
+            rounds, workers = len(records) - run.first_round, config.num_workers // distributed.count()
+            table = audit.with_wire(table, meter, rounds=rounds, workers=workers)
+            metrics.write_json(workdir / "ledger.json", table)
         metrics.write_records(workdir, records)
         metrics.write_json(workdir / "summary.json", _summary(run, records, workdir, custom_model))
         log.info("report: %s", results.write_report(workdir))
@@ -155,13 +152,6 @@ def run_rounds(
     summary = results.read_summary(workdir)
     log.info(results.last_line(summary))
     return summary
-
-
-def _received(run: Run, meter: wire.Meter) -> dict[str, float]:
-    """Bytes per worker and round, by cause, of this session's rounds."""
-    workers_here = run.config.num_workers / distributed.count()
-    rounds = max(1, run.num_rounds - run.first_round)
-    return {cause: received / (workers_here * rounds) for cause, received in meter.bytes.items()}
 
 
 def _summary(
@@ -209,16 +199,17 @@ def train_round(
     }
     last = index + 1 == run.num_rounds
     if last or (config.eval_every and (index + 1) % config.eval_every == 0):
-        record |= evaluated(run, state)
+        record |= evaluated(run, state, meter)
     record["seconds_round"] = time.perf_counter() - started
     record["examples_per_second"] = per_round / record["seconds_round"]
     return state, record
 
 
-def evaluated(run: Run, state: local_sgd.State) -> dict[str, float]:
+def evaluated(run: Run, state: local_sgd.State, meter: wire.Meter | None = None) -> dict[str, float]:
     """The part of a record that an evaluation adds."""
     started = time.perf_counter()
-    score = evaluate_state(run, state)
+    with wire.metered(meter, "evaluation"):
+        score = evaluate_state(run, state)
     seconds = time.perf_counter() - started
     return {"test_loss": score.loss, "test_accuracy": score.accuracy, "seconds_evaluate": seconds}
 
@@ -232,8 +223,8 @@ def run_round(
 ) -> tuple[local_sgd.State, local_sgd.Metrics, dict[str, float]]:
     """One round: the state after it, the workers' metrics [S], and the seconds of its phases.
 
-    Workers that are not `present` (bool [S]; None: all are) train, but nobody hears of it. A `meter` adds up
-    what the phases received.
+    Workers that are not `present` (bool [S]; None: all are) train, but nobody hears of it. What arrives from
+    other processes is counted by the `meter`.
 
     The programs are waited for one after another: that is how the phases are timed, and it keeps CPU
     devices from meeting a collective too far apart.
@@ -251,25 +242,22 @@ def run_round(
     times = [time.perf_counter()] * 4
     here = np.ones(grid, bool) if present is None else present.reshape(grid)
     if programs.merge is None:
-        state, means = jax.block_until_ready(programs.local(state, here, data, *feed))
+        with wire.metered(meter, "round"):
+            state, means = jax.block_until_ready(programs.local(state, here, data, *feed))
         means = devices.fetch(tuple(means))
         times[2] = times[3] = time.perf_counter()
     else:
         units: Any = tuple({} for _ in state.trees)
         if programs.gather is not None:
-            units = jax.block_until_ready(programs.gather(state, assignment))
+            with wire.metered(meter, "round", "gather"):
+                units = jax.block_until_ready(programs.gather(state, assignment))
             times[1] = time.perf_counter()
-        if meter is not None:
-            meter.lap("gather", "round")
         subnets, means = jax.block_until_ready(programs.local(state, units, gates, data, *feed))
         means = devices.fetch(tuple(means))
         times[2] = time.perf_counter()
-        if meter is not None:
-            meter.lap()
-        state = jax.block_until_ready(programs.merge(state, subnets, assignment, means[2] & here))
+        with wire.metered(meter, "round"):
+            state = jax.block_until_ready(programs.merge(state, subnets, assignment, means[2] & here))
         times[3] = time.perf_counter()
-    if meter is not None:
-        meter.lap("round")
     phases = dict(
         zip(("seconds_gather", "seconds_local", "seconds_merge"), np.diff(times).tolist(), strict=True)
     )

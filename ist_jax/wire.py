@@ -4,11 +4,13 @@ The kernel counts them per connection, without headers and whatever else the mac
 collectives on CPU between processes (gloo) connect every pair of devices by TCP, those of one process too.
 """
 
+import contextlib
 import os
 import socket
 import struct
 import sys
 from collections import Counter
+from collections.abc import Iterator
 
 _INFO_SIZE = 256
 _BYTES_RECEIVED = 128  # offset of tcpi_bytes_received, uint64, in struct tcp_info of <linux/tcp.h>
@@ -44,16 +46,30 @@ class Meter:
     """Adds up what arrives, by cause.
 
     Attributes:
-      bytes: by cause, since the meter was made.
+      bytes: by cause.
+      times: by cause, how often it was measured.
     """
 
     def __init__(self) -> None:
         self.bytes: Counter[str] = Counter()
-        self._before = received_bytes()
+        self.times: Counter[str] = Counter()
 
-    def lap(self, *causes: str) -> None:
-        """What has arrived since the last call was for these causes; none: it does not count."""
-        now = received_bytes()
+    def add(self, cause: str, received: int) -> None:
+        self.bytes[cause] += received
+        self.times[cause] += 1
+
+
+def open_meter(num_processes: int) -> Meter | None:
+    """A meter, where there is something to measure and the system can."""
+    return Meter() if num_processes > 1 and sys.platform == "linux" else None
+
+
+@contextlib.contextmanager
+def metered(meter: Meter | None, *causes: str) -> Iterator[None]:
+    """Counts what arrives meanwhile for these causes; without a meter, nothing."""
+    before = received_bytes() if meter is not None else 0
+    yield
+    if meter is not None:
+        received = received_bytes() - before
         for cause in causes:
-            self.bytes[cause] += now - self._before
-        self._before = now
+            meter.add(cause, received)

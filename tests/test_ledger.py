@@ -1,9 +1,8 @@
 """What a round costs: by hand, by formula, by the compiled programs and on the wire."""
 
+import json
 import math
 import socket
-import subprocess
-import sys
 from functools import partial
 
 import jax
@@ -13,6 +12,7 @@ import pytest
 from conftest import get_config
 from flax import traverse_util
 from jax import lax
+from test_distributed import finish, launch
 
 from ist_jax import audit, devices, experiment, flops, hlo, ledger, partition, settings, store, wire
 from ist_jax.layout import from_params, make_layout
@@ -132,8 +132,12 @@ def test_step_flops_by_hand_and_by_the_compiler(table):
 
 def test_the_wire_column_is_filled_by_cause(table):
     assert {row["wire"] for row in table["rows"]} == {None}
-    filled = rows(audit.with_wire(table, {"round": 28_000.0}))
-    assert filled["round"]["wire"] == 28_000
+    meter = wire.Meter()
+    for cause, received in (("round", 100_000), ("round", 12_000), ("evaluation", 500)):
+        meter.add(cause, received)
+    filled = rows(audit.with_wire(table, meter, rounds=2, workers=4))
+    assert filled["round"]["wire"] == 112_000 / 2 / 4
+    assert filled["evaluation"]["wire"] == 500 / 4
     assert filled["gradients"]["wire"] is None
     assert filled["round"]["formula"] == rows(table)["round"]["formula"]
 
@@ -232,61 +236,22 @@ def test_a_meter_counts_what_arrives_by_cause():
         client = socket.create_connection(server.getsockname())
         other, _ = server.accept()
         with client, other:
-            meter = wire.Meter()
+            meter = wire.open_meter(2)
             for size, causes in ((100_000, ("gather", "round")), (7, ()), (1_000, ("round",))):
-                client.sendall(bytes(size))
-                while size:
-                    size -= len(other.recv(size))
-                meter.lap(*causes)
+                with wire.metered(meter, *causes), wire.metered(None, "nothing"):
+                    client.sendall(bytes(size))
+                    while size:
+                        size -= len(other.recv(size))
     assert meter.bytes == {"gather": 100_000, "round": 101_000}
+    assert meter.times == {"gather": 1, "round": 2}
+    assert wire.open_meter(1) is None
 
 
-_PROCESS = """
-import sys
-from functools import partial
-import jax, numpy as np
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 1)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from ist_jax import devices, ledger, partition, store, wire
-from ist_jax.layout import from_params, make_layout
-params = {"shared": np.zeros(50_000), "rows": np.zeros((4, 30_001)), "pairs": np.zeros((256, 512))}
-params = {path: x.astype(np.float32) for path, x in params.items()}
-axes = {"shared": (None,), "rows": ("u", None), "pairs": ("v", "w")}
-layout = make_layout(params, axes, partition.make_groups(params, axes, 2), 2, 2)
-shards = {path: x[:1] for path, x in from_params(layout, params).items()}
-subnets = {path: np.zeros((1, 1, *x.shape), x.dtype) for path, x in ledger.subnet_shapes(layout).items()}
-assignment = partition.sample(partition.round_rng(0, 0), layout.groups)
-gather = jax.pmap(partial(store.gather, layout), axis_name=store.AXIS, in_axes=(0, None))
-merge = jax.pmap(partial(store.merge, layout), axis_name=store.AXIS, in_axes=(0, 0, None, 0))
-def run(meter):
-    jax.block_until_ready(gather(shards, assignment))
-    meter.lap("gather", "round")
-    jax.block_until_ready(merge(shards, subnets, assignment, np.ones((1, 1), bool)))
-    meter.lap("round")
-run(wire.Meter())  # compiles and connects
-meter = wire.Meter()
-run(meter)
-formula = ledger.round_bytes(layout)
-print(meter.bytes["gather"] / formula["gather"], meter.bytes["round"] / sum(formula.values()))
-"""
-
-
-def test_two_processes_exchange_what_the_formula_says():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-    command = [sys.executable, "-c", _PROCESS, address]
-    processes = [
-        subprocess.Popen([*command, str(k)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for k in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for out, err in outputs:
-        assert out, err
-        ratios = [float(word) for word in out.splitlines()[-1].split()]
-        assert ratios == pytest.approx([1, 1], abs=0.05)
+def test_two_processes_exchange_what_the_formula_says(tmp_path):
+    size = {"num_workers": 2, "rounds": 2, "eval_every": 1, "model.hidden": "(512,512)"}
+    for code, error in finish(launch(tmp_path, 2, **size)):
+        assert code == 0, error
+    measured = rows(json.loads((tmp_path / "ledger.json").read_text()))
+    for cause in ("gather", "round", "evaluation"):
+        assert measured[cause]["wire"] == pytest.approx(measured[cause]["hlo"], rel=0.05)
+    assert measured["round"]["wire"] == pytest.approx(measured["round"]["formula"], rel=0.05)
