@@ -83,13 +83,12 @@ def accuracy_at(records: list[dict], round_number: float) -> float | None:
 
 
 def at_equal_cost(own: dict, other: dict) -> tuple[float | None, float | None]:
-    """(at equal bytes, at equal time): accuracy of another run when it had cost as much as this one in all."""
+    """Accuracy of another run when it had cost as much as this one in all: (in bytes, in CPU time)."""
     rounds = own["summary"]["rounds"], other["summary"]["rounds"]
     sent, other_sent = (run["summary"]["bytes_exchanged_per_worker"] for run in (own, other))
+    by_bytes = rounds[1] * sent / other_sent
     by_time = rounds[0] * own["seconds"][1] / other["seconds"][1]
-    return accuracy_at(other["records"], rounds[1] * sent / other_sent), accuracy_at(
-        other["records"], by_time
-    )
+    return accuracy_at(other["records"], by_bytes), accuracy_at(other["records"], by_time)
 
 
 def percent(value: float | None) -> str:
