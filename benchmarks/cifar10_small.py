@@ -64,8 +64,8 @@ def time_rounds(configs: dict, rounds: int) -> dict[str, tuple[float, float]]:
     for name, config in configs.items():
         run = experiment.set_up(config)
         feed = feed or run.feed  # one copy of the data set for all
-        own = run.feed._replace(data=feed.data)
-        states[name], ready[name] = run.state, run._replace(feed=own, train={}, test={}, state=None)
+        light = run._replace(inputs=None, test_batches=None, state=None)
+        states[name], ready[name] = run.state, light._replace(feed=run.feed._replace(data=feed.data))
     times: dict[str, list] = {name: [] for name in configs}
     for index in range(rounds + 1):
         for name, run in ready.items():

@@ -1,15 +1,55 @@
 """The arithmetic of the tables in benchmarks/."""
 
+import re
+
+import jax
+import numpy as np
 import pytest
 from conftest import ROOT, get_config
 
+from ist_jax import experiment, train
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
 
 @pytest.fixture
-def cifar10_small(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def cifar10_small():
     import cifar10_small
 
     return cifar10_small
+
+
+def test_the_input_is_measured_against_a_constant_batch(capsys):
+    import input_cost
+
+    assert input_cost.main(["input_cost", f"--config={ROOT}/configs/mlp.py:smoke", "--rounds=1"]) == 0
+    out = capsys.readouterr().out
+    assert "0.1 MB, 1.0625 to 1.0625 x its images" in out  # 64 bytes of image, 4 of label
+    assert len(re.findall(r"round / constant, \w+ +time +\d+\.\d+", out)) == 2
+
+
+def test_a_constant_batch_is_all_that_is_seen():
+    import input_cost
+
+    run = experiment.set_up(get_config("mlp"))
+    constant = input_cost.with_constant_batch(run)
+    everyone = np.ones(2, bool)
+    losses = [train.run_round(constant, jax.tree.map(lambda x: x.copy(), constant.state), k, everyone)[1].loss
+              for k in (0, 1)]  # fmt: skip
+    inputs, labels = constant.recipe.batch_fn({k: x[0] for k, x in constant.feed(1).data.items()}, None, None)
+    assert np.array_equal(labels, run.train["label"][:8])
+    np.testing.assert_allclose(inputs, run.normalize(run.train["image"][:8]), rtol=1e-6)
+    assert np.isfinite(losses).all()
+
+
+def test_rounds_are_measured_in_turn(cifar10_small):
+    configs = {method: get_config("mlp", method=method) for method in ("ist", "local_sgd")}
+    times = cifar10_small.time_rounds(configs, 2)
+    assert list(times) == ["ist", "local_sgd"]
+    assert all(0 < seconds < 60 for pair in times.values() for seconds in pair)
 
 
 def finished(method, rounds, megabytes, cpu, accuracies, **settings):
