@@ -60,6 +60,8 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
     config.model.name = "resnet"
     config.model.sections = (1, 1, 9, 1)  # blocks; the first of each is shared by all workers
     config.model.width = 16  # channels of section 1, doubled in each
+    config.model.block = "basic"  # 'basic' | 'bottleneck': 4 x width channels between blocks
+    config.model.stem = "small"  # 'small': 3x3 | 'imagenet': 7x7 and max-pool, both of stride 2
 
     config.partition = config_dict.ConfigDict()
     config.partition.sections = (3,)  # counted from 1

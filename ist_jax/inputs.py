@@ -79,8 +79,10 @@ def feed_rounds(
     if not encoded:
         return InMemoryFeed(devices.replicate(inputs.train, chosen), shards, len(chosen), **steps)
     transform = settings.make_transform(config)
+    each = config.num_workers // len(chosen)
+    workers = [each * device + i for device in _devices_here(chosen) for i in range(each)]
     return StreamingFeed(
-        TrainBatches(inputs.train, shards, transform, **steps),
+        TrainBatches(inputs.train, shards, workers, transform, **steps),
         len(chosen),
         rounds,
         processes=config.data.processes,
@@ -95,7 +97,7 @@ def feed_evaluation(
     put = partial(devices.put, devices=chosen)
     if inputs.dataset.encoded:
         plan = batches.eval_batches(len(inputs.test), config.eval_batch_size, len(chosen))
-        make = EvalBatches(inputs.test, plan, settings.make_transform(config))
+        make = EvalBatches(inputs.test, plan, _devices_here(chosen), settings.make_transform(config))
         return StreamingEvaluation(make, processes=config.data.processes, put=put)
     plan = batches.eval_batches(len(inputs.test["label"]), config.eval_batch_size, len(chosen))
     dealt = {name: x[plan.indices] for name, x in inputs.test.items()}
@@ -110,6 +112,11 @@ def calibration_batches(config: config_dict.ConfigDict, inputs: Inputs, most: in
     if not inputs.dataset.encoded:
         return (inputs.train["image"][indices] for indices in order)
     plan = batches.EvalBatches(order[None], np.ones((1, *order.shape), np.float32))
-    make = EvalBatches(inputs.train, plan, settings.make_transform(config))
+    make = EvalBatches(inputs.train, plan, [0], settings.make_transform(config))
     stream = StreamingEvaluation(make, processes=config.data.processes, put=lambda chunk: chunk)
     return (chunk["image"][0, 0] for chunk in stream)
+
+
+def _devices_here(chosen: Sequence[jax.Device]) -> list[int]:
+    """Which of the devices are this process's."""
+    return [i for i, device in enumerate(chosen) if device.process_index == jax.process_index()]

@@ -15,7 +15,7 @@ from ml_collections import config_dict
 from ist_jax import METHODS, partition, store
 from ist_jax.data.images import Transform
 from ist_jax.models.mlp import MLP
-from ist_jax.models.resnet import ResNet
+from ist_jax.models.resnet import BLOCKS, STEMS, ResNet
 
 _CHOICES = {
     "method": METHODS,
@@ -161,7 +161,12 @@ def build_model(config: config_dict.ConfigDict, num_classes: int) -> nn.Module:
         sections, width = get_tuple(config, "model.sections", int), get(config, "model.width")
         if not sections or min(sections) < 1 or width < 1:
             raise ValueError(f"model.sections={sections} and model.width={width} must be positive")
-        return ResNet(sections, width, num_classes, get_tuple(config, "partition.sections", int), dtype)
+        partitioned = get_tuple(config, "partition.sections", int)
+        kind, stem = get(config, "model.block"), get(config, "model.stem")
+        for key, value, allowed in (("block", kind, tuple(BLOCKS)), ("stem", stem, STEMS)):
+            if value not in allowed:
+                raise ValueError(f"model.{key}={value!r}; set config.model.{key} to one of {allowed}")
+        return ResNet(sections, width, num_classes, partitioned, dtype, kind, stem)
     if name == "mlp":
         hidden = get_tuple(config, "model.hidden", int)
         if not hidden or min(hidden) < 1:

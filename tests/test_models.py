@@ -1,6 +1,7 @@
 """The models: sizes, gates, subnets, and the convolution that is fast in loops."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,79 @@ def test_resnet101_of_the_paper_has_41396900_parameters():
 
 
 @pytest.mark.parametrize(
+    ("block", "sections", "parameters"),
+    [
+        # torchvision's post-activation nets, less what pre-activation without a final norm does not have:
+        # the stem's norm (128 numbers), and norms of the first block of a section
+        ("bottleneck", (3, 4, 6, 3), 25_557_032 - 11_776),  # resnet50
+        ("bottleneck", (3, 4, 23, 3), 44_549_160 - 11_776),  # resnet101
+        ("bottleneck", (3, 8, 36, 3), 60_192_808 - 11_776),  # resnet152
+        ("basic", (2, 2, 2, 2), 11_689_512 - 2_816),  # resnet18
+        ("basic", (3, 4, 6, 3), 21_797_672 - 2_816),  # resnet34
+    ],
+)
+def test_imagenet_nets_have_the_parameters_of_the_known_ones(block, sections, parameters):
+    # 11,776 = 128 + (1280 - 384) + 12 (128 + 256 + 512): the norms of a first bottleneck block of width w
+    # have 2 (in + w + w) numbers here and 2 (w + w + 4w + 4w) there; `in` is 64, and 2w after section 1
+    # 2,816 = 128 + 3 (128 + 256 + 512): 2 (w / 2 + w) here and 2 (w + w + w) there, but for section 1
+    params = shapes(ResNet(sections, 64, 1000, (3,), block=block, stem="imagenet"), 224, 224, 3)
+    assert count(params) == parameters
+    axes = partition.resolve_axes(params, ResNet(sections, 64, 1000, (3,), block=block).unit_axes())
+    units = [axes[path][0] for path in axes if path.startswith("section3/blocks/")]
+    assert set(units) == {"section3"}
+    assert sum(names[0] is not None for names in axes.values()) == len(units)
+
+
+def plain_bottleneck_net(params, x):
+    """The ImageNet net of bottleneck blocks in a few lines of lax."""
+
+    def conv(x, kernel, strides=1, padding="SAME"):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, kernel, (strides, strides), padding, dimension_numbers=dims)
+
+    def activate(x, norm):
+        x = (x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 1e-5)
+        return jnp.maximum(x * norm["scale"] + norm["bias"], 0)
+
+    def block(x, p, strides):
+        y = activate(x, p["norm1"])
+        skip = conv(y, p["shortcut"]["kernel"], strides) if "shortcut" in p else x
+        y = activate(conv(y, p["conv1"]["kernel"]), p["norm2"])
+        y = activate(conv(y, p["conv2"]["kernel"], strides), p["norm3"])
+        return skip + conv(y, p["conv3"]["kernel"])
+
+    x = conv(x, params["stem"]["kernel"], 2, ((3, 3), (3, 3)))
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    size = x.shape[1] - 2  # windows at -1, 1, 3, ..., of 3
+    corners = [x[:, i : i + size : 2, j : j + size : 2] for i in range(3) for j in range(3)]
+    x = jnp.max(jnp.stack(corners), 0)
+    for number in (1, 2):
+        section = params[f"section{number}"]
+        x = block(x, section["first"], number)
+        for i in range(2 if "blocks" in section else 0):
+            x = block(x, jax.tree.map(lambda leaf, i=i: leaf[i], section["blocks"]), 1)
+    return x.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+def test_the_imagenet_net_and_its_gradients_are_the_plain_ones():
+    model = ResNet((1, 3), 4, 10, (2,), block="bottleneck", stem="imagenet")
+    x = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+
+    def step(apply, total, part):
+        value, grads = jax.value_and_grad(lambda p: (apply(p, part) ** 2).sum())(params)
+        return total + value, grads
+
+    # in a loop, as in the local steps: there XLA:CPU treats gradients of convolutions differently
+    ours = partial(step, lambda p, x: model.apply({"params": p}, x))
+    got = jax.jit(lambda parts: lax.scan(ours, 0.0, parts))(x[None])
+    total, grads = jax.jit(partial(step, plain_bottleneck_net))(0.0, x)
+    wanted = total, jax.tree.map(lambda leaf: leaf[None], grads)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize(
     ("num_workers", "min_units", "ist", "local_sgd"),
     [(2, 11, 0.455, 0.662), (4, 6, 0.720, 1.325), (8, 4, 1.289, 2.649)],
 )
@@ -58,7 +132,11 @@ def test_mlp_of_the_paper_has_no_biases_and_a_norm_per_layer():
 
 @pytest.mark.parametrize(
     ("model", "sizes"),
-    [(ResNet((1, 1, 5, 1), 4, 10), {"section3": 2}), (MLP((8, 6), 10), {"hidden1": 3, "hidden2": 2})],
+    [
+        (ResNet((1, 1, 5, 1), 4, 10), {"section3": 2}),
+        (ResNet((1, 4), 4, 10, (2,), block="bottleneck", stem="imagenet"), {"section2": 1}),
+        (MLP((8, 6), 10), {"hidden1": 3, "hidden2": 2}),
+    ],
 )
 def test_a_subnet_is_the_same_class_with_fewer_units(model, sizes):
     params, small = shapes(model, 8, 8, 1), shapes(model.subnet(sizes), 8, 8, 1)
@@ -69,12 +147,16 @@ def test_a_subnet_is_the_same_class_with_fewer_units(model, sizes):
 
 
 @pytest.mark.parametrize(
-    ("model", "group"), [(ResNet((1, 3), 4, 10, (2,)), "section2"), (MLP((6,), 10), "hidden1")]
+    ("model", "group"),
+    [
+        (ResNet((1, 3), 4, 10, (2,)), "section2"),
+        (MLP((6,), 10), "hidden1"),
+    ],
 )
 def test_an_empty_slot_is_as_if_it_were_not_there(model, group):
     size = 2 if group == "section2" else 6
     x = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     axes = partition.resolve_axes(params, model.unit_axes())
     keep = np.arange(size) != 1
     cut = {
@@ -83,9 +165,11 @@ def test_an_empty_slot_is_as_if_it_were_not_there(model, group):
     }
     small = model.subnet({group: size - 1})
     wanted = small.apply({"params": traverse_util.unflatten_dict(cut, sep="/")}, x)
-    got = model.apply({"params": params}, x, gates={group: jnp.asarray(keep)})
+    got = jax.jit(lambda p: model.apply({"params": p}, x, gates={group: jnp.asarray(keep)}))(params)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
-    grads = jax.grad(lambda p: model.apply({"params": p}, x, gates={group: jnp.asarray(keep)}).sum())(params)
+    grads = jax.jit(
+        jax.grad(lambda p: model.apply({"params": p}, x, gates={group: jnp.asarray(keep)}).sum())
+    )(params)
     for path, leaf in traverse_util.flatten_dict(grads, sep="/").items():
         if group in axes[path] and not path.startswith("output"):
             assert (np.take(np.asarray(leaf), 1, axes[path].index(group)) == 0).all(), path
@@ -133,7 +217,7 @@ def test_a_section_without_partitionable_blocks_is_refused(sections):
 
 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1)])
-@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 3)])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 3), (7, 7)])
 @pytest.mark.parametrize("padding", ["SAME", "VALID", ((2, 0), (1, 3))])
 def test_convolution_and_its_gradients_equal_xla(strides, kernel, padding):
     rng = np.random.default_rng(0)

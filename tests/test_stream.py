@@ -55,9 +55,9 @@ def identify(images):
     return np.round(mean[..., 1] / 240).astype(int), np.round((mean[..., 0] - 10) / 40).astype(int)
 
 
-def make_batches(source, *, num_workers=2, sharing="all", seed=0, transform=TRANSFORM):
-    shards = batches.share_examples(seed, source.labels, num_workers, sharing, 1.0)
-    return TrainBatches(source, shards, transform, seed=seed, local_steps=2, batch_size=3)
+def make_batches(source, *, workers=(0, 1), sharing="all", seed=0):
+    shards = batches.share_examples(seed, source.labels, 2, sharing, 1.0)
+    return TrainBatches(source, shards, workers, TRANSFORM, seed=seed, local_steps=2, batch_size=3)
 
 
 def make_feed(make, *, rounds=5, processes=0):
@@ -172,6 +172,22 @@ def test_chunks_are_cut_by_device():
         assert np.array_equal(parts[:, 0], all_.data[name][0][all_.indices[0]])
 
 
+def test_a_process_reads_for_its_own_workers_alone():
+    source, one = Counting(), make_feed(make_batches(Counting()))(0)
+    own = stream.StreamingFeed(make_batches(source, workers=[1]), 2, 1, processes=0, put=lambda chunk: chunk)
+    chunk = own(0)
+    assert len(source.seen) == 2 * 3
+    assert np.array_equal(chunk.data["image"][1], one.data["image"][0, 6:])
+    plan = batches.eval_batches(12, 2, 2)
+    whole, part = (EvalBatches(source, plan, devices, TRANSFORM) for devices in ([0, 1], [1]))
+    for row, (all_, here) in enumerate(zip(
+        *(stream.StreamingEvaluation(make, processes=0, put=lambda chunk: chunk) for make in (whole, part)),
+        strict=True,
+    )):  # fmt: skip
+        assert np.array_equal(here["label"][1], all_["label"][1])
+        assert np.array_equal(all_["label"][:, 0], plan.indices[:, row] // 6)
+
+
 # --- restart --------------------------------------------------------------------------------------
 
 
@@ -254,7 +270,7 @@ def test_a_reader_that_fails_is_heard_of():
 
 def evaluation_of(source, *, batch_size=4, devices=1, processes=0):
     plan = batches.eval_batches(len(source), batch_size, devices)
-    make = EvalBatches(source, plan, TRANSFORM)
+    make = EvalBatches(source, plan, range(devices), TRANSFORM)
     return stream.StreamingEvaluation(make, processes=processes, put=lambda chunk: chunk)
 
 

@@ -63,10 +63,21 @@ def read_batch(
 
 @dataclasses.dataclass(frozen=True)
 class TrainBatches:
-    """The training batches by number: round after round, worker after worker, step after step."""
+    """The training batches by number: round after round, worker after worker, step after step.
+
+    Attributes:
+      source: of the images.
+      shards: the examples of each of the S workers, from `batches.share_examples`.
+      workers: those whose batches are read here, of S.
+      transform: what becomes of the images.
+      seed: of the run.
+      local_steps: l.
+      batch_size: B.
+    """
 
     source: EncodedSource
     shards: Sequence[np.ndarray]
+    workers: Sequence[int]
     transform: Transform
     seed: int
     local_steps: int
@@ -74,40 +85,50 @@ class TrainBatches:
 
     @property
     def per_round(self) -> int:
-        return len(self.shards) * self.local_steps
+        return len(self.workers) * self.local_steps
 
     def examples(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(the worker's shard, the examples of the batch, int32 [B])."""
-        round_index, worker, step = self._place(number)
+        round_index, worker, step = self.place(number)
         drawn = batches.train_indices(
             self.seed, round_index, self.shards, local_steps=self.local_steps, batch_size=self.batch_size
         )
         return self.shards[worker], drawn[worker, step]
 
     def __call__(self, number: int) -> Batch:
-        round_index, worker, step = self._place(number)
+        round_index, worker, step = self.place(number)
         shard, indices = self.examples(number)
         position = round_index * self.local_steps + step
         rng = np.random.default_rng((self.seed, worker, position, _CROP_STREAM))
         return read_batch(self.source, shard, indices, self.transform.training(rng, len(indices)))
 
-    def _place(self, number: int) -> tuple[int, int, int]:
+    def place(self, number: int) -> tuple[int, int, int]:
+        """(round, worker, step) of a batch."""
         round_index, rest = divmod(number, self.per_round)
-        return round_index, *divmod(rest, self.local_steps)
+        worker, step = divmod(rest, self.local_steps)
+        return round_index, self.workers[worker], step
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalBatches:
-    """The batches of an evaluation by number: the first of every device, then the second of every device."""
+    """The batches of an evaluation by number: the first of every device, then the second of every device.
+
+    Attributes:
+      source: of the images.
+      plan: the examples of each batch.
+      devices: those whose batches are read here, of the D in the plan.
+      transform: what becomes of the images.
+    """
 
     source: EncodedSource
     plan: batches.EvalBatches
+    devices: Sequence[int]
     transform: Transform
 
     def examples(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(all examples, those of the batch, int32 [B])."""
-        row, device = divmod(number, len(self.plan.indices))
-        return np.arange(len(self.source), dtype=np.int32), self.plan.indices[device, row]
+        row, device = divmod(number, len(self.devices))
+        return np.arange(len(self.source), dtype=np.int32), self.plan.indices[self.devices[device], row]
 
     def __call__(self, number: int) -> Batch:
         everything, indices = self.examples(number)

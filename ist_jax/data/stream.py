@@ -39,11 +39,11 @@ class StreamingFeed:
     Host and devices hold the chunk in use and the next one, and the processes two or three batches each.
 
     Args:
-      make: the training batches.
+      make: the training batches that are read here.
       num_devices: D.
       num_rounds: of the run; nothing is read beyond it.
       processes: that read and decode; 0: a thread of this one does.
-      put: places arrays [D, ...] on the devices.
+      put: places arrays [D, ...] on the devices; what other processes read is left unset in them.
     """
 
     def __init__(
@@ -103,8 +103,10 @@ class StreamingFeed:
                     batch = next(stream)
                     if stop.is_set():
                         return
+                    _, worker, step = make.place(start + i)
                     for name, x in chunk.items():
-                        x.reshape(make.per_round, -1, *x.shape[2:])[i] = batch[name]
+                        rows = x.reshape(len(make.shards), make.local_steps, -1, *x.shape[2:])
+                        rows[worker, step] = batch[name]
                     self._unreadable.report(*make.examples(start + i), batch["skipped"])
                 yield self._put(chunk)
 
@@ -115,7 +117,7 @@ class StreamingEvaluation:
     An image that cannot be read is not counted: the one in its place has weight 0.
 
     Args:
-      make: the evaluation batches.
+      make: the evaluation batches that are read here.
       processes: that read and decode; 0: this one does.
       put: places arrays [D, ...] on the devices.
     """
@@ -140,15 +142,18 @@ class StreamingEvaluation:
         return self._make.plan.indices.shape[1]
 
     def __iter__(self) -> Iterator[Any]:
-        make, (devices, rows, _) = self._make, self._make.plan.indices.shape
-        with contextlib.closing(_read(make, range(rows * devices), self._processes)) as stream:
+        make, rows = self._make, self._make.plan.indices.shape[1]
+        numbers = range(rows * len(make.devices))
+        with contextlib.closing(_read(make, numbers, self._processes)) as stream:
             for row in range(rows):
-                drawn = [next(stream) for _ in range(devices)]
-                for device, batch in enumerate(drawn):
-                    self._unreadable.report(*make.examples(row * devices + device), batch["skipped"])
-                chunk = {name: np.stack([batch[name] for batch in drawn]) for name in drawn[0]}
-                chunk["weight"] = make.plan.weights[:, row] * (chunk.pop("skipped") == 0)
-                yield self._put({name: x[:, None] for name, x in chunk.items()})
+                chunk = {name: np.empty(x.shape, x.dtype) for name, x in self.spec.items()}
+                for number in numbers[row * len(make.devices) :][: len(make.devices)]:
+                    batch, device = next(stream), make.devices[number % len(make.devices)]
+                    self._unreadable.report(*make.examples(number), batch["skipped"])
+                    batch["weight"] = make.plan.weights[device, row] * (batch["skipped"] == 0)
+                    for name, x in chunk.items():
+                        x[device, 0] = batch[name]
+                yield self._put(chunk)
 
 
 class _Unreadable:

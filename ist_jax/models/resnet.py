@@ -1,6 +1,7 @@
-"""Pre-activation ResNets of basic blocks, partitioned by block.
+"""Pre-activation ResNets of basic or bottleneck blocks, partitioned by block.
 
 References:
+  He et al., Deep Residual Learning for Image Recognition, arXiv:1512.03385, 2015: the ImageNet nets.
   He et al., Identity Mappings in Deep Residual Networks, arXiv:1603.05027, 2016.
   Dun et al., ResIST: Layer-Wise Decomposition of ResNets for Distributed Training,
   arXiv:2107.00961, 2021.
@@ -24,8 +25,8 @@ class Block(nn.Module):
     """A basic block: x + scale * conv(relu(norm(conv(relu(norm(x)))))).
 
     Attributes:
-      width: output channels.
-      strides: of the first convolution.
+      width: channels; `expansion` times as many come out.
+      strides: of the first 3x3 convolution.
       project: a strided 1x1 convolution on the skip connection, from the first activation.
       dtype: of the convolutions; None: of their inputs and parameters.
     """
@@ -34,6 +35,7 @@ class Block(nn.Module):
     strides: int = 1
     project: bool = False
     dtype: Any = None
+    expansion = 1
 
     def setup(self) -> None:
         self.norm1 = BatchNorm()
@@ -54,18 +56,46 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, None]:
         """Args: x [N, H, W, C]; gate: a bool scalar, False skips the block; scale of the branch.
 
-        Returns: ([N, H', W', width], None), the form that `nn.scan` takes.
+        Returns: ([N, H', W', expansion * width], None), the form that `nn.scan` takes.
         """
         if gate is None:
             return self._residual(x, scale), None
-        return nn.cond(gate, Block._residual, lambda _, x, __: x, self, x, scale), None
+        return nn.cond(gate, type(self)._residual, lambda _, x, __: x, self, x, scale), None
+
+
+class Bottleneck(Block):
+    """A bottleneck block: 1x1, 3x3 and 1x1 convolutions, each after norm and relu; 4 x width channels."""
+
+    expansion = 4
+
+    def setup(self) -> None:
+        self.norm1 = BatchNorm()
+        self.conv1 = _Conv(self.width, (1, 1), dtype=self.dtype)
+        self.norm2 = BatchNorm()
+        self.conv2 = _Conv(self.width, (3, 3), strides=self.strides, dtype=self.dtype)
+        self.norm3 = BatchNorm()
+        self.conv3 = _Conv(self.expansion * self.width, (1, 1), dtype=self.dtype)
+        if self.project:
+            self.shortcut = _Conv(self.expansion * self.width, (1, 1), strides=self.strides, dtype=self.dtype)
+
+    def _residual(self, x: jax.Array, scale: jax.Array | float) -> jax.Array:
+        y = nn.relu(self.norm1(x))
+        skip = self.shortcut(y) if self.project else x
+        y = nn.relu(self.norm2(self.conv1(y)))
+        y = nn.relu(self.norm3(self.conv2(y)))
+        return skip + (scale * self.conv3(y)).astype(skip.dtype)
+
+
+BLOCKS = {"basic": Block, "bottleneck": Bottleneck}
+STEMS = ("small", "imagenet")
 
 
 class ResNet(nn.Module):
-    """Pre-activation ResNet for small images: 3x3 stem of stride 1, no final norm, as in ResIST.
+    """Pre-activation ResNet without a final norm, as in ResIST.
 
-    Every section is a `first` block (strided and projected, but in section 1) and `blocks`, the rest,
-    stacked on axis 0 by `nn.scan`. The stacked blocks of the sections in `partitioned` are units.
+    Every section is a `first` block (strided but in section 1, projected where its shape changes) and
+    `blocks`, the rest, stacked on axis 0 by `nn.scan`. The stacked blocks of the sections in `partitioned`
+    are units.
 
     Attributes:
       sections: blocks per section; (3, 4, 23, 3) is the paper's ResNet101.
@@ -74,6 +104,8 @@ class ResNet(nn.Module):
       partitioned: numbers of the sections that are partitioned, counted from 1.
       dtype: of the computation, such as bfloat16; None: of the parameters. Those, the norms' statistics
         and the logits are never narrower than float32.
+      block: 'basic' (3x3, 3x3) or 'bottleneck' (1x1, 3x3, 1x1).
+      stem: 'small', a 3x3 convolution, or 'imagenet', a 7x7 one and a max-pool, both of stride 2.
       fetch: see `models.streamed`.
       unroll: stacked blocks per iteration of the compiled loop.
     """
@@ -83,6 +115,8 @@ class ResNet(nn.Module):
     num_classes: int
     partitioned: tuple[int, ...] = (3,)
     dtype: Any = None
+    block: str = "basic"
+    stem: str = "small"
     fetch: Fetch | None = None
     unroll: int = 1
 
@@ -113,10 +147,16 @@ class ResNet(nn.Module):
         scale: Mapping[str, float] | None = None,
     ) -> jax.Array:
         """Args: x [N, H, W, C], normalised; gates and scale: see `models`. Returns: [N, classes]."""
-        x = _Conv(self.width, (3, 3), dtype=self.dtype, name="stem")(x)
+        if self.stem == "imagenet":
+            pads = ((3, 3), (3, 3))
+            x = _Conv(self.width, (7, 7), strides=2, padding=pads, dtype=self.dtype, name="stem")(x)
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        else:
+            x = _Conv(self.width, (3, 3), dtype=self.dtype, name="stem")(x)
         for i, count in enumerate(self.sections):
             x = _Section(
                 name=f"section{i + 1}",
+                block=BLOCKS[self.block],
                 count=count,
                 width=self.width * 2**i,
                 strides=2 if i else 1,
@@ -128,6 +168,7 @@ class ResNet(nn.Module):
 
 
 class _Section(nn.Module):
+    block: type[Block]
     count: int
     width: int
     strides: int
@@ -137,11 +178,11 @@ class _Section(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, gates: jax.Array | None, scale: float) -> jax.Array:
-        project = self.strides > 1 or x.shape[-1] != self.width
-        x, _ = Block(self.width, self.strides, project, self.dtype, name="first")(x)
+        project = self.strides > 1 or x.shape[-1] != self.block.expansion * self.width
+        x, _ = self.block(self.width, self.strides, project, self.dtype, name="first")(x)
         if self.count > 1:
             blocks = nn.scan(
-                streamed(Block, f"{self.name}/blocks", self.fetch),
+                streamed(self.block, f"{self.name}/blocks", self.fetch),
                 variable_axes={"params": 0, "batch_stats": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast if gates is None else 0, nn.broadcast),
