@@ -186,18 +186,19 @@ def round_bytes(config: config_dict.ConfigDict, layout: Layout, *, trees: int) -
       trees: parameter-shaped trees that are exchanged (1, and 1 per carried moment).
 
     Returns:
-      'bytes_per_worker' by the papers' count; 'bytes_sent', by a worker if each had a device of its own;
+      'bytes_per_worker' by the papers' count; 'bytes_sent', by a worker if each has a device of its own;
       and 'wire_bytes_per_device', by the devices that there are, None for data-parallel SGD, whose
       gradients travel as the backend likes (a ring all-reduce is counted in 'bytes_sent').
     """
-    workers = config.num_workers
-    if config.method == "data_parallel":  # gradients alone, every step; momentum is the same everywhere
+    workers, averaged = config.num_workers, config.method == "data_parallel"
+    apart, steps = layout._replace(num_devices=workers), config.local_steps if averaged else 0
+    sent = sum(ledger.round_bytes(apart, trees=trees, averaged_steps=steps).values())
+    if averaged:  # gradients alone, every step; momentum is the same everywhere
         both_ways = ledger.full_model_bytes(layout) / workers * config.local_steps
-        sent = both_ways * (workers - 1) / workers
         return {"bytes_per_worker": both_ways, "bytes_sent": sent, "wire_bytes_per_device": None}
     return {
         "bytes_per_worker": ledger.paper_bytes_per_round(layout, trees=trees) / workers,
-        "bytes_sent": ledger.wire_bytes(layout._replace(num_devices=workers), trees=trees),
+        "bytes_sent": sent,
         "wire_bytes_per_device": ledger.wire_bytes(layout, trees=trees),
     }
 

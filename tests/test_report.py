@@ -175,6 +175,9 @@ def test_units_of_several_workers_share_their_cells():
         here = (cells["round"] == 1) & (cells["unit"] == unit)
         assert here.sum() == count
         np.testing.assert_allclose((cells["bottom"] - cells["top"])[here] * count, 0.92)
+        np.testing.assert_allclose(
+            [cells["top"][here].min(), cells["bottom"][here].max()], [unit - 0.5, unit + 0.42]
+        )
 
 
 def test_workers_that_were_absent_or_left_out_have_trained_nothing():
@@ -218,8 +221,8 @@ def test_many_workers_and_the_baselines_have_a_page():
 
 
 def test_the_page_refers_to_nothing_outside_and_quotes_what_it_is_given(runs, tmp_path):
-    nasty = trace.read_trace(runs[0])._replace(folder=Path("</script><b>bold</b>"))
-    nasty.summary["custom_model"] = "</script>"
+    nasty = trace.read_trace(runs[0])
+    nasty.config["data.dir"] = "</script><b>bold</b>"  # is in a label, and so in the figures
 
     class Parser(html.parser.HTMLParser):
         def handle_starttag(self, tag, attrs):
