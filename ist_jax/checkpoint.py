@@ -149,13 +149,15 @@ def load_params(workdir: str | Path, which: int | str = "last") -> Any:
     """The global parameters of a run: nested dict of NumPy arrays, for `model.apply`.
 
     Args:
-      workdir: of the run.
+      workdir: of the run; or the folder of one checkpoint.
       which: 'last', 'best' (by test accuracy, among those that were kept) or the number of a round.
 
     Raises:
       ValueError: there is no such checkpoint, or it is damaged.
     """
     workdir = Path(workdir)
+    if (workdir / ITEM).is_dir() and workdir.name.isdigit():
+        workdir, which = workdir.parent.parent, int(workdir.name)
     there = rounds(workdir)
     if not there:
         raise ValueError(f"{workdir} holds no checkpoint, so no parameters")

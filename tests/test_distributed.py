@@ -25,15 +25,26 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def launch(workdir, processes, **overrides):
-    flags = [f"--config.{key}={value}" for key, value in (OVERRIDES | overrides).items()]
+def launch(workdir, processes, *, slurm=False):
+    flags = [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
     command = [sys.executable, "-m", "ist_jax.main", f"--config={ROOT}/configs/mlp.py:smoke"]
     command += [*flags, f"--workdir={workdir}"]
     meeting = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
     each = [[*meeting, f"--process_id={n}"] for n in range(processes)] if processes > 1 else [[]]
-    options = {"cwd": ROOT, "env": os.environ | {"JAX_PLATFORMS": "cpu"}, "text": True}
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return [subprocess.Popen([*command, *own], **options, **pipes) for own in each]
+    environments = [os.environ | {"JAX_PLATFORMS": "cpu"} for _ in each]
+    if slurm:  # what srun sets; JAX makes the port from the job's number
+        each = [["--distributed"] for _ in each]
+        job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "127.0.0.1"}
+        job |= {"SLURM_NTASKS": str(processes)}
+        environments = [
+            env | job | {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}
+            for n, env in enumerate(environments)
+        ]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen([*command, *own], cwd=ROOT, env=env, **pipes)
+        for own, env in zip(each, environments, strict=True)
+    ]
 
 
 def wait_for_round(workdir, number, processes):
@@ -94,7 +105,7 @@ def test_two_processes_stopped_lost_and_resumed_give_the_bits_of_one(whole, tmp_
     assert time.monotonic() - began < 5 + 10
     assert len(metrics.read_records(workdir)) - checkpoint.rounds(workdir)[-1] <= 10
 
-    results = finish(launch(workdir, 2))
+    results = finish(launch(workdir, 2, slurm=True))
     assert [code for code, _ in results] == [0, 0], results
     resumed = json.loads((workdir / "summary.json").read_text())
     assert resumed["params_sha256"] == summary["params_sha256"]
