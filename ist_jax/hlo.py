@@ -44,32 +44,34 @@ class Program(NamedTuple):
 def read(text: str) -> Program:
     """Reads the text of a compiled program, `jax.stages.Compiled.as_text()`."""
     computations, entry = _split(text)
-    lines = [line for line in computations[entry] if " parameter(" in line]
+    lines = [line for line in computations[entry].splitlines() if " parameter(" in line]
     arguments = {int(line.split(" parameter(")[1].split(")")[0]): _bytes(_type(line)) for line in lines}
     tally = _tally(computations, entry)
     flops = tally.pop(_FLOPS, 0.0)
     return Program(tally, flops, [arguments[number] for number in sorted(arguments)])
 
 
-def _split(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation by name, and the name of the entry."""
+def _split(text: str) -> tuple[dict[str, str], str]:
+    """The text of each computation by name, and the name of the entry."""
     computations, entry = {}, ""
     for header in _HEADER.finditer(text):
         name = header[2]
-        computations[name] = text[header.end() + 1 : text.index("\n}", header.end())].splitlines()
+        computations[name] = text[header.end() + 1 : text.index("\n}", header.end())]
         entry = name if header[1] else entry
     return computations, entry
 
 
-def _tally(computations: dict[str, list[str]], entry: str) -> dict[tuple[str, int], float]:
+def _tally(computations: dict[str, str], entry: str) -> dict[tuple[str, int], float]:
     """Sums over all instructions, as often as they run: FLOPs and operands of collectives."""
 
     @functools.cache
     def total(name: str) -> dict[tuple[str, int], float]:
         tally: dict[tuple[str, int], float] = defaultdict(float)
-        lines = computations[name]
-        for line in filter(_RELEVANT.search, lines):
-            for key, value in (*_collective(line, lines), *_product(line, lines)):
+        body = computations[name]
+        if not _RELEVANT.search(body):
+            return tally
+        for line in filter(_RELEVANT.search, body.splitlines()):
+            for key, value in (*_collective(line, body), *_product(line, body)):
                 tally[key] += value
             for called, times in _calls(line):
                 for key, value in total(called).items():
@@ -96,29 +98,29 @@ def _branch_names(line: str) -> list[str]:
     return [part.strip(" %") for name in names for part in name.split(",")]
 
 
-def _collective(line: str, lines: list[str]) -> Iterator[tuple[tuple, float]]:
+def _collective(line: str, body: str) -> Iterator[tuple[tuple, float]]:
     if "replica_groups=" not in line and "source_target_pairs=" not in line:
         return
     match = _OPCODE.search(line)
     kind = match[1].removesuffix("-start") if match else ""
     if match and kind in _COLLECTIVES:
-        sizes = sum(_bytes(_type(_definition(name, lines))) for name in _arguments(line, match.end()))
+        sizes = sum(_bytes(_type(_definition(name, body))) for name in _arguments(line, match.end()))
         yield (kind, _group_size(line)), sizes
 
 
-def _product(line: str, lines: list[str]) -> Iterator[tuple[tuple, float]]:
+def _product(line: str, body: str) -> Iterator[tuple[tuple, float]]:
     if " dot(" in line:
-        left, _ = _argument_dims(line, " dot(", lines)
+        left, _ = _argument_dims(line, " dot(", body)
         contracted = [int(a) for a in _attribute(line, r"lhs_contracting_dims=\{([\d,]*)\}").split(",") if a]
         yield _FLOPS, 2 * math.prod(_dims(_type(line))) * math.prod(left[a] for a in contracted)
     elif " convolution(" in line:
-        yield _FLOPS, _convolution(line, lines)
+        yield _FLOPS, _convolution(line, body)
     elif " custom-call(" in line and _OPAQUE.search(line):
         yield _FLOPS, math.nan
 
 
-def _convolution(line: str, lines: list[str]) -> int:
-    left, right = _argument_dims(line, " convolution(", lines)
+def _convolution(line: str, body: str) -> int:
+    left, right = _argument_dims(line, " convolution(", body)
     out = _dims(_type(line))
     labels = re.split("_|->", _attribute(line, r"dim_labels=(\S+?)[,\s]"))
     fields = dict(re.findall(r"(\w+)=([\dx_\-]+)", _attribute(line, r"window=\{([^}]*)\}")))
@@ -153,9 +155,9 @@ def _attribute(line: str, pattern: str, default: str = "") -> str:
     return match[1] if match else default
 
 
-def _argument_dims(line: str, opcode: str, lines: list[str]) -> tuple[list[int], list[int]]:
+def _argument_dims(line: str, opcode: str, body: str) -> tuple[list[int], list[int]]:
     left, right = _arguments(line, line.index(opcode) + len(opcode))
-    return _dims(_type(_definition(left, lines))), _dims(_type(_definition(right, lines)))
+    return _dims(_type(_definition(left, body))), _dims(_type(_definition(right, body)))
 
 
 def _arguments(line: str, start: int) -> list[str]:
@@ -164,10 +166,11 @@ def _arguments(line: str, start: int) -> list[str]:
     return re.findall(r"%([\w.\-]+)", line[start : end if end >= 0 else len(line)])
 
 
-def _definition(name: str, lines: list[str]) -> str:
+def _definition(name: str, body: str) -> str:
     """The line of the same computation that defines a name."""
-    head = f"%{name} = "
-    return next(line for line in lines if line.lstrip().removeprefix("ROOT ").startswith(head))
+    start = body.index(f"%{name} = ")
+    end = body.find("\n", start)
+    return body[start : end if end >= 0 else len(body)]
 
 
 def _type(line: str) -> str:

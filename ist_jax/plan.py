@@ -54,7 +54,7 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
       facts: of the data set.
 
     Raises:
-      ValueError: a setting that cannot work; the message names the key.
+      ValueError: a setting that cannot work, or facts that lack; the message names the key.
     """
     import jax
     import numpy as np
@@ -64,6 +64,8 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
     from ist_jax.layout import make_layout
 
     settings.check(config)
+    if facts.example is None or facts.num_classes is None:
+        raise ValueError(f"what data.name={config.data.name!r} holds is not known before it is opened")
     model = settings.build_model(config, facts.num_classes)
     example = jax.ShapeDtypeStruct((1, *facts.example), np.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), example)["params"]
@@ -109,6 +111,8 @@ def plan(
     Raises:
       ValueError: a setting that cannot work; the message names the key.
     """
+    from ist_jax import settings
+
     costs = {}
     for method in METHODS:
         own = config.copy_and_resolve_references()
@@ -117,9 +121,8 @@ def plan(
     workers = config.num_workers
     devices = config.num_devices or workers
     rounds = config.rounds
-    if rounds is None and facts.num_train is not None:
-        per_round = workers * config.local_steps * config.batch_size
-        rounds = math.ceil(config.epochs * facts.num_train / per_round)
+    if facts.num_train is not None:
+        rounds = settings.count_rounds(config, facts.num_train, 0, 0)
 
     def seconds(cost: Cost, bandwidth: float) -> float:
         computing = config.local_steps * cost.flops_per_worker_per_step / flops
@@ -183,7 +186,7 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_list(
         "example", [], "shape of an example, of a data set that is not known: 32,32,3", flag_values=values
     )
-    flags.DEFINE_integer("classes", 0, "classes of such a data set", flag_values=values)
+    flags.DEFINE_integer("classes", 0, "classes of such a data set", lower_bound=0, flag_values=values)
     rest = cli.parse(values, argv, USAGE, required=["config"])
     if rest:
         raise cli.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
@@ -215,16 +218,18 @@ def _positive(flag: str, texts: Sequence[Any]) -> list[float]:
 
 
 def _facts(config: config_dict.ConfigDict, example: Sequence[int], classes: int) -> "data.Facts":
+    """What is known of the config's data set; what the flags say comes first."""
     from ist_jax import data, settings
 
     name = settings.get(config, "data.name")
-    if example and classes > 0:
-        return data.Facts(tuple(example), classes, None)
-    if name not in data.FACTS:
-        raise ValueError(
-            f"what data.name={name!r} holds is not known before it is opened; give --example and --classes"
-        )
-    return data.FACTS[name]
+    known = data.FACTS.get(name, data.Facts())
+    if "size" in config.data:  # images that are cut to squares
+        known = known._replace(example=(config.data.size, config.data.size, 3))
+    shape, num_classes = tuple(example) or known.example, classes or known.num_classes
+    if shape is None or num_classes is None:
+        flag = "--classes" if shape else "--example and --classes"
+        raise ValueError(f"what data.name={name!r} holds is not known before it is opened; give {flag}")
+    return data.Facts(shape, num_classes, None if example or classes else known.num_train)
 
 
 if __name__ == "__main__":

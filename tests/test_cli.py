@@ -1,5 +1,6 @@
 """The commands as a user meets them: mistakes are one line and exit code 2."""
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,25 @@ def test_help_is_quick_to_say_and_names_the_flags(capsys):
     out = capsys.readouterr().out
     assert "--config" in out
     assert "--workdir" in out
+
+
+@pytest.mark.parametrize("module", ["main", "plan", "compare"])
+def test_help_waits_for_no_library(module):
+    command = [sys.executable, "-X", "importtime", "-m", f"ist_jax.{module}", "--help"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    assert "--config" in done.stdout
+    assert " jax" not in done.stderr and " numpy" not in done.stderr  # imported
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5  # seconds of a core
+
+
+def test_the_package_is_imported_in_less_than_two_seconds():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", "import ist_jax"], cwd=ROOT, check=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 def test_a_new_folder_is_made_where_none_is_given(tmp_path, monkeypatch):

@@ -110,7 +110,9 @@ def test_two_billion_weights_fit_a_laptop(capsys):
         ([MLP, "--config.num_workers=64"], "leaves a worker without a neuron"),
         ([MLP, "--config.num_workers=4", "--config.num_devices=3"], "one of [1, 2, 4]"),
         ([MLP, "--config.data.name=mine"], "give --example and --classes"),
-        ([MLP, "--config.data.name=mine", "--example=28,28"], "give --example and --classes"),
+        ([MLP, "--config.data.name=mine", "--example=28,28"], "give --classes"),
+        ([MLP, "--config.data.name=image_folder", "--classes=2"], "give --example and --classes"),
+        ([MLP, "--example=8,tall"], "--example=8,tall: numbers are needed"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(flags, message, capsys):
@@ -120,6 +122,15 @@ def test_mistakes_are_one_line_and_exit_2(flags, message, capsys):
     assert stop.value.code == 2
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_squares_of_a_streamed_set_are_as_large_as_the_config_says(capsys):
+    imagenet = [f"--config={ROOT}/configs/resnet.py:imagenet", "--json", "--config.model.width=4"]
+    large = json.loads(run(capsys, *imagenet))
+    small = json.loads(run(capsys, *imagenet, "--config.data.size=112"))
+    ratio = large["local_sgd"]["flops_per_worker_per_step"] / small["local_sgd"]["flops_per_worker_per_step"]
+    assert ratio == pytest.approx(4, rel=0.1)
+    assert large["setting"]["rounds"] == small["setting"]["rounds"] == 7507  # 90 epochs of 1,281,167
 
 
 def test_every_data_set_that_can_be_opened_has_its_facts():

@@ -52,17 +52,17 @@ class DataSet(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What is known of a data set before it is opened.
+    """What is known of a data set before it is opened; None: that depends on the folder or the config.
 
     Attributes:
       example: shape of an example, [H, W, C].
       num_classes: how many.
-      num_train: examples in the training split; None: not known.
+      num_train: examples in the training split.
     """
 
-    example: tuple[int, ...]
-    num_classes: int
-    num_train: int | None
+    example: tuple[int, ...] | None = None
+    num_classes: int | None = None
+    num_train: int | None = None
 
 
 class ArraySource:
@@ -127,6 +127,8 @@ OPENERS: dict[str, Callable[..., DataSet]] = {
 OPTIONS: dict[str, tuple[str, ...]] = {"speech_commands": ("words", "clip_length")}
 FACTS: dict[str, Facts] = {
     "digits": Facts((8, 8, 1), 10, 1_437),
+    "image_folder": Facts(),
+    "imagenet2012": Facts(None, 1_000, 1_281_167),
     "speech_commands": Facts((128, 32, 1), 35, 84_663),  # about four fifths of the archive's 105,829 clips
     "cifar10": Facts((32, 32, 3), 10, 50_000),
     "cifar100": Facts((32, 32, 3), 100, 50_000),
