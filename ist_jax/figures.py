@@ -60,6 +60,7 @@ def accuracy_figures(series: Sequence[Series], bits_per_second: float) -> dict[s
                 }
                 _add_curve(fig, ColumnDataSource(columns), style(index), thin)
     for name, fig in figures.items():
+        fig.x_range.start = 0
         fig.add_tools(_hover([("", "@label"), ("round", "@round{0,0}"), (labels[name], "@x{0,0.[00]}"),
                               ("test accuracy", "@y{0.00} %")], fig, "mean"))  # fmt: skip
     return figures

@@ -154,14 +154,20 @@ def _settings(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
 
 
 def _ledger(series: Series) -> dict[str, Any]:
-    """The table of a ledger.json: its rows and columns, numbers as text."""
+    """The table of a ledger.json: numbers as text; columns of which nothing is known are left out."""
     ledger = series.traces[0].ledger
-    names = list(ledger["columns"])
+    columns = {
+        k: v for k, v in ledger["columns"].items() if any(row[k] is not None for row in ledger["rows"])
+    }
     rows = [
-        (row["cause"], f"{row['unit']} per {row['per']}", [_number(row[name]) for name in names])
+        (
+            row["cause"].replace("_", " "),
+            f"{row['unit']} per {row['per']}",
+            [_number(row[k]) for k in columns],
+        )
         for row in ledger["rows"]
     ]
-    return {"label": series.label, "columns": ledger["columns"], "rows": rows}
+    return {"label": series.label, "columns": columns, "rows": rows}
 
 
 def _number(value: float | None) -> str:

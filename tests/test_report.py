@@ -11,7 +11,7 @@ import pytest
 from bokeh.document import Document
 from conftest import get_config
 
-from ist_jax import partition, report, trace, train
+from ist_jax import data, experiment, partition, plan, report, results, trace, train
 
 ROUNDS = 4
 
@@ -236,16 +236,31 @@ def test_the_page_refers_to_nothing_outside_and_quotes_what_it_is_given(runs, tm
     assert read_figures(text)["time"]
 
 
-def test_the_ledger_is_shown_where_there_is_one(runs):
-    rows = [
-        {"cause": "merge_units", "unit": "bytes", "per": "worker and round", "paper": 1234567, "wire": None}
-    ]
-    ledger = {"columns": {"paper": "as the papers count", "wire": "over sockets"}, "rows": rows}
-    text = report.render([trace.read_trace(runs[0])._replace(ledger=ledger)])
-    assert re.search(
-        r"merge_units</th><td[^>]*>1,234,567</td><td[^>]*>-</td><td>bytes per worker and round", text
-    )
-    assert "over sockets" in text
+def test_the_ledger_is_shown_with_the_columns_that_are_known(runs):
+    trained = trace.read_trace(runs[0])
+    text = report.render([trained])
+    cell = r"<td class=\"number\">([\d,]+|-)</td>"
+    shown = re.findall(rf"<tr><th>([\w ]+)<br><small>([\w ]+)</small></th>{3 * cell}</tr>", text)
+    assert len(shown) == len(trained.ledger["rows"]) > 5
+    for row, (cause, unit, *cells) in zip(trained.ledger["rows"], shown, strict=True):
+        assert (cause, unit) == (row["cause"].replace("_", " "), f"{row['unit']} per {row['per']}")
+        for name, number in zip(("paper", "formula", "hlo"), cells, strict=True):
+            assert (number == "-") == (row[name] is None)
+            assert number == "-" or abs(int(number.replace(",", "")) - row[name]) <= 0.5
+    assert "over a process&#39;s TCP connections" not in text  # one process: nothing on a wire
+    assert "the papers&#39; count" in text
+
+
+@pytest.mark.parametrize("method", ["ist", "local_sgd", "data_parallel"])
+def test_the_bytes_sent_are_those_of_the_plan(method):
+    """On one device nothing is sent; the model is of workers with a device each, as the plan's."""
+    config = get_config("mlp", method=method, num_workers=4, num_devices=1)
+    run = experiment.set_up(config, evaluation_only=True)
+    recorded = results.round_bytes(config, run.layout, trees=len(run.state.trees))
+    config.num_devices = 4
+    planned = plan.predict(config, data.FACTS["digits"])
+    assert recorded["bytes_sent"] == planned.wire_bytes_per_worker_per_round > 0
+    assert not recorded["wire_bytes_per_device"]
 
 
 def test_a_run_leaves_a_report_and_the_command_writes_it_again(runs, tmp_path, monkeypatch, capsys):
