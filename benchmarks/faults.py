@@ -28,7 +28,7 @@ from absl import flags
 from ist_jax import checkpoint, checkpoint_writer, cli, metrics
 
 SMOKE = [sys.executable, "-m", "ist_jax.main", "--config=configs/mlp.py:smoke"]
-RUN = {"num_workers": 4, "rounds": 400, "eval_every": 100, "checkpoint.every": 20, "lost_after": 4.0}
+RUN = {"num_workers": 4, "rounds": 400, "eval_every": 100, "checkpoint.every": 20, "lost_after": 15.0}
 
 
 def launch(workdir: Path, processes: int, settings: dict) -> list[subprocess.Popen]:
@@ -55,6 +55,7 @@ def kills(count: int, folder: Path) -> str:
         workdir, processes = folder / str(number), 1 + number % 2
         running = launch(workdir, processes, RUN)
         while not metrics.read_records(workdir):
+            assert all(process.poll() is None for process in running), finish(running)
             time.sleep(0.05)
         time.sleep(rng.uniform(0, 4))
         running[rng.randrange(processes)].send_signal(signal.SIGKILL)

@@ -14,7 +14,7 @@ from conftest import ROOT, get_config
 from ist_jax import checkpoint, distributed, metrics, train
 
 OVERRIDES = {
-    "num_workers": 4, "rounds": 200, "eval_every": 50, "checkpoint.every": 10, "lost_after": 5.0,
+    "num_workers": 4, "rounds": 200, "eval_every": 50, "checkpoint.every": 10, "lost_after": 15.0,
     "model.hidden": (256, 256),
 }  # fmt: skip
 
@@ -101,8 +101,8 @@ def test_two_processes_stopped_lost_and_resumed_give_the_bits_of_one(whole, tmp_
     processes[1].wait()
     (code, text), _ = finish(processes)
     assert code == distributed.LOST
-    assert "process 1 of 2 has given no sign of life for 5 s" in text
-    assert time.monotonic() - began < 5 + 10
+    assert "process 1 of 2 has given no sign of life for 15 s" in text
+    assert time.monotonic() - began < 15 + 15
     assert len(metrics.read_records(workdir)) - checkpoint.rounds(workdir)[-1] <= 10
 
     results = finish(launch(workdir, 2, slurm=True))
