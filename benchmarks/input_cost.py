@@ -30,7 +30,7 @@ def with_constant_batch(run: experiment.Run) -> experiment.Run:
     recipe = run.recipe._replace(batch_fn=lambda data, indices, key: (data["image"], data["label"]))
     state = jax.tree.map(lambda x: x.copy(), run.state)
     compiled = programs.compile_programs(
-        recipe, run.model, run.normalize, state, chunk.data, run.test_batches[0], run.devices,
+        recipe, run.model, run.normalize, state, chunk.data, run.test_batches.spec, run.devices,
         local_steps=config.local_steps, batch_size=size, scale=run.scale,
         average_gradients=config.method == "data_parallel",
     )  # fmt: skip
