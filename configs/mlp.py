@@ -60,6 +60,7 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
     config.partition = config_dict.ConfigDict()
     config.partition.min_units = 0  # least neurons per worker and layer, by overlap; 0: none
     config.partition.shares = ()  # relative speed of each worker; (): equal
+    config.partition.warmup_epochs = 0.0  # passes, at the start, in which all train the whole model
     config.partition.scale_at_evaluation = True  # residual branches x the fraction of workers that held them
 
     config.optimizer = config_dict.ConfigDict()

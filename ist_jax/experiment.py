@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,10 +26,21 @@ from ist_jax import (
 )
 from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
 from ist_jax.data.stream import StreamingEvaluation, StreamingFeed
-from ist_jax.layout import Layout, from_params, make_layout
+from ist_jax.layout import Layout, from_params, make_layout, regroup
 from ist_jax.programs import Programs, build_state, compile_programs, init_state, restore_state
 
 log = logging.getLogger(__name__)
+
+
+class Warmup(NamedTuple):
+    """The rounds before those of ResIST, in which every worker trains the whole model: local SGD.
+
+    The state between rounds is the same; what differs is how many units a worker is given.
+    """
+
+    rounds: int
+    layout: Layout
+    programs: Programs
 
 
 class Run(NamedTuple):
@@ -41,6 +53,7 @@ class Run(NamedTuple):
     devices: list[jax.Device]
     recipe: local_sgd.Recipe
     programs: Programs
+    warmup: Warmup | None
     state: local_sgd.State
     feed: InMemoryFeed | StreamingFeed
     test_batches: InMemoryEvaluation | StreamingEvaluation
@@ -53,6 +66,12 @@ class Run(NamedTuple):
     @property
     def layout(self) -> Layout:
         return self.recipe.layout
+
+    def phase(self, round_index: int) -> tuple[Layout, Programs]:
+        """What a round, counted from 0, is run by."""
+        if self.warmup is not None and round_index < self.warmup.rounds:
+            return self.warmup.layout, self.warmup.programs
+        return self.layout, self.programs
 
     @property
     def dataset(self) -> data.DataSet:
@@ -129,20 +148,26 @@ def set_up(
         )
     feed = inputs.feed_rounds(config, opened, chosen, rounds)
     test_batches = inputs.feed_evaluation(config, opened, chosen)
-    programs = compile_programs(
-        recipe,
-        model,
-        opened.normalize,
-        state,
-        feed.spec,
-        test_batches.spec,
-        chosen,
+    compile_for = partial(
+        compile_programs,
+        model=model,
+        normalize=opened.normalize,
+        state=state,
+        train_data=feed.spec,
+        chosen=chosen,
         local_steps=config.local_steps,
         batch_size=config.batch_size,
         scale=scale,
         average_gradients=config.method == "data_parallel",
         evaluation_only=evaluation_only,
     )
+    programs, warmup = compile_for(recipe, test_batches=test_batches.spec), None
+    warmup_rounds = settings.count_warmup_rounds(config, opened.num_train, first, before, rounds)
+    if warmup_rounds > first and not evaluation_only:
+        whole = regroup(layout, partition.with_everyone(groups))
+        # scaled as at evaluation (arXiv:2107.00961, footnote 2)
+        whole_recipe = recipe._replace(layout=whole, loss_fn=settings.make_loss_fn(model, scale))
+        warmup = Warmup(warmup_rounds, whole, compile_for(whole_recipe, test_batches=None))
     run = Run(
         config=config,
         inputs=opened,
@@ -151,6 +176,7 @@ def set_up(
         devices=chosen,
         recipe=recipe,
         programs=programs,
+        warmup=warmup,
         state=state,
         feed=feed,
         test_batches=test_batches,
@@ -196,3 +222,5 @@ def _log_set_up(run: Run) -> None:
         run.num_rounds,
         config.local_steps,
     )
+    if run.warmup is not None:
+        log.info("warm-up: in the first %d rounds all workers train the whole model", run.warmup.rounds)

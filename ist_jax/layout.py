@@ -95,6 +95,15 @@ def make_layout(
     return Layout(leaves, dict(groups), np.dtype(dtypes[0]), num_workers, num_devices)
 
 
+def regroup(layout: Layout, groups: Mapping[str, Group]) -> Layout:
+    """The same shards on the same devices for other draws: `groups` of the same names, sizes and strips."""
+    leaves = {
+        path: leaf._replace(groups=tuple(groups[group.name] for group in leaf.groups))
+        for path, leaf in layout.leaves.items()
+    }
+    return layout._replace(leaves=leaves, groups=dict(groups))
+
+
 # --- one leaf: its canonical form, and the form split over the devices ---------------------------
 
 

@@ -216,6 +216,14 @@ def make_group(
     )  # fmt: skip
 
 
+def with_everyone(groups: Mapping[str, Group]) -> dict[str, Group]:
+    """The groups when every worker holds all units: rounds of local SGD, exchanged like any others."""
+    return {
+        name: group._replace(min_units=group.size, slots=group.size, strip_slots=group.strip_size)
+        for name, group in groups.items()
+    }
+
+
 def _deal(size: int, shares: Sequence[float]) -> np.ndarray:
     """Deck [U] of workers: as many cards each as its share, spread evenly."""
     ideal = size * np.asarray(shares, float) / np.sum(shares)

@@ -19,7 +19,7 @@ class Programs(NamedTuple):
     gather: jax.stages.Compiled | None
     local: Any
     merge: jax.stages.Compiled | None
-    evaluate: jax.stages.Compiled
+    evaluate: Any
 
 
 def init_state(
@@ -107,7 +107,7 @@ def compile_programs(
       normalize: uint8 images -> inputs.
       state: from `init_state`.
       train_data: what the rounds are fed, [D, ...]; arrays or `jax.ShapeDtypeStruct`s, as below.
-      test_batches: the evaluation batches of one call, [D, ...].
+      test_batches: the evaluation batches of one call, [D, ...]; None: leave the evaluation out.
       chosen: the devices.
       local_steps: l.
       batch_size: per worker.
@@ -117,8 +117,10 @@ def compile_programs(
     """
     layout = recipe.layout
     build = partial(devices.compile_program, devices=chosen)
-    evaluation = partial(evaluate.evaluate_shards, layout, model, normalize, scale)
-    evaluate_program = build(evaluation, (state.trees[0], test_batches), in_axes=[0, 0])
+    evaluate_program = None
+    if test_batches is not None:
+        evaluation = partial(evaluate.evaluate_shards, layout, model, normalize, scale)
+        evaluate_program = build(evaluation, (state.trees[0], test_batches), in_axes=[0, 0])
     if evaluation_only:
         return Programs(None, None, None, evaluate_program)
 

@@ -1,7 +1,7 @@
 """What a config means: checked values, and the objects they describe."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -43,6 +43,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "lost_after": (1, math.inf),
     "stuck_after": (0, math.inf),
     "partition.min_units": (0, math.inf),
+    "partition.warmup_epochs": (0, math.inf),
     "optimizer.learning_rate": (0, math.inf),
     "optimizer.momentum": (0, 1),
     "optimizer.weight_decay": (0, math.inf),
@@ -225,8 +226,26 @@ def count_rounds(config: config_dict.ConfigDict, num_examples: int, first: int, 
     """
     if config.rounds is not None:
         return config.rounds
+    return _rounds_of(config, config.epochs, num_examples, first, before)
+
+
+def count_warmup_rounds(
+    config: config_dict.ConfigDict, num_examples: int, first: int, before: int, rounds: int
+) -> int:
+    """Rounds, from the run's start, in which all workers train the whole model; arguments as above.
+
+    Not more than the `rounds` of the run; 0 for the methods in which they always do.
+    """
+    if config.method != "ist":
+        return 0
+    return min(rounds, _rounds_of(config, config.partition.warmup_epochs, num_examples, first, before))
+
+
+def _rounds_of(
+    config: config_dict.ConfigDict, epochs: float, num_examples: int, first: int, before: int
+) -> int:
     per_round = config.num_workers * config.local_steps * config.batch_size
-    left = (config.epochs * num_examples - before) / per_round
+    left = (epochs * num_examples - before) / per_round
     return first + max(0, math.ceil(left - 1e-9))
 
 
@@ -258,12 +277,19 @@ def make_learning_rates(
     return np.concatenate([past, rates]).astype(np.float32).reshape(rounds, -1)
 
 
-def make_loss_fn(model: nn.Module) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(flat params, inputs, labels, gates) -> (mean cross-entropy, fraction correct) of a subnet."""
+def make_loss_fn(
+    model: nn.Module, scale: Mapping[str, float] | None = None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """(flat params, inputs, labels, gates) -> (mean cross-entropy, fraction correct) of a subnet.
+
+    Args:
+      model: the subnet.
+      scale: of its units' branches; None: as they are.
+    """
 
     def loss_fn(params: store.Shards, inputs: jax.Array, labels: jax.Array, gates: Any) -> tuple:
         variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
-        logits: Any = model.apply(variables, inputs, gates=gates)
+        logits: Any = model.apply(variables, inputs, gates=gates, scale=scale)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return loss, (logits.argmax(-1) == labels).mean()
 

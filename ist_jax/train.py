@@ -175,7 +175,7 @@ def train_round(
     run: Run, state: local_sgd.State, index: int, meter: wire.Meter | None = None
 ) -> tuple[local_sgd.State, dict[str, Any]]:
     """One round and, when it is due, the evaluation: the state after it, and its record."""
-    config = run.config
+    config, (layout, _) = run.config, run.phase(index)
     per_round = config.num_workers * config.local_steps * config.batch_size
     started = time.perf_counter()
     present = partition.sample_present(config.seed, index, config.num_workers, config.participation)
@@ -189,13 +189,13 @@ def train_round(
         "train_loss": mean_where(merged, means.loss),
         "train_accuracy": mean_where(merged, means.accuracy),
         "lr": float(run.learning_rates[index, -1]),
-        **results.round_bytes(config, run.layout, trees=len(state.trees)),
+        **results.round_bytes(config, layout, trees=len(state.trees)),
         **seconds,
         "seconds_evaluate": 0.0,
         "workers_left_out": len(sick),
         "left_out": sick.tolist(),
         "workers_absent": int((~present).sum()),
-        "partition": partition.fingerprint(tuple(run.layout.groups.values())),
+        "partition": partition.fingerprint(tuple(layout.groups.values())),
     }
     last = index + 1 == run.num_rounds
     if last or (config.eval_every and (index + 1) % config.eval_every == 0):
@@ -229,7 +229,7 @@ def run_round(
     The programs are waited for one after another: that is how the phases are timed, and it keeps CPU
     devices from meeting a collective too far apart.
     """
-    config, layout, programs = run.config, run.layout, run.programs
+    config, (layout, programs) = run.config, run.phase(index)
     grid = (layout.num_devices, layout.workers_per_device)
     data, indices = run.feed(index)
     feed = (indices, run.learning_rates[index], np.int32(index))
