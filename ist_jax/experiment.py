@@ -2,12 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 
@@ -27,6 +25,7 @@ from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
 from ist_jax.data.stream import StreamingEvaluation, StreamingFeed
 from ist_jax.layout import Layout, from_params, make_layout
 from ist_jax.programs import Programs, build_state, compile_programs, init_state, restore_state
+from ist_jax.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +43,7 @@ class Run(NamedTuple):
     state: local_sgd.State
     feed: InMemoryFeed | StreamingFeed
     test_batches: InMemoryEvaluation | StreamingEvaluation
+    validation_batches: InMemoryEvaluation | StreamingEvaluation | None
     first_round: int  # counted from 0: the rounds done by earlier sessions
     examples_before: int  # seen in them
     num_rounds: int
@@ -67,8 +67,8 @@ class Run(NamedTuple):
         return self.inputs.test
 
     @property
-    def normalize(self) -> Callable[[jax.Array], jax.Array]:
-        return self.inputs.normalize
+    def task(self) -> Task:
+        return self.inputs.task
 
 
 def set_up(
@@ -95,8 +95,8 @@ def set_up(
     devices.prepare(-(-(config.num_devices or config.num_workers) // distributed.count()))
     opened = inputs.open_inputs(config)
     model = model or settings.build_model(config, len(opened.dataset.classes))
-    example = jnp.zeros((1, *opened.shape))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
+    task = opened.task
+    shapes = jax.eval_shape(model.init, jax.random.key(0), task.example)["params"]
     axes = partition.resolve_axes(shapes, model.unit_axes() if config.method == "ist" else {})
     groups = settings.make_groups(config, model, shapes, axes)
     chosen = devices.choose(config.num_workers, config.num_devices)
@@ -105,9 +105,9 @@ def set_up(
         layout=layout,
         tx=settings.make_tx(config.optimizer),
         loss_fn=settings.make_loss_fn(
-            model.subnet({n: g.slots for n, g in groups.items()}) if groups else model
+            model.subnet({n: g.slots for n, g in groups.items()}) if groups else model, task.score_fn
         ),
-        batch_fn=inputs.make_batch_fn(config, opened),
+        batch_fn=task.batch_fn,
         seed=config.seed,
         carry=config.optimizer_state == "carry" or config.method == "data_parallel",
         vmapped=config.workers_on_device == "vmap",
@@ -116,7 +116,7 @@ def set_up(
     if start is not None:
         state = restore_state(recipe, start, chosen)
     elif params is None:
-        state = init_state(recipe, lambda key: model.init(key, example)["params"], config.seed, chosen)
+        state = init_state(recipe, lambda key: model.init(key, task.example)["params"], config.seed, chosen)
     else:
         state = build_state(recipe, devices.put(from_params(layout, params), chosen), chosen)
     scale = evaluate.unit_scale(layout) if config.partition.scale_at_evaluation else {}
@@ -128,11 +128,14 @@ def set_up(
             "ask for"
         )
     feed = inputs.feed_rounds(config, opened, chosen, rounds)
-    test_batches = inputs.feed_evaluation(config, opened, chosen)
+    test_batches = inputs.feed_evaluation(config, opened.test, chosen)
+    validation_batches = None
+    if opened.validation is not None:
+        validation_batches = inputs.feed_evaluation(config, opened.validation, chosen)
     programs = compile_programs(
         recipe,
         model,
-        opened.normalize,
+        task,
         state,
         feed.spec,
         test_batches.spec,
@@ -141,6 +144,7 @@ def set_up(
         batch_size=config.batch_size,
         scale=scale,
         average_gradients=config.method == "data_parallel",
+        validation_batches=None if validation_batches is None else validation_batches.spec,
         evaluation_only=evaluation_only,
     )
     run = Run(
@@ -154,6 +158,7 @@ def set_up(
         state=state,
         feed=feed,
         test_batches=test_batches,
+        validation_batches=validation_batches,
         first_round=first,
         examples_before=before,
         num_rounds=rounds,

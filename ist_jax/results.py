@@ -234,8 +234,7 @@ def summarize(
     phases = ("gather", "local", "merge", "evaluate")
     return {
         "method": config.method,
-        "test_accuracy": last["test_accuracy"],
-        "test_loss": last["test_loss"],
+        **{key: value for key, value in last.items() if key.startswith(("test_", "validation_"))},
         "train_loss": last["train_loss"],
         "rounds": rounds,
         "examples": last["examples"],
