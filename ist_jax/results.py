@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 _MAY_CHANGE = (
     "rounds", "epochs", "num_workers", "num_devices", "workers_on_device", "partition.shares",
     "partition.min_units", "eval_every", "data.dir", "checkpoint.every", "checkpoint.keep",
-    "max_rounds_left_out", "lost_after", "stuck_after",
+    "max_rounds_left_out", "lost_after", "stuck_after", "patience",
 )  # fmt: skip
-_LENGTH = ("rounds", "epochs")
+_LENGTH = ("rounds", "epochs", "patience")
 
 
 def report_if_finished(config: config_dict.ConfigDict, workdir: Path, model: nn.Module | None = None) -> bool:

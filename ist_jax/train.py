@@ -147,10 +147,7 @@ def run_rounds(
     if "test_accuracy" not in records[-1]:  # a run that was stopped, and is now wanted no longer than it is
         evaluate_into(records[-1], run, state, "test")
     if stopped:
-        log.info(
-            "stopped after round %d: the validation accuracy has not risen for %d evaluations",
-            len(records), config.patience,
-        )  # fmt: skip
+        log.info("the validation accuracy has not risen for %d evaluations: stopped", config.patience)
     if leads:
         if meter is not None:
             rounds, workers = len(records) - run.first_round, config.num_workers // distributed.count()

@@ -387,13 +387,21 @@ def test_a_run_stops_by_its_validation_split_and_tests_its_last_state(folder, tm
     summary = train.train(config, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert summary["rounds"] == len(lines) == 3  # the first, and two that are no better
-    assert "stopped after round 3" in caplog.text
+    assert "has not risen for 2 evaluations: stopped" in caplog.text
     assert all("validation_p3" in line for line in lines)
     assert ["test_p1" in line for line in lines] == [False, False, True]
     stops = [stopping.has_stopped(lines[:n], config.patience) for n in range(1, 4)]
     assert stops == [False, False, True]
-    run = experiment.set_up(config, params=checkpoint.load_params(tmp_path))
+    run = experiment.set_up(config, params=checkpoint.load_params(tmp_path), evaluation_only=True)
     assert train.evaluate_state(run, run.state).scores["p1"] == pytest.approx(summary["test_p1"], abs=1e-9)
+    # two rounds, and on from there: it stops at the same one
+    resumed = tmp_path.with_name("resumed")
+    config.rounds = 2
+    assert train.train(config, resumed)["rounds"] == 2
+    config.rounds = 40
+    assert train.train(config, resumed)["rounds"] == 3
+    config.patience = 3
+    assert train.train(config, resumed)["rounds"] == 4
 
 
 def test_the_validation_split_is_held_out_by_the_seed(folder):
