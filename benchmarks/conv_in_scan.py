@@ -22,6 +22,7 @@ from ist_jax.data import augment
 from ist_jax.layout import from_params, make_layout
 from ist_jax.models.conv import conv_general_dilated
 from ist_jax.models.resnet import ResNet
+from ist_jax.task import classification
 
 _DIMS = ("NHWC", "HWIO", "NHWC")
 _LAYERS = 4
@@ -86,11 +87,12 @@ def round_program(unroll: bool, steps: int):
     groups = partition.make_groups(params, axes, 2)
     layout = make_layout(params, axes, groups, 2, 2)
     normalize = augment.make_normalize(*augment.channel_statistics(data["image"]))
+    task = classification(normalize, (32, 32, 3), pad=4, flip=True)
     recipe = local_sgd.Recipe(
         layout,
         settings.optax.chain(settings.optax.add_decayed_weights(5e-4), settings.optax.trace(0.9)),
-        settings.make_loss_fn(model.subnet({n: g.slots for n, g in groups.items()})),
-        augment.make_batch_fn(normalize, pad=4, flip=True),
+        settings.make_loss_fn(model.subnet({n: g.slots for n, g in groups.items()}), task.score_fn),
+        task.batch_fn,
         seed=0,
         carry=False,
         vmapped=False,

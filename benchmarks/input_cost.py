@@ -24,13 +24,13 @@ USAGE = "python benchmarks/input_cost.py [--config=FILE[:MODE]] [--rounds=N] [--
 def with_constant_batch(run: experiment.Run) -> experiment.Run:
     """The same run, but every local step of every worker takes the same normalised batch."""
     config, size = run.config, run.config.batch_size
-    images = run.normalize(run.train["image"][:size])
-    batch = {"image": np.asarray(images), "label": run.train["label"][:size]}
+    images, labels = run.task.eval_fn({name: x[:size] for name, x in run.train.items()})
+    batch = {"image": np.asarray(images), "label": np.asarray(labels)}
     chunk = run.feed(0)._replace(data=devices.replicate(batch, run.devices))
     recipe = run.recipe._replace(batch_fn=lambda data, indices, key: (data["image"], data["label"]))
     state = jax.tree.map(lambda x: x.copy(), run.state)
     compiled = programs.compile_programs(
-        recipe, run.model, run.normalize, state, chunk.data, run.test_batches.spec, run.devices,
+        recipe, run.model, run.task, state, chunk.data, run.test_batches.spec, run.devices,
         local_steps=config.local_steps, batch_size=size, scale=run.scale,
         average_gradients=config.method == "data_parallel",
     )  # fmt: skip

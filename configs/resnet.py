@@ -36,6 +36,7 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
     config.rounds = config_dict.placeholder(int)  # unset: from epochs
     config.eval_every = 5  # rounds; 0: after the last only
     config.eval_batch_size = 128  # examples; batch statistics are part of the result
+    config.patience = 0  # evaluations without a better validation accuracy before a run stops; 0: never
 
     config.participation = 1.0  # chance of each worker to take part in a round; the others change nothing
     config.max_rounds_left_out = 10  # in a row, of a worker with non-finite values: stops the run; 0: never
@@ -55,6 +56,7 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
     config.data.flip = False  # mirror half of the training images
     config.data.sharing = "all"  # 'all': every worker has the whole set | 'disjoint' | 'skewed'
     config.data.concentration = 0.5  # of 'skewed': Dirichlet; the smaller, the more skewed
+    config.data.validation = 0.0  # fraction of the training examples that is held out to stop by
 
     config.model = config_dict.ConfigDict()
     config.model.name = "resnet"

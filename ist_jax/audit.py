@@ -1,12 +1,16 @@
 """The ledger of a run: what it costs by formula, beside what its compiled programs and its sockets say."""
 
+import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
-from ist_jax import evaluate, hlo, ledger
+from ist_jax import evaluate, fetch, hlo, ledger
 from ist_jax.experiment import Run
 from ist_jax.layout import Layout
 from ist_jax.wire import Meter
@@ -140,8 +144,43 @@ def _peak(program: jax.stages.Compiled) -> int | None:
 
 
 def _evaluation_bytes(run: Run) -> float:
-    batches = sum(chunk["label"].shape[1] for chunk in run.test_batches)
-    return ledger.evaluation_bytes(run.layout, batches, streamed=evaluate.is_streamable(run.model))
+    batches = sum(chunk["weight"].shape[1] for chunk in run.test_batches)
+    streamed = evaluate.is_streamable(run.model)
+    products = _products(run) if streamed else {}
+    return ledger.evaluation_bytes(run.layout, batches, streamed=streamed, products=products)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Notes:
+    """A `models.Fetch` that notes what is multiplied by the leaves that stay where they are."""
+
+    layout: Layout
+    products: list[tuple[str, tuple[int, int]]]
+
+    def __call__(self, path: str, shard: jax.Array) -> jax.Array:
+        leaf = self.layout.leaves[path]
+        return jnp.zeros(leaf.rest if leaf.kind == "rows" and shard.ndim == 1 else leaf.shape, shard.dtype)
+
+    def product(self, path: str, x: Any, shard: jax.Array) -> jax.Array:
+        self.products.append((path, fetch.operands(self.layout, path, x)))
+        return jnp.zeros((len(jax.tree.leaves(x)[0]), self.layout.leaves[path].shape[1]), shard.dtype)
+
+
+def _products(run: Run) -> dict[str, tuple[int, int]]:
+    """`fetch.operands` of the products of an evaluation batch."""
+    notes = _Notes(run.layout, [])
+
+    def logits(shards: Any, batch: Any) -> Any:
+        params = traverse_util.unflatten_dict(shards, sep="/")
+        model: Any = run.model.clone(fetch=notes)
+        return model.apply({"params": params}, run.task.eval_fn(batch)[0], scale=run.scale)
+
+    def without(x: Any, axes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape[axes:], x.dtype)
+
+    shards = jax.tree.map(partial(without, axes=1), run.state.trees[0])
+    jax.eval_shape(logits, shards, jax.tree.map(partial(without, axes=2), run.test_batches.spec))
+    return dict(notes.products)
 
 
 def _batch_shapes(run: Run) -> tuple[Any, Any]:

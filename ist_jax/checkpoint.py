@@ -150,7 +150,8 @@ def load_params(workdir: str | Path, which: int | str = "last") -> Any:
 
     Args:
       workdir: of the run; or the folder of one checkpoint.
-      which: 'last', 'best' (by test accuracy, among those that were kept) or the number of a round.
+      which: 'last', 'best' (by validation accuracy where there is one, else by test accuracy; among those
+        that were kept) or the number of a round.
 
     Raises:
       ValueError: there is no such checkpoint, or it is damaged.
@@ -162,12 +163,17 @@ def load_params(workdir: str | Path, which: int | str = "last") -> Any:
     if not there:
         raise ValueError(f"{workdir} holds no checkpoint, so no parameters")
     if which == "best":
-        accuracies = {r: open_round(workdir, r).about["test_accuracy"] for r in there}
+        accuracies: Any = {r: accuracy(open_round(workdir, r).about) for r in there}
         which = max(there, key=lambda r: -1.0 if accuracies[r] is None else accuracies[r])
     number = there[-1] if which == "last" else which
     if number not in there:
         raise ValueError(f"{workdir} holds no checkpoint of round {which}; there are {there}")
     return traverse_util.unflatten_dict(dict(open_round(workdir, int(number)).leaves(PARAMS)), sep="/")
+
+
+def accuracy(record: Mapping[str, Any]) -> float | None:
+    """What a state is judged by, from its record: on the validation split, where there is one."""
+    return record.get("test_accuracy" if record.get("validation_accuracy") is None else "validation_accuracy")
 
 
 def _read_index(folder: Path, process: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+from ist_jax import checkpoint
 from ist_jax.checkpoint import FOLDER, ITEM, PARAMS, array_spec, digest_of, region, rounds, shape_on_disk
 from ist_jax.layout import Layout, stored_piece, stored_shape, to_stored
 from ist_jax.local_sgd import State
@@ -86,9 +87,8 @@ class Writer:
           records: of the rounds so far, which say what is best.
         """
         self.wait()
-        self._kept.accuracies = {
-            r["round"]: r["test_accuracy"] for r in records if r.get("test_accuracy") is not None
-        }
+        scored = ((r["round"], checkpoint.accuracy(r)) for r in records)
+        self._kept.accuracies = {number: accuracy for number, accuracy in scored if accuracy is not None}
         item = _Save(snapshot(self.layout, state), _entries(self.layout, state), dict(about))
         try:
             self._manager.save(about["round"], args=ocp.args.Composite(**{ITEM: item}), force=True)

@@ -3,8 +3,10 @@
 python -m ist_jax.evaluate --workdir=runs/digits [image.png ...]
 """
 
+import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,23 +14,37 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import traverse_util
 from jax import lax
 
 from ist_jax import store
+from ist_jax.fetch import Fetch
 from ist_jax.layout import Layout
 from ist_jax.store import Shards
+from ist_jax.task import Task
 
 _CALIBRATION_BATCHES = 32
 
 
 class Score(NamedTuple):
-    """Means over all examples, each counted once."""
+    """Means over all examples, each counted once; `scores` by the task's names, accuracy their first."""
 
     loss: float
-    accuracy: float
+    scores: dict[str, float]
     examples: int
+
+    @property
+    def accuracy(self) -> float:
+        return next(iter(self.scores.values()))
+
+    def figures(self, split: str) -> dict[str, float]:
+        """For a record: 'test_loss', 'test_accuracy' and, where they have other names, the scores."""
+        named = {"loss": self.loss, "accuracy": self.accuracy} | self.scores
+        return {f"{split}_{name}": value for name, value in named.items()}
+
+    def __str__(self) -> str:
+        more = ", ".join(f"{name} {value:.2%}" for name, value in self.scores.items() if name != "accuracy")
+        return f"accuracy {self.accuracy:.2%}" + (f" ({more})" if more else "")
 
 
 def is_streamable(model: nn.Module) -> bool:
@@ -47,45 +63,54 @@ def unit_scale(layout: Layout) -> dict[str, float]:
 def evaluate_shards(
     layout: Layout,
     model: nn.Module,
-    normalize: Callable[[jax.Array], jax.Array],
+    task: Task,
     scale: Mapping[str, float],
     shards: Shards,
-    batches: Mapping[str, jax.Array],
+    batches: Mapping[str, Any],
 ) -> jax.Array:
     """Sums over this device's evaluation batches; a program for `devices.compile_program`.
 
     Args:
       layout: of the store.
       model: the global model; its blocks or layers are gathered one at a time where it can be streamed.
-      normalize: uint8 images -> inputs.
+      task: makes inputs and labels of the batches, and scores the logits.
       scale: of the units of each group, from `unit_scale`; {}: none.
       shards: this device's share of the parameters.
-      batches: 'image' uint8 [n, B, H, W, C], 'label' int32 [n, B], 'weight' float32 [n, B].
+      batches: this device's part of `inputs.deal_batches`, [n, B, ...].
 
     Returns:
-      float32 [n, 3]: per batch the weighted sums of loss and of correct predictions, and the weights'.
+      float32 [n, 2 + M]: per batch the weighted sums of the loss and of M scores, and the weights'.
     """
     if is_streamable(model):
         params = shards
-        model = model.clone(fetch=lambda path, shard: store.fetch(layout, path, shard))
+        model = model.clone(fetch=Fetch(layout))
     else:
         params = {path: store.fetch(layout, path, shard) for path, shard in shards.items()}
     variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
 
-    def score(_: None, batch: Mapping[str, jax.Array]) -> tuple[None, jax.Array]:
-        logits: Any = model.apply(variables, normalize(batch["image"]), scale=scale)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        correct = (logits.argmax(-1) == batch["label"]).astype(losses.dtype)
-        weight = batch["weight"]
-        return None, jnp.stack([(weight * losses).sum(), (weight * correct).sum(), weight.sum()])
+    def score(_: None, batch: Mapping[str, Any]) -> tuple[None, jax.Array]:
+        return None, score_batch(model, task, scale, variables, batch)
 
     return lax.scan(score, None, dict(batches))[1]
 
 
-def total_score(sums: Any) -> Score:
-    """The score from the sums of all devices and batches, added up in float64."""
-    loss, correct, weight = np.asarray(sums, np.float64).reshape(-1, 3).sum(0)
-    return Score(float(loss / weight), float(correct / weight), round(float(weight)))
+def score_batch(
+    model: nn.Module, task: Task, scale: Mapping[str, float], variables: Any, batch: Mapping[str, Any]
+) -> jax.Array:
+    """Weighted sums over a batch, float32 [2 + M]: the loss, the scores, and the weights'."""
+    inputs, labels = task.eval_fn(batch)
+    logits: Any = model.apply(variables, inputs, scale=scale)
+    losses, scores = task.score_fn(logits, labels)
+    weight = batch["weight"]
+    return jnp.concatenate([(weight[:, None] * jnp.c_[losses, scores]).sum(0), weight.sum()[None]])
+
+
+def total_score(task: Task, sums: Any) -> Score:
+    """The score from the sums [..., 2 + M] of all devices and batches, added up in float64."""
+    sums = np.asarray(sums, np.float64)
+    loss, *scores, weight = sums.reshape(-1, sums.shape[-1]).sum(0).tolist()
+    means = {name: score / weight for name, score in zip(task.scores, scores, strict=True)}
+    return Score(loss / weight, means, round(weight))
 
 
 def estimate_batch_stats(
@@ -99,7 +124,7 @@ def estimate_batch_stats(
     Args:
       model: with `models.norm.BatchNorm`s.
       params: nested dict, the global parameters.
-      batches: normalised inputs [B, ...], all of one size.
+      batches: inputs of the model, all of one size.
       scale: from `unit_scale`.
 
     Returns:
@@ -156,34 +181,34 @@ def evaluate_workdir(workdir: Path, images: list[str]) -> None:
     pictures = [read_image(name) for name in images]  # before the wait, so that a typo costs none
     run = experiment.set_up(config, params=params, evaluation_only=True)
     encoded = run.dataset.encoded
-    if images and not encoded and run.test["image"].dtype != np.uint8:
+    if images and not encoded and getattr(run.test.get("image"), "dtype", None) != np.uint8:
         raise ValueError(f"the examples of data.name={config.data.name!r} are no images: nothing to classify")
     score = train.evaluate_state(run, run.state)
-    print(
-        f"test accuracy {score.accuracy:.2%}, loss {score.loss:.4f} "
-        f"({score.examples} examples, batch statistics)"
-    )
+    print(f"test {score}, loss {score.loss:.4f} ({score.examples} examples, batch statistics)")
 
     chosen = inputs.calibration_batches(config, run.inputs, _CALIBRATION_BATCHES)
-    normal = (run.normalize(jnp.asarray(batch)) for batch in chosen)
-    variables = {"params": params, "batch_stats": estimate_batch_stats(run.model, params, normal, run.scale)}
+    shown = (run.task.eval_fn(batch)[0] for batch in chosen)
+    variables = {"params": params, "batch_stats": estimate_batch_stats(run.model, params, shown, run.scale)}
+
+    score_fn = jax.jit(functools.partial(score_batch, run.model, run.task, run.scale))
+    sums = []
+    for chunk in run.test_batches:
+        flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), chunk)
+        for number in range(len(flat["weight"])):
+            sums.append(score_fn(variables, jax.tree.map(itemgetter(number), flat)))
+    score = total_score(run.task, np.stack(sums))
+    print(f"test {score} with BatchNorm statistics re-estimated on training batches")
 
     @jax.jit
-    def predict(variables: Any, images: np.ndarray) -> jax.Array:
-        logits: Any = run.model.apply(variables, run.normalize(jnp.asarray(images)), scale=run.scale)
+    def predict(variables: Any, batch: Any) -> jax.Array:
+        logits: Any = run.model.apply(variables, run.task.eval_fn(batch)[0], scale=run.scale)
         return jax.nn.softmax(logits)
 
-    right = 0.0
-    for chunk in run.test_batches:
-        flat = {name: np.asarray(x).reshape(-1, *x.shape[2:]) for name, x in chunk.items()}
-        for batch, label, weight in zip(flat["image"], flat["label"], flat["weight"], strict=True):
-            right += float(weight[np.asarray(predict(variables, batch)).argmax(-1) == label].sum())
-    accuracy = right / score.examples
-    print(f"test accuracy {accuracy:.2%} with BatchNorm statistics re-estimated on training batches")
-    shape = run.inputs.shape
+    shape = run.task.example.shape[1:] if images else ()
     for name, picture in zip(images, pictures, strict=True):
         example = settings.make_transform(config).centre(picture) if encoded else to_example(picture, shape)
-        probabilities = np.asarray(predict(variables, example[None]))[0]
+        batch = {"image": example[None], "label": np.zeros(1, np.int32)}
+        probabilities = np.asarray(predict(variables, batch))[0]
         best = probabilities.argsort()[::-1][:3]
         print(f"{name}: " + ", ".join(f"{run.dataset.classes[k]} {probabilities[k]:.1%}" for k in best))
 

@@ -2,13 +2,11 @@
 
 import logging
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import config_dict
 
@@ -28,6 +26,7 @@ from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
 from ist_jax.data.stream import StreamingEvaluation, StreamingFeed
 from ist_jax.layout import Layout, from_params, make_layout, regroup
 from ist_jax.programs import Programs, build_state, compile_programs, init_state, restore_state
+from ist_jax.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +56,7 @@ class Run(NamedTuple):
     state: local_sgd.State
     feed: InMemoryFeed | StreamingFeed
     test_batches: InMemoryEvaluation | StreamingEvaluation
+    validation_batches: InMemoryEvaluation | StreamingEvaluation | None
     first_round: int  # counted from 0: the rounds done by earlier sessions
     examples_before: int  # seen in them
     num_rounds: int
@@ -86,8 +86,8 @@ class Run(NamedTuple):
         return self.inputs.test
 
     @property
-    def normalize(self) -> Callable[[jax.Array], jax.Array]:
-        return self.inputs.normalize
+    def task(self) -> Task:
+        return self.inputs.task
 
 
 def set_up(
@@ -114,8 +114,8 @@ def set_up(
     devices.prepare(-(-(config.num_devices or config.num_workers) // distributed.count()))
     opened = inputs.open_inputs(config)
     model = model or settings.build_model(config, len(opened.dataset.classes))
-    example = jnp.zeros((1, *opened.shape))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
+    task = opened.task
+    shapes = jax.eval_shape(model.init, jax.random.key(0), task.example)["params"]
     axes = partition.resolve_axes(shapes, model.unit_axes() if config.method == "ist" else {})
     groups = settings.make_groups(config, model, shapes, axes)
     chosen = devices.choose(config.num_workers, config.num_devices)
@@ -124,9 +124,9 @@ def set_up(
         layout=layout,
         tx=settings.make_tx(config.optimizer),
         loss_fn=settings.make_loss_fn(
-            model.subnet({n: g.slots for n, g in groups.items()}) if groups else model
+            model.subnet({n: g.slots for n, g in groups.items()}) if groups else model, task.score_fn
         ),
-        batch_fn=inputs.make_batch_fn(config, opened),
+        batch_fn=task.batch_fn,
         seed=config.seed,
         carry=config.optimizer_state == "carry" or config.method == "data_parallel",
         vmapped=config.workers_on_device == "vmap",
@@ -135,7 +135,7 @@ def set_up(
     if start is not None:
         state = restore_state(recipe, start, chosen)
     elif params is None:
-        state = init_state(recipe, lambda key: model.init(key, example)["params"], config.seed, chosen)
+        state = init_state(recipe, lambda key: model.init(key, task.example)["params"], config.seed, chosen)
     else:
         state = build_state(recipe, devices.put(from_params(layout, params), chosen), chosen)
     scale = evaluate.unit_scale(layout) if config.partition.scale_at_evaluation else {}
@@ -147,11 +147,14 @@ def set_up(
             "ask for"
         )
     feed = inputs.feed_rounds(config, opened, chosen, rounds)
-    test_batches = inputs.feed_evaluation(config, opened, chosen)
+    test_batches = inputs.feed_evaluation(config, opened.test, chosen)
+    validation_batches = None
+    if opened.validation is not None:
+        validation_batches = inputs.feed_evaluation(config, opened.validation, chosen)
     compile_for = partial(
         compile_programs,
         model=model,
-        normalize=opened.normalize,
+        task=task,
         state=state,
         train_data=feed.spec,
         chosen=chosen,
@@ -161,12 +164,16 @@ def set_up(
         average_gradients=config.method == "data_parallel",
         evaluation_only=evaluation_only,
     )
-    programs, warmup = compile_for(recipe, test_batches=test_batches.spec), None
+    validation_spec = None if validation_batches is None else validation_batches.spec
+    programs = compile_for(recipe, test_batches=test_batches.spec, validation_batches=validation_spec)
+    warmup = None
     warmup_rounds = settings.count_warmup_rounds(config, opened.num_train, first, before, rounds)
     if warmup_rounds > first and not evaluation_only:
         whole = regroup(layout, partition.with_everyone(groups))
         # scaled as at evaluation (arXiv:2107.00961, footnote 2)
-        whole_recipe = recipe._replace(layout=whole, loss_fn=settings.make_loss_fn(model, scale))
+        whole_recipe = recipe._replace(
+            layout=whole, loss_fn=settings.make_loss_fn(model, task.score_fn, scale)
+        )
         warmup = Warmup(warmup_rounds, whole, compile_for(whole_recipe, test_batches=None))
     run = Run(
         config=config,
@@ -180,6 +187,7 @@ def set_up(
         state=state,
         feed=feed,
         test_batches=test_batches,
+        validation_batches=validation_batches,
         first_round=first,
         examples_before=before,
         num_rounds=rounds,

@@ -1,8 +1,9 @@
 """What the rounds and the evaluation are fed: sets in memory, or streamed from disk."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from ist_jax.data import augment, batches
 from ist_jax.data.encoded import EvalBatches, TrainBatches
 from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
 from ist_jax.data.stream import StreamingEvaluation, StreamingFeed, check_shared_memory
+from ist_jax.task import Task, classification, multi_label
 
 log = logging.getLogger(__name__)
 
@@ -23,17 +25,17 @@ class Inputs(NamedTuple):
 
     Attributes:
       dataset: what it is.
-      train: decoded, 'image' [N, ...] and 'label' int32 [N]; or, to be streamed, a `data.EncodedSource`.
+      train: from `data.load`; or, to be streamed, a `data.EncodedSource`.
       test: the same.
-      normalize: images or features as they are -> inputs of a model.
-      shape: of one example.
+      validation: the part of the training examples that is held out to stop by; None: none is.
+      task: what is learned from them.
     """
 
     dataset: data.DataSet
     train: Any
     test: Any
-    normalize: Callable[[jax.Array], jax.Array]
-    shape: tuple[int, ...]
+    validation: Any
+    task: Task
 
     @property
     def num_train(self) -> int:
@@ -45,23 +47,42 @@ def open_inputs(config: config_dict.ConfigDict) -> Inputs:
     name = settings.get(config, "data.name")
     options = {key: settings.get(config, f"data.{key}") for key in data.OPTIONS.get(name, ())}
     dataset = data.open_data_set(name, settings.get(config, "data.dir"), **options)
-    if dataset.encoded:
-        size, train, test = settings.make_transform(config).size, dataset.train, dataset.test
-        check_shared_memory(config.data.processes, max(config.batch_size, config.eval_batch_size), size)
-        sizes, shape = (len(train), len(test)), (size, size, 3)
-        statistics = settings.get_channel_statistics(config)
+    opened = _open_encoded(config, dataset) if dataset.encoded else _open_decoded(config, dataset)
+    test = opened.test if dataset.encoded else opened.test["label"]
+    held_out = "" if opened.validation is None else f"{len(opened.validation['label']):,} to stop by, "
+    log.info(
+        "data: %s; %s to train on, %s%s to test on",
+        dataset.description, f"{opened.num_train:,}", held_out, f"{len(test):,}",
+    )  # fmt: skip
+    return opened
+
+
+def _open_encoded(config: config_dict.ConfigDict, dataset: data.DataSet) -> Inputs:
+    size = settings.make_transform(config).size
+    if config.data.validation:
+        raise ValueError(
+            f"data.validation={config.data.validation} is not for streamed images; set config.data.validation"
+            "=0"
+        )
+    check_shared_memory(config.data.processes, max(config.batch_size, config.eval_batch_size), size)
+    normalize = augment.make_normalize(*settings.get_channel_statistics(config))
+    task = classification(normalize, (size, size, 3), pad=0, flip=False)  # they arrive augmented
+    return Inputs(dataset, dataset.train, dataset.test, None, task)
+
+
+def _open_decoded(config: config_dict.ConfigDict, dataset: data.DataSet) -> Inputs:
+    train, held_out = batches.split_validation(config.seed, data.load(dataset.train), config.data.validation)
+    pad, flip = config.data.pad, config.data.flip
+    if "image" in train:
+        normalize = augment.make_normalize(*augment.channel_statistics(train["image"]))
+        task = classification(normalize, train["image"].shape[1:], pad=pad, flip=flip)
+    elif pad or flip:
+        raise ValueError(
+            "sparse examples are no images; set config.data.pad to 0 and config.data.flip to False"
+        )
     else:
-        train, test = data.load(dataset.train), data.load(dataset.test)
-        sizes, shape = (len(train["label"]), len(test["label"])), train["image"].shape[1:]
-        statistics = augment.channel_statistics(train["image"])
-    log.info("data: %s; %s to train on, %s to test on", dataset.description, *(f"{n:,}" for n in sizes))
-    return Inputs(dataset, train, test, augment.make_normalize(*statistics), shape)
-
-
-def make_batch_fn(config: config_dict.ConfigDict, inputs: Inputs) -> Callable[..., Any]:
-    """The function that draws a training batch on the device; streamed images arrive augmented."""
-    pad, flip = (0, False) if inputs.dataset.encoded else (config.data.pad, config.data.flip)
-    return augment.make_batch_fn(inputs.normalize, pad=pad, flip=flip)
+        task = multi_label(train["feature"].width)
+    return Inputs(dataset, train, data.load(dataset.test), held_out, task)
 
 
 def feed_rounds(
@@ -91,30 +112,41 @@ def feed_rounds(
 
 
 def feed_evaluation(
-    config: config_dict.ConfigDict, inputs: Inputs, chosen: Sequence[jax.Device]
+    config: config_dict.ConfigDict, split: Any, chosen: Sequence[jax.Device]
 ) -> InMemoryEvaluation | StreamingEvaluation:
-    """The test set as fixed, class-mixed batches: all on the devices, or read anew by every pass."""
+    """A split as fixed, class-mixed batches: all on the devices, or read anew by every pass.
+
+    Args:
+      config: of the run.
+      split: `test` or `validation` of the `Inputs`.
+      chosen: the devices.
+    """
     put = partial(devices.put, devices=chosen)
-    if inputs.dataset.encoded:
-        plan = batches.eval_batches(len(inputs.test), config.eval_batch_size, len(chosen))
-        make = EvalBatches(inputs.test, plan, _devices_here(chosen), settings.make_transform(config))
-        return StreamingEvaluation(make, processes=config.data.processes, put=put)
-    plan = batches.eval_batches(len(inputs.test["label"]), config.eval_batch_size, len(chosen))
-    dealt = {name: x[plan.indices] for name, x in inputs.test.items()}
-    return InMemoryEvaluation(put(dealt | {"weight": plan.weights}))
+    if isinstance(split, dict):
+        return InMemoryEvaluation(put(deal_batches(split, config.eval_batch_size, len(chosen))))
+    plan = batches.eval_batches(len(split), config.eval_batch_size, len(chosen))
+    make = EvalBatches(split, plan, _devices_here(chosen), settings.make_transform(config))
+    return StreamingEvaluation(make, processes=config.data.processes, put=put)
 
 
-def calibration_batches(config: config_dict.ConfigDict, inputs: Inputs, most: int) -> Iterator[np.ndarray]:
-    """At most so many batches [B, ...] of training examples, not augmented, each example once."""
+def deal_batches(split: data.Split, batch_size: int, num_devices: int) -> dict[str, Any]:
+    """The fixed batches [D, n, B, ...] of a split in memory, and the examples' 'weight' float32 [D, n, B]."""
+    plan = batches.eval_batches(len(split["label"]), batch_size, num_devices)
+    return data.select(split, plan.indices) | {"weight": plan.weights}
+
+
+def calibration_batches(config: config_dict.ConfigDict, inputs: Inputs, most: int) -> Iterator[Any]:
+    """At most so many batches of training examples, not augmented, each example once."""
     size = min(config.eval_batch_size, inputs.num_train)
     order = np.random.default_rng(config.seed).permutation(inputs.num_train).astype(np.int32)
     order = order[: min(most, len(order) // size) * size].reshape(-1, size)
     if not inputs.dataset.encoded:
-        return (inputs.train["image"][indices] for indices in order)
+        chosen = data.select(inputs.train, order)
+        return (jax.tree.map(itemgetter(number), chosen) for number in range(len(order)))
     plan = batches.EvalBatches(order[None], np.ones((1, *order.shape), np.float32))
     make = EvalBatches(inputs.train, plan, [0], settings.make_transform(config))
     stream = StreamingEvaluation(make, processes=config.data.processes, put=lambda chunk: chunk)
-    return (chunk["image"][0, 0] for chunk in stream)
+    return (jax.tree.map(itemgetter((0, 0)), chunk) for chunk in stream)
 
 
 def _devices_here(chosen: Sequence[jax.Device]) -> list[int]:

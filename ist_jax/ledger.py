@@ -13,6 +13,7 @@ Method 'local_sgd' sends every worker's whole model both ways once a round, 'dat
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -89,18 +90,27 @@ def round_bytes(layout: Layout, *, trees: int = 1, averaged_steps: int = 0) -> d
     return {"gather": trees * units, "merge_units": trees * units, "merge_shared": trees * shared}
 
 
-def evaluation_bytes(layout: Layout, batches: int, *, streamed: bool) -> float:
-    """Bytes that one device sends in an evaluation: all-gathers of every unit.
+def evaluation_bytes(
+    layout: Layout, batches: int, *, streamed: bool, products: Mapping[str, tuple[int, int]]
+) -> float:
+    """Bytes that one device sends in an evaluation: all-gathers of every unit, or of what multiplies it.
 
     Args:
       layout: of the store.
       batches: evaluation batches per device.
       streamed: the model is gathered a block or layer at a time, for every batch (the compiler may do with
         less where they are few); else whole, once.
+      products: of the leaves that stay where they are, `fetch.operands` in a batch.
     """
-    units = sum(_shard_size(layout, p) for p, leaf in layout.leaves.items() if leaf.kind != "shared")
+    units = sum(
+        _shard_size(layout, path)
+        for path, leaf in layout.leaves.items()
+        if leaf.kind != "shared" and path not in products
+    )
     gathered = units * layout.dtype.itemsize * (batches if streamed else 1)
-    return sent("all-gather", gathered, layout.num_devices)
+    inputs, results = (batches * sum(operands) for operands in zip((0, 0), *products.values(), strict=True))
+    devices = layout.num_devices
+    return sent("all-gather", gathered + inputs, devices) + sent("all-to-all", results, devices)
 
 
 def wire_bytes(layout: Layout, *, trees: int = 1) -> float:

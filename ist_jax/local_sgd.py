@@ -36,7 +36,7 @@ class Recipe(NamedTuple):
     Attributes:
       layout: how the model is sharded.
       tx: gradient transformation before the learning rate; it must not depend on it.
-      loss_fn: (flat params, inputs, labels, gates or None) -> (mean loss, fraction correct).
+      loss_fn: (flat params, inputs, labels, gates or None) -> (mean loss, mean of the first score).
       batch_fn: (data, indices [B], key) -> (inputs, labels).
       seed: of the augmentation.
       carry: keep the optimizer's state over rounds, exchanged with its parameters (else: reset).

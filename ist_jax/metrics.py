@@ -27,13 +27,15 @@ class Progress:
             total=total, desc=desc, unit="round", initial=done, disable=quiet or not sys.stderr.isatty()
         )
         self._total = total
-        self._test = ""
+        self._score = ""
 
     def update(self, record: Mapping[str, Any]) -> None:
         """Shows a round's record."""
-        if "test_accuracy" in record:
-            self._test = f", test accuracy {record['test_accuracy']:.2%}"
-        text = f"loss {record['train_loss']:.3f}{self._test}, {record['examples_per_second']:,.0f} examples/s"
+        for split in ("validation", "test"):
+            if f"{split}_accuracy" in record:
+                self._score = f", {split} accuracy {record[f'{split}_accuracy']:.2%}"
+        speed = f"{record['examples_per_second']:,.0f} examples/s"
+        text = f"loss {record['train_loss']:.3f}{self._score}, {speed}"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update()
         last = record["round"] == self._total

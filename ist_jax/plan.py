@@ -59,7 +59,7 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
     import jax
     import numpy as np
 
-    from ist_jax import ledger, local_sgd, partition, settings
+    from ist_jax import ledger, local_sgd, partition, settings, task
     from ist_jax.data import augment
     from ist_jax.layout import make_layout
 
@@ -77,7 +77,8 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
         layout=layout,
         tx=settings.make_tx(config.optimizer),
         loss_fn=settings.make_loss_fn(
-            model.subnet({n: g.slots for n, g in groups.items()}) if groups else model
+            model.subnet({n: g.slots for n, g in groups.items()}) if groups else model,
+            task.classification_scores,
         ),
         batch_fn=augment.make_batch_fn(lambda x: x, pad=config.data.pad, flip=config.data.flip),
         seed=config.seed,

@@ -11,6 +11,7 @@ from flax import traverse_util
 
 from ist_jax import checkpoint, devices, evaluate, local_sgd, partition, store
 from ist_jax.layout import init_parts, split
+from ist_jax.task import Task
 
 
 class Programs(NamedTuple):
@@ -20,6 +21,7 @@ class Programs(NamedTuple):
     local: Any
     merge: jax.stages.Compiled | None
     evaluate: Any
+    validate: jax.stages.Compiled | None = None  # the same for the batches of a validation split
 
 
 def init_state(
@@ -87,7 +89,7 @@ def build_state(
 def compile_programs(
     recipe: local_sgd.Recipe,
     model: nn.Module,
-    normalize: Callable[[jax.Array], jax.Array],
+    task: Task,
     state: local_sgd.State,
     train_data: Any,
     test_batches: Any,
@@ -97,6 +99,7 @@ def compile_programs(
     batch_size: int,
     scale: Mapping[str, float],
     average_gradients: bool,
+    validation_batches: Any = None,
     evaluation_only: bool = False,
 ) -> Programs:
     """Compiles the phases of a round and the evaluation, each once for the whole run.
@@ -104,7 +107,7 @@ def compile_programs(
     Args:
       recipe: what every worker does.
       model: the global model.
-      normalize: uint8 images -> inputs.
+      task: what is learned.
       state: from `init_state`.
       train_data: what the rounds are fed, [D, ...]; arrays or `jax.ShapeDtypeStruct`s, as below.
       test_batches: the evaluation batches of one call, [D, ...]; None: leave the evaluation out.
@@ -112,17 +115,19 @@ def compile_programs(
       local_steps: l.
       batch_size: per worker.
       scale: of the units at evaluation, from `evaluate.unit_scale`; {}: none.
-      evaluation_only: leave the phases of a round out.
       average_gradients: data-parallel SGD instead of a gather, local steps and a merge.
+      validation_batches: as `test_batches`; None: there is no validation split.
+      evaluation_only: leave the phases of a round out.
     """
     layout = recipe.layout
     build = partial(devices.compile_program, devices=chosen)
-    evaluate_program = None
-    if test_batches is not None:
-        evaluation = partial(evaluate.evaluate_shards, layout, model, normalize, scale)
-        evaluate_program = build(evaluation, (state.trees[0], test_batches), in_axes=[0, 0])
+    evaluation = partial(evaluate.evaluate_shards, layout, model, task, scale)
+    evaluations: Any = tuple(
+        None if batches is None else build(evaluation, (state.trees[0], batches), in_axes=[0, 0])
+        for batches in (test_batches, validation_batches)
+    )
     if evaluation_only:
-        return Programs(None, None, None, evaluate_program)
+        return Programs(None, None, None, *evaluations)
 
     def per_device(*shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((layout.num_devices, layout.workers_per_device, *shape), dtype)
@@ -139,7 +144,7 @@ def compile_programs(
         local = build(
             steps, (state, present, train_data, *feed), in_axes=[0, 0, 0, 0, None, None], donate=[0]
         )
-        return Programs(None, local, None, evaluate_program)
+        return Programs(None, local, None, *evaluations)
 
     assignment = partition.sample(partition.round_rng(0, 0), layout.groups)
     gather = merge = None
@@ -160,4 +165,4 @@ def compile_programs(
         in_axes=[0, 0, None, 0],
         donate=[0],
     )
-    return Programs(gather, local, merge, evaluate_program)
+    return Programs(gather, local, merge, *evaluations)

@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 _MAY_CHANGE = (
     "rounds", "epochs", "num_workers", "num_devices", "workers_on_device", "partition.shares",
     "partition.min_units", "eval_every", "data.dir", "checkpoint.every", "checkpoint.keep",
-    "max_rounds_left_out", "lost_after", "stuck_after",
+    "max_rounds_left_out", "lost_after", "stuck_after", "patience",
 )  # fmt: skip
-_LENGTH = ("rounds", "epochs")
+_LENGTH = ("rounds", "epochs", "patience")
 
 
 def report_if_finished(config: config_dict.ConfigDict, workdir: Path, model: nn.Module | None = None) -> bool:
@@ -234,8 +234,7 @@ def summarize(
     phases = ("gather", "local", "merge", "evaluate")
     return {
         "method": config.method,
-        "test_accuracy": last["test_accuracy"],
-        "test_loss": last["test_loss"],
+        **{key: value for key, value in last.items() if key.startswith(("test_", "validation_"))},
         "train_loss": last["train_loss"],
         "rounds": rounds,
         "examples": last["examples"],

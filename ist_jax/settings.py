@@ -35,7 +35,9 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "batch_size": (1, math.inf),
     "eval_every": (0, math.inf),
     "eval_batch_size": (1, math.inf),
+    "patience": (0, math.inf),
     "data.pad": (0, math.inf),
+    "data.validation": (0, 0.9),
     "participation": (0, 1),
     "max_rounds_left_out": (0, math.inf),
     "checkpoint.every": (0, math.inf),
@@ -79,6 +81,11 @@ def check(config: config_dict.ConfigDict) -> None:
             if not least <= value <= most:
                 upper = "or more" if most == math.inf else f"to {most}"
                 raise ValueError(f"{key}={values}; set config.{key} to {least} {upper}")
+    if config.patience and not (config.data.validation and config.eval_every):
+        raise ValueError(
+            f"patience={config.patience} counts evaluations of a validation split; set "
+            "config.data.validation and config.eval_every above 0, or config.patience to 0"
+        )
     if not get(config, "data.concentration") > 0:
         raise ValueError(f"data.concentration={config.data.concentration}; set it to more than 0")
     if config.rounds is not None and config.rounds < 1:
@@ -172,7 +179,7 @@ def build_model(config: config_dict.ConfigDict, num_classes: int) -> nn.Module:
         hidden = get_tuple(config, "model.hidden", int)
         if not hidden or min(hidden) < 1:
             raise ValueError(f"model.hidden={hidden}; set config.model.hidden to one or more positive widths")
-        return MLP(hidden, num_classes, dtype)
+        return MLP(hidden, num_classes, dtype, get(config, "model.output_norm"))
     raise ValueError(f"model.name={name!r}; set config.model.name to 'resnet' or 'mlp'")
 
 
@@ -278,19 +285,22 @@ def make_learning_rates(
 
 
 def make_loss_fn(
-    model: nn.Module, scale: Mapping[str, float] | None = None
+    model: nn.Module,
+    score_fn: Callable[..., tuple[jax.Array, jax.Array]],
+    scale: Mapping[str, float] | None = None,
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(flat params, inputs, labels, gates) -> (mean cross-entropy, fraction correct) of a subnet.
+    """(flat params, inputs, labels, gates) -> (mean loss, mean of the first score) of a subnet.
 
     Args:
       model: the subnet.
+      score_fn: of the task.
       scale: of its units' branches; None: as they are.
     """
 
-    def loss_fn(params: store.Shards, inputs: jax.Array, labels: jax.Array, gates: Any) -> tuple:
+    def loss_fn(params: store.Shards, inputs: Any, labels: jax.Array, gates: Any) -> tuple:
         variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
         logits: Any = model.apply(variables, inputs, gates=gates, scale=scale)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return loss, (logits.argmax(-1) == labels).mean()
+        losses, scores = score_fn(logits, labels)
+        return losses.mean(), scores[:, 0].mean()
 
     return loss_fn

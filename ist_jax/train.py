@@ -28,6 +28,7 @@ from ist_jax import (
     wire,
 )
 from ist_jax.experiment import Run, set_up
+from ist_jax.stopping import diverged, has_stopped
 from ist_jax.watch import Watcher
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,9 @@ def run_rounds(
     stuck, signum = None, 0
     with signals.handled(deferred=True) as request, closing(writer), closing(progress):
         for index in range(run.first_round, run.num_rounds):
-            state, record = train_round(run, state, index, meter)
+            if has_stopped(records, config.patience):  # in an earlier session
+                break
+            state, record = train_round(run, state, index, records, meter)
             writer.wait()  # so that a kill never costs more than `checkpoint.every` recorded rounds
             records.append(record)
             if leads:
@@ -110,17 +113,19 @@ def run_rounds(
             for watch in watchers:
                 watch(record)
             stuck = diverged(records, config.max_rounds_left_out)
-            stopping = index + 1 == run.num_rounds or bool(signum) or stuck is not None
-            if stopping or (config.checkpoint.every and (index + 1) % config.checkpoint.every == 0):
+            finished = index + 1 == run.num_rounds or has_stopped(records, config.patience)
+            leaving = finished or bool(signum) or stuck is not None
+            if leaving or (config.checkpoint.every and (index + 1) % config.checkpoint.every == 0):
                 about = {
                     "round": index + 1,
                     "examples": record["examples"],
                     "test_accuracy": record.get("test_accuracy"),
+                    "validation_accuracy": record.get("validation_accuracy"),
                     "custom_model": results.describe(custom_model),
                     "config": config.to_dict(),
                 }
                 writer.save(state, about, records)
-            if stopping:
+            if leaving:
                 break
     safe = max(checkpoint.rounds(workdir), default=0)
     if safe < len(records):
@@ -133,13 +138,16 @@ def run_rounds(
             f"round {len(records)}: worker {stuck} has been left out {config.max_rounds_left_out} times in a "
             f"row (config.max_rounds_left_out); stopped, results so far are in {workdir}"
         )
-    if len(records) < run.num_rounds:
+    stopped = has_stopped(records, config.patience)
+    if len(records) < run.num_rounds and not stopped:
         raise signals.Interrupted(
             signum,
             f"stopped after round {len(records)} of {run.num_rounds}; the same command goes on from there",
         )
     if "test_accuracy" not in records[-1]:  # a run that was stopped, and is now wanted no longer than it is
-        records[-1] |= evaluated(run, state)
+        evaluate_into(records[-1], run, state, "test")
+    if stopped:
+        log.info("the validation accuracy has not risen for %d evaluations: stopped", config.patience)
     if leads:
         if meter is not None:
             rounds, workers = len(records) - run.first_round, config.num_workers // distributed.count()
@@ -172,9 +180,17 @@ def _summary(
 
 
 def train_round(
-    run: Run, state: local_sgd.State, index: int, meter: wire.Meter | None = None
+    run: Run,
+    state: local_sgd.State,
+    index: int,
+    before: Sequence[dict[str, Any]],
+    meter: wire.Meter | None = None,
 ) -> tuple[local_sgd.State, dict[str, Any]]:
-    """One round and, when it is due, the evaluation: the state after it, and its record."""
+    """One round and, when it is due, the evaluation: the state after it, and its record.
+
+    Evaluated is the validation split, where there is one, and the test set then at the end alone; whether
+    that is now also depends on the records `before`.
+    """
     config, (layout, _) = run.config, run.phase(index)
     per_round = config.num_workers * config.local_steps * config.batch_size
     started = time.perf_counter()
@@ -199,19 +215,23 @@ def train_round(
     }
     last = index + 1 == run.num_rounds
     if last or (config.eval_every and (index + 1) % config.eval_every == 0):
-        record |= evaluated(run, state, meter)
+        split = "validation" if run.validation_batches is not None else "test"
+        evaluate_into(record, run, state, split, meter)
+    if "test_accuracy" not in record and (last or has_stopped([*before, record], config.patience)):
+        evaluate_into(record, run, state, "test", meter)
     record["seconds_round"] = time.perf_counter() - started
     record["examples_per_second"] = per_round / record["seconds_round"]
     return state, record
 
 
-def evaluated(run: Run, state: local_sgd.State, meter: wire.Meter | None = None) -> dict[str, float]:
-    """The part of a record that an evaluation adds."""
+def evaluate_into(
+    record: dict[str, Any], run: Run, state: local_sgd.State, split: str, meter: wire.Meter | None = None
+) -> None:
+    """Adds the figures of an evaluation to a record; a `meter` counts what one on the test set received."""
     started = time.perf_counter()
-    with wire.metered(meter, "evaluation"):
-        score = evaluate_state(run, state)
-    seconds = time.perf_counter() - started
-    return {"test_loss": score.loss, "test_accuracy": score.accuracy, "seconds_evaluate": seconds}
+    with wire.metered(meter if split == "test" else None, "evaluation"):
+        record |= evaluate_state(run, state, split).figures(split)
+    record["seconds_evaluate"] += time.perf_counter() - started
 
 
 def run_round(
@@ -264,13 +284,12 @@ def run_round(
     return state, local_sgd.Metrics(*(x.reshape(-1) for x in means)), phases
 
 
-def evaluate_state(run: Run, state: local_sgd.State) -> evaluate.Score:
-    """The global model's score on the test set."""
-    sums = [
-        devices.fetch(jax.block_until_ready(run.programs.evaluate(state.trees[0], chunk)))
-        for chunk in run.test_batches
-    ]
-    return evaluate.total_score(np.concatenate(sums, axis=1))
+def evaluate_state(run: Run, state: local_sgd.State, split: str = "test") -> evaluate.Score:
+    """The global model's score on the test set or, where there is one, the 'validation' split."""
+    program: Any = run.programs.evaluate if split == "test" else run.programs.validate
+    chunks: Any = run.test_batches if split == "test" else run.validation_batches
+    sums = [devices.fetch(jax.block_until_ready(program(state.trees[0], chunk))) for chunk in chunks]
+    return evaluate.total_score(run.task, np.concatenate(sums, axis=1))
 
 
 def mean_where(chosen: np.ndarray, values: np.ndarray) -> float:
@@ -285,11 +304,3 @@ def warn_left_out(round_number: int, workers: np.ndarray, what: str) -> None:
             "round %d: worker %d had a non-finite loss or update; its %s left out",
             round_number, worker, "round is" if what == "round" else "steps that had one are",
         )  # fmt: skip
-
-
-def diverged(records: Sequence[dict[str, Any]], limit: int) -> int | None:
-    """The worker that was left out in each of the last `limit` rounds, if there is one; 0: no limit."""
-    if not limit or len(records) < limit:
-        return None
-    always = set.intersection(*(set(r["left_out"]) for r in records[-limit:]))
-    return min(always, default=None)

@@ -41,7 +41,7 @@ def test_a_constant_batch_is_all_that_is_seen():
               for k in (0, 1)]  # fmt: skip
     inputs, labels = constant.recipe.batch_fn({k: x[0] for k, x in constant.feed(1).data.items()}, None, None)
     assert np.array_equal(labels, run.train["label"][:8])
-    np.testing.assert_allclose(inputs, run.normalize(run.train["image"][:8]), rtol=1e-6)
+    np.testing.assert_allclose(inputs, run.task.eval_fn(run.train)[0][:8], rtol=1e-6)
     assert np.isfinite(losses).all()
 
 

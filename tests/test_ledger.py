@@ -14,7 +14,7 @@ from flax import traverse_util
 from jax import lax
 from test_distributed import finish, launch
 
-from ist_jax import audit, devices, experiment, flops, hlo, ledger, partition, settings, store, wire
+from ist_jax import audit, devices, experiment, fetch, flops, hlo, ledger, partition, settings, store, wire
 from ist_jax.layout import from_params, make_layout
 from ist_jax.models.resnet import ResNet
 
@@ -48,8 +48,13 @@ def test_bytes_of_three_leaves_by_hand():
     assert ledger.round_bytes(layout) == {"gather": 32, "merge_units": 32, "merge_shared": 28}
     assert ledger.wire_bytes(layout, trees=2) == 2 * (32 + 32 + 28)
     # an evaluation gathers 4 rows of slices of 2 and a strip of 4 x 4 from the other device, for each batch
-    assert ledger.evaluation_bytes(layout, 3, streamed=True) == 3 * 4 * (8 + 16)
-    assert ledger.evaluation_bytes(layout, 3, streamed=False) == 4 * (8 + 16)
+    assert ledger.evaluation_bytes(layout, 3, streamed=True, products={}) == 3 * 4 * (8 + 16)
+    assert ledger.evaluation_bytes(layout, 3, streamed=False, products={}) == 4 * (8 + 16)
+    # or the pairs stay, and 6 examples travel: 6 x 8 inputs, then 6 x 4 results of its strip
+    operands = {"pairs": fetch.operands(layout, "pairs", np.zeros((6, 8), np.float32))}
+    assert operands == {"pairs": (4 * 6 * 8, 4 * 2 * 6 * 4)}
+    assert ledger.evaluation_bytes(layout, 3, streamed=True, products=operands) == 3 * 4 * (8 + 48 + 24)
+    assert fetch.operands(layout, "rows", np.zeros((6, 4), np.float32)) == (4 * 6 * 4, 4 * 2 * 6 * 2)
     # data-parallel: 49 gradients and a count, 4 B each, in each of 10 steps; a ring sends 2 x 1/2 of them
     assert ledger.round_bytes(layout, averaged_steps=10) == {"gradients": 10 * 200}
     assert ledger.paper_bytes(layout, averaged_steps=10) == {"gradients": 10 * 2 * 4 * 49 * 2}
@@ -57,7 +62,7 @@ def test_bytes_of_three_leaves_by_hand():
 
 def test_nothing_is_sent_on_one_device():
     layout = layout_of("mlp", 2, num_devices=1)
-    assert ledger.wire_bytes(layout) == ledger.evaluation_bytes(layout, 5, streamed=True) == 0
+    assert ledger.wire_bytes(layout) == ledger.evaluation_bytes(layout, 5, streamed=True, products={}) == 0
     assert ledger.round_bytes(layout, averaged_steps=3) == {"gradients": 0}
 
 
@@ -122,6 +127,16 @@ def test_ledger_of_data_parallel_counts_every_step(table):
     assert gradients["paper"] == 2 * 2 * 4 * 3520
     store_row = rows(table)["store"]
     assert store_row["formula"] == store_row["hlo"] == 2 * 4 * 3520  # momentum stays with the parameters
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_an_evaluation_sends_what_the_formula_says(num_workers):
+    config = get_config("mlp", num_workers=num_workers, **{"model.hidden": (24, 18)})
+    run = experiment.set_up(config)
+    evaluation = rows(audit.ledger_of(run))["evaluation"]
+    norms = 4 * 2 * (24 + 18) * (num_workers - 1)  # gathered once for all batches, by the compiler's wit
+    batches = run.test_batches.spec["weight"].shape[1]
+    assert evaluation["formula"] == evaluation["hlo"] + (batches - 1) * norms
 
 
 def test_step_flops_by_hand_and_by_the_compiler(table):

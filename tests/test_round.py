@@ -138,7 +138,7 @@ def test_one_worker_is_ordinary_sgd(method):
     config.optimizer.weight_decay = 1e-3
     run, state = run_all(config)
     fresh = experiment.set_up(config)
-    loss_fn = settings.make_loss_fn(run.model)
+    loss_fn = settings.make_loss_fn(run.model, run.task.score_fn)
     drawn = [
         run.recipe.batch_fn(run.train, batch, jax.random.key(0))
         for index in range(ROUNDS)
@@ -229,7 +229,7 @@ def poisoned(run, worker):
 
     recipe, config, data = run.recipe._replace(loss_fn=sick), run.config, devices.put(labels, run.devices)
     programs = compile_programs(
-        recipe, run.model, run.normalize, run.state, data, run.test_batches.spec, run.devices,
+        recipe, run.model, run.task, run.state, data, run.test_batches.spec, run.devices,
         local_steps=config.local_steps, batch_size=config.batch_size, scale=run.scale,
         average_gradients=config.method == "data_parallel",
     )  # fmt: skip
@@ -353,13 +353,13 @@ def test_streamed_evaluation_equals_the_whole_model(case):
     plan = batches.eval_batches(len(run.test["label"]), run.config.eval_batch_size, 1)
     sums = []
     for indices, weights in zip(plan.indices[0], plan.weights[0], strict=True):
-        inputs = run.normalize(jnp.asarray(run.test["image"][indices]))
+        inputs, _ = run.task.eval_fn({name: x[indices] for name, x in run.test.items()})
         logits = run.model.apply({"params": params}, inputs, scale=scale)
         labels = run.test["label"][indices]
         losses = settings.optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         correct = logits.argmax(-1) == labels
         sums.append([(weights * losses).sum(), (weights * correct).sum(), weights.sum()])
-    whole = evaluate.total_score(np.array(sums))
+    whole = evaluate.total_score(run.task, np.array(sums))
     assert streamed.examples == whole.examples == len(run.test["label"])
     assert streamed.accuracy == pytest.approx(whole.accuracy, abs=1e-9)
     assert streamed.loss == pytest.approx(whole.loss, rel=1e-5)
@@ -392,7 +392,7 @@ def test_the_scale_at_evaluation_can_be_switched_off():
         @jax.jit
         def loss(params, run=run, scale=scale):
             logits = run.model.apply(
-                {"params": params}, run.normalize(run.test["image"]), scale={"section2": scale}
+                {"params": params}, run.task.eval_fn(run.test)[0], scale={"section2": scale}
             )
             return settings.optax.softmax_cross_entropy_with_integer_labels(logits, run.test["label"]).mean()
 

@@ -7,6 +7,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
+from ist_jax.data.sparse import Rows, take
+
+Split = Mapping[str, Any]  # all examples of a split: 'image' or 'feature', and 'label'; arrays or `Rows`
+
 
 class Source(Protocol):
     """One split of a data set, by index."""
@@ -14,7 +18,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        """Example `index`: 'image' [H, W, C] (uint8, or float32 for features) and 'label' int."""
+        """Example `index`: 'image' [H, W, C] (uint8, or float32 for features) and 'label' int.
+
+        Of sparse, multi-label examples: 'feature' int32 [k], 'value' float32 [k] and 'label' int32 [l].
+        """
 
 
 class EncodedSource(Protocol):
@@ -84,6 +91,27 @@ class ArraySource:
         return {"image": self.image[index], "label": self.label[index]}
 
 
+class SparseSource:
+    """A source of sparse, multi-label examples in memory.
+
+    Args:
+      feature: N rows, with values.
+      label: N rows; none is empty.
+    """
+
+    def __init__(self, feature: Rows, label: Rows):
+        self.feature = feature
+        self.label = label
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        feature, label = (take(rows, np.array([index])) for rows in (self.feature, self.label))
+        size = int(feature.start[1])
+        return {"feature": feature.index[:size], "value": feature.value[:size], "label": label.index}
+
+
 def _open_digits(directory: str) -> DataSet:
     del directory  # embedded in scikit-learn
     from ist_jax.data import digits
@@ -95,6 +123,12 @@ def _open_speech_commands(directory: str, *, words: tuple[str, ...], clip_length
     from ist_jax.data import speech_commands
 
     return speech_commands.load(directory, words=words, clip_length=clip_length)
+
+
+def _open_extreme_classification(directory: str) -> DataSet:
+    from ist_jax.data import extreme_classification
+
+    return extreme_classification.load(directory)
 
 
 def _open_tfds(directory: str, *, name: str) -> DataSet:
@@ -118,6 +152,7 @@ def _open_imagenet(directory: str) -> DataSet:
 _TFDS_NAMES = ("cifar10", "cifar100", "svhn_cropped", "mnist", "fashion_mnist")
 OPENERS: dict[str, Callable[..., DataSet]] = {
     "digits": _open_digits,
+    "extreme_classification": _open_extreme_classification,
     "image_folder": _open_image_folder,
     "imagenet2012": _open_imagenet,
     "speech_commands": _open_speech_commands,
@@ -156,10 +191,15 @@ def open_data_set(name: str, directory: str, **options: Any) -> DataSet:
     return OPENERS[name](directory, **options)
 
 
-def load(source: Source) -> dict[str, np.ndarray]:
-    """All examples of a source, decoded once: 'image' [N, H, W, C], 'label' int32 [N]."""
+def load(source: Source) -> dict[str, Any]:
+    """All examples of a source, decoded once: 'image' [N, H, W, C], 'label' int32 [N].
+
+    Of a `SparseSource`: 'feature' and 'label', `Rows`.
+    """
     if isinstance(source, ArraySource):
         return {"image": source.image, "label": source.label.astype(np.int32)}
+    if isinstance(source, SparseSource):
+        return {"feature": source.feature, "label": source.label}
     first = source[0]["image"]
     images = np.empty((len(source), *first.shape), first.dtype)  # filled in place: a list would double it
     labels = np.empty(len(source), np.int32)
@@ -167,3 +207,8 @@ def load(source: Source) -> dict[str, np.ndarray]:
         example = source[i]
         images[i], labels[i] = example["image"], example["label"]
     return {"image": images, "label": labels}
+
+
+def select(split: Split, numbers: np.ndarray) -> dict[str, Any]:
+    """The examples with the given numbers [...], on the host; `Rows` as by `sparse.take`."""
+    return {name: take(x, numbers) if isinstance(x, Rows) else x[numbers] for name, x in split.items()}

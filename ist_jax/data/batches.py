@@ -1,20 +1,52 @@
 """Which examples make up which batch: index arrays, on the host, functions of seed and position."""
 
 import functools
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ist_jax.data import Split, select
+from ist_jax.data.sparse import Rows
+
+
+def split_validation(
+    seed: int, train: Split, fraction: float
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Holds out a random fraction of the training examples.
+
+    Args:
+      seed: of the run.
+      train: from `data.load`.
+      fraction: of its examples, rounded up; 0: none.
+
+    Returns:
+      (the examples that remain, those held out or None); none is lost, and their order is kept.
+
+    Raises:
+      ValueError: nothing would remain.
+    """
+    total = len(train["label"])
+    held_out = math.ceil(fraction * total)
+    if held_out == 0:
+        return dict(train), None
+    if held_out == total:
+        raise ValueError(
+            f"data.validation={fraction} leaves none of the {total} examples to train on; lower it"
+        )
+    order = np.random.default_rng((seed, total)).permutation(total)
+    return select(train, np.sort(order[held_out:])), select(train, np.sort(order[:held_out]))
+
 
 def share_examples(
-    seed: int, labels: np.ndarray, num_workers: int, sharing: str, concentration: float
+    seed: int, labels: np.ndarray | Rows, num_workers: int, sharing: str, concentration: float
 ) -> list[np.ndarray]:
     """The training examples that each worker draws from.
 
     Args:
       seed: of the run.
-      labels: int [N].
+      labels: int [N], or `Rows` of several each.
       num_workers: S.
       sharing: 'all': everybody has the whole set, as in both papers; 'disjoint': shards of equal size, drawn
         at random; 'skewed': disjoint shards in which the workers' shares of every class are drawn from a
@@ -25,7 +57,7 @@ def share_examples(
       S sorted int32 arrays; none is empty.
 
     Raises:
-      ValueError: there are fewer examples than workers.
+      ValueError: there are fewer examples than workers; examples with several labels cannot be skewed.
     """
     examples = np.arange(len(labels), dtype=np.int32)
     if sharing == "all":
@@ -35,6 +67,11 @@ def share_examples(
     rng = np.random.default_rng((seed, num_workers))
     if sharing == "disjoint":
         return [np.sort(part) for part in np.array_split(rng.permutation(examples), num_workers)]
+    if isinstance(labels, Rows):
+        raise ValueError(
+            "data.sharing='skewed' is not for examples with several labels; set config.data.sharing to 'all' "
+            "or 'disjoint'"
+        )
     shards: list[list[np.ndarray]] = [[] for _ in range(num_workers)]
     for label in np.unique(labels):
         own = rng.permutation(examples[labels == label])

@@ -17,7 +17,7 @@ class Chunk(NamedTuple):
     """The examples of a round.
 
     Attributes:
-      data: on the devices, [D, N, ...]: 'image' and 'label'.
+      data: on the devices, [D, N, ...]: a `data.Split`.
       indices: int32 [D, W, l, B], into N.
     """
 
@@ -60,7 +60,7 @@ class InMemoryEvaluation:
     """Evaluation batches that the devices hold whole, as one chunk.
 
     Attributes:
-      data: on the devices, [D, batches, B, ...]: 'image', 'label' and 'weight'.
+      data: on the devices, [D, batches, B, ...]: a `data.Split` and 'weight'.
     """
 
     data: Any

@@ -14,6 +14,30 @@ import jax.numpy as jnp
 
 from ist_jax.models import Fetch, streamed
 from ist_jax.models.norm import BatchNorm, at_least_float32
+from ist_jax.models.sparse import Sparse
+
+_KERNEL = "dense/kernel"
+
+
+class _Dense(nn.Module):
+    """x @ kernel, which with `fetch` is the part of it that this device keeps."""
+
+    features: int
+    dtype: Any
+    leaf: str
+    fetch: Fetch | None
+
+    @nn.compact
+    def __call__(self, x: jax.Array | Sparse) -> jax.Array:
+        width = x.width if isinstance(x, Sparse) else x.shape[-1]
+        if self.fetch is not None:
+            kernel: Any = self.get_variable("params", "kernel")
+        else:
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), (width, self.features), jnp.float32)
+        if not isinstance(x, Sparse):  # a sum of few rows has no use for a narrow copy of all
+            x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+        y = x @ kernel if self.fetch is None else self.fetch.product(self.leaf, x, kernel)
+        return y if self.dtype is None else y.astype(self.dtype)
 
 
 class _Layer(nn.Module):
@@ -21,14 +45,18 @@ class _Layer(nn.Module):
 
     features: int
     is_output: bool
-    dtype: Any = None
+    normalized: bool
+    dtype: Any
+    place: str
+    fetch: Fetch | None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Dense(self.features, use_bias=False, dtype=self.dtype, name="dense")(x)
-        x = at_least_float32(x) if self.is_output else x
-        x = BatchNorm(affine=not self.is_output, name="norm")(x)
-        return x if self.is_output else nn.relu(x)
+    def __call__(self, x: jax.Array | Sparse) -> jax.Array:
+        y = _Dense(self.features, self.dtype, f"{self.place}/{_KERNEL}", self.fetch, name="dense")(x)
+        y = at_least_float32(y) if self.is_output else y
+        if self.normalized:
+            y = BatchNorm(affine=not self.is_output, name="norm")(y)
+        return y if self.is_output else nn.relu(y)
 
 
 class MLP(nn.Module):
@@ -39,12 +67,15 @@ class MLP(nn.Module):
       num_classes: logits.
       dtype: of the computation, such as bfloat16; None: of the parameters. Those, the norms' statistics
         and the logits are never narrower than float32.
+      output_norm: BatchNorm on the logits too, as in IST's speech nets. It makes all classes equally likely,
+        which ruins many, rare labels.
       fetch: see `models.streamed`.
     """
 
     hidden: tuple[int, ...]
     num_classes: int
     dtype: Any = None
+    output_norm: bool = True
     fetch: Fetch | None = None
 
     def unit_axes(self) -> dict[str, Any]:
@@ -63,17 +94,24 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: jax.Array | Sparse,
         gates: Mapping[str, jax.Array] | None = None,
         scale: Mapping[str, float] | None = None,
     ) -> jax.Array:
-        """Args: x [N, ...], flattened here; gates: see `models`; scale is unused, since BatchNorm
-        absorbs the wider sums of the global net. Returns: [N, classes]."""
-        del scale
-        x = x.reshape(len(x), -1)
+        """Args: x [N, ...], flattened here, or `Sparse`; gates, scale: see `models`. Returns: [N, classes].
+
+        The global net's wider sums are absorbed by BatchNorm; without one on the logits, they are scaled to
+        the mean of what the subnets' would be.
+        """
+        y: Any = x if isinstance(x, Sparse) else x.reshape(len(x), -1)
+
+        def layer(y: Any, features: int, place: str, is_output: bool, normalized: bool) -> Any:
+            module = streamed(_Layer, place, self.fetch, kept=[_KERNEL])
+            return module(features, is_output, normalized, self.dtype, place, self.fetch, name=place)(y)
+
         for i, width in enumerate(self.hidden):
-            layer = streamed(_Layer, f"layer{i + 1}", self.fetch)
-            x = layer(width, False, self.dtype, name=f"layer{i + 1}")(x)
+            y = layer(y, width, f"layer{i + 1}", False, True)
             gate = (gates or {}).get(f"hidden{i + 1}")
-            x = x if gate is None else jnp.where(gate, x, 0)
-        return streamed(_Layer, "output", self.fetch)(self.num_classes, True, self.dtype, name="output")(x)
+            y = y if gate is None else jnp.where(gate, y, 0)
+        logits = layer(y, self.num_classes, "output", True, self.output_norm)
+        return logits if self.output_norm else logits * (scale or {}).get(f"hidden{len(self.hidden)}", 1.0)

@@ -1,0 +1,128 @@
+"""Memory per device of IST on Amazon-670k, from programs that are compiled and never run.
+
+    python benchmarks/amazon670k_memory.py [--config.num_workers=8 ...]
+
+No array of the model's size is ever made: the programs are compiled for shapes, on virtual CPU devices. The
+data set's numbers are those of its files' headers; how many features and labels a point has is assumed below.
+"""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from ist_jax import cli, devices, evaluate, ledger, local_sgd, partition, settings
+from ist_jax.data.sparse import Rows
+from ist_jax.layout import Layout, make_layout, split
+from ist_jax.programs import Programs, compile_programs
+from ist_jax.task import multi_label
+
+POINTS, TEST_POINTS, FEATURES, LABELS = 490_449, 153_025, 135_909, 670_091
+FEATURES_A_POINT, MOST_FEATURES = 76, 2_000  # assumed
+LABELS_A_POINT, MOST_LABELS = 6, 10  # assumed
+
+
+def shape(*sizes: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def points(count: int, *lead: int) -> dict[str, Any]:
+    """Shapes of a split, or of the batches of one, with leading axes."""
+    start = shape(*lead, count + 1)
+    entries = (*lead, count * FEATURES_A_POINT)
+    labels = shape(*lead, count * LABELS_A_POINT)
+    return {
+        "feature": Rows(start, shape(*entries), shape(*entries, dtype=np.float32), FEATURES, MOST_FEATURES),
+        "label": Rows(start, labels, None, LABELS, MOST_LABELS),
+    }
+
+
+def compile_for_shapes(config: Any) -> tuple[Layout, local_sgd.State, Programs]:
+    """The layout of a run on Amazon-670k, the shapes of its state, and its programs."""
+    settings.check(config)
+    devices.prepare(config.num_devices or config.num_workers)
+    chosen = devices.choose(config.num_workers, config.num_devices)
+    count = len(chosen)
+    task = multi_label(FEATURES)
+    model = settings.build_model(config, LABELS)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), task.example)["params"]
+    axes = partition.resolve_axes(shapes, model.unit_axes() if config.method == "ist" else {})
+    groups = settings.make_groups(config, model, shapes, axes)
+    layout = make_layout(shapes, axes, groups, config.num_workers, count)
+    subnet = model.subnet({n: g.slots for n, g in groups.items()}) if groups else model
+    recipe = local_sgd.Recipe(
+        layout=layout,
+        tx=settings.make_tx(config.optimizer),
+        loss_fn=settings.make_loss_fn(subnet, task.score_fn),
+        batch_fn=task.batch_fn,
+        seed=config.seed,
+        carry=config.optimizer_state == "carry" or config.method == "data_parallel",
+        vmapped=config.workers_on_device == "vmap",
+    )
+    shards = {
+        path: jax.eval_shape(
+            lambda x, leaf=leaf: split(x, leaf, count), shape(*leaf.shape, dtype=jnp.float32)
+        )
+        for path, leaf in layout.leaves.items()
+    }
+    state = local_sgd.State((shards,), ())
+    if recipe.carry:
+        state = jax.eval_shape(jax.vmap(lambda x: local_sgd.init_state(recipe, x)), shards)
+    size = config.eval_batch_size
+    lead = (count, -(-TEST_POINTS // (size * count)))
+    programs = compile_programs(
+        recipe,
+        model,
+        task,
+        state,
+        points(POINTS, count),
+        points(size, *lead) | {"weight": shape(*lead, size, dtype=np.float32)},
+        chosen,
+        local_steps=config.local_steps,
+        batch_size=config.batch_size,
+        scale=evaluate.unit_scale(layout),
+        average_gradients=config.method == "data_parallel",
+    )
+    return layout, state, programs
+
+
+def main(argv: list[str]) -> int:
+    values = flags.FlagValues()
+    cli.define_config(values, argv, "configs/mlp.py:amazon670k")
+    cli.parse(values, argv, "python benchmarks/amazon670k_memory.py [--config.KEY=VALUE ...]", required=[])
+    config = values.config
+    with cli.errors():
+        layout, state, programs = compile_for_shapes(config)
+    item, workers = layout.dtype.itemsize, layout.num_workers
+    whole = item * ledger.model_parameters(layout)
+    own = item * ledger.subnet_parameters(layout) / workers
+    print(f"{config.method}, hidden {config.model.hidden}, {workers} workers on {layout.num_devices} devices")
+    print(f"parameters: {ledger.model_parameters(layout):,}, {whole / 2**30:.2f} GiB")
+    print(f"a worker's subnet: {own / 2**30:.3f} GiB, {own / whole:.4f} of the model")
+    rest = sum(item * int(np.prod(x.shape)) for x in state.trees[0].values()) / layout.num_devices
+    print(f"GiB per device, the {rest / 2**30:.3f} of the sharded model included")
+    print(
+        f"{'':16s}"
+        + "".join(f"{name:>11s}" for name in ("arguments", "results", "reused", "buffers", "in all"))
+    )
+    for name, program in programs._asdict().items():
+        if program is None:
+            continue
+        m = program.memory_analysis()
+        sizes = [
+            m.argument_size_in_bytes,
+            m.output_size_in_bytes,
+            m.alias_size_in_bytes,
+            m.temp_size_in_bytes,
+        ]
+        waits = rest if name == "local" and programs.gather is not None else 0
+        total = sizes[0] + sizes[1] - sizes[2] + sizes[3] + waits
+        print(f"{name:16s}" + "".join(f"{size / 2**30:11.3f}" for size in (*sizes, total)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

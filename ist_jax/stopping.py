@@ -1,0 +1,26 @@
+"""When to stop: a pure function of the records, so that a resumed run stops at the same round."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def has_stopped(records: Sequence[Mapping[str, Any]], patience: int) -> bool:
+    """Whether the validation accuracy has not risen above its best for `patience` evaluations.
+
+    Args:
+      records: of all rounds so far, as in metrics.jsonl; those with an evaluation have 'validation_accuracy'.
+      patience: evaluations; 0: never stop.
+    """
+    # a figure that is not finite is null in metrics.jsonl
+    found = [r["validation_accuracy"] for r in records if "validation_accuracy" in r]
+    scores = [x if x is not None and math.isfinite(x) else -math.inf for x in found]
+    return bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
+
+
+def diverged(records: Sequence[Mapping[str, Any]], limit: int) -> int | None:
+    """The worker that was left out in each of the last `limit` rounds, if there is one; 0: no limit."""
+    if not limit or len(records) < limit:
+        return None
+    always = set.intersection(*(set(r["left_out"]) for r in records[-limit:]))
+    return min(always, default=None)
