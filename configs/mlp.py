@@ -10,7 +10,7 @@ python -m ist_jax.main --config=configs/mlp.py:amazon670k --config.data.dir=DIR
                                                           the paper's largest net, on 8 devices
 
 DIR of the speech nets is the unpacked Speech Commands archive, a folder of WAV files per word; of the others
-it holds train.txt and test.txt (or *_train.txt and *_test.txt). Accuracy and time on the digits and Delicious:
+it holds train.txt and test.txt (or *_train.txt and *_test.txt). Accuracy and time on digits and Delicious:
 see the tables in README.md. The paper's figures on all 35 words: .8153 (speech2) and .8327 (speech3) against
 .7998 and .7992 of local SGD.
 
