@@ -75,7 +75,7 @@ def _count_equation(eqn: Any, flags: list[bool]) -> tuple[float, list[bool]]:
     if name == "conv_general_dilated":
         return _conv(eqn) * (1 + sum(flags)), every
     if name == "scan":
-        return _count_scan(params, flags)
+        return _count_scan(eqn, flags)
     if name == "while":
         body = params["body_jaxpr"].jaxpr
         flops, _ = _count(body, [any(flags)] * len(body.invars))
@@ -88,14 +88,22 @@ def _count_equation(eqn: Any, flags: list[bool]) -> tuple[float, list[bool]]:
     return 0.0, every
 
 
-def _count_scan(params: dict[str, Any], flags: list[bool]) -> tuple[float, list[bool]]:
-    consts, carry = params["num_consts"], params["num_carry"]
+def _count_scan(eqn: Any, flags: list[bool]) -> tuple[float, list[bool]]:
+    body = eqn.params["jaxpr"].jaxpr
+    carry = sum(_same_rank(*pair) for pair in zip(eqn.outvars, body.outvars, strict=True))
+    whole = sum(_same_rank(*pair) for pair in zip(eqn.invars, body.invars, strict=True))
+    consts = whole - carry  # arguments: constants, what is carried, what is scanned over
     while True:  # until what depends on a parameter after a step does so before it
-        flops, results = _count(params["jaxpr"].jaxpr, flags)
-        carried = [a or b for a, b in zip(flags[consts : consts + carry], results[:carry], strict=True)]
-        if carried == flags[consts : consts + carry]:
-            return flops * params["length"], results
-        flags = flags[:consts] + carried + flags[consts + carry :]
+        flops, results = _count(body, flags)
+        carried = [a or b for a, b in zip(flags[consts:whole], results[:carry], strict=True)]
+        if carried == flags[consts:whole]:
+            return flops * eqn.params["length"], results
+        flags = flags[:consts] + carried + flags[whole:]
+
+
+def _same_rank(outside: Any, inside: Any) -> bool:
+    """Whether a variable of a loop is not cut into one piece per step."""
+    return outside.aval.ndim == inside.aval.ndim
 
 
 def _dot(eqn: Any) -> int:

@@ -36,7 +36,7 @@ class Program(NamedTuple):
       arguments: bytes of each of its arguments.
     """
 
-    operands: dict[tuple[str, int], float]
+    operands: dict[tuple[str, float], float]
     flops: float
     arguments: list[int]
 
@@ -61,12 +61,12 @@ def _split(text: str) -> tuple[dict[str, str], str]:
     return computations, entry
 
 
-def _tally(computations: dict[str, str], entry: str) -> dict[tuple[str, int], float]:
+def _tally(computations: dict[str, str], entry: str) -> dict[tuple[str, float], float]:
     """Sums over all instructions, as often as they run: FLOPs and operands of collectives."""
 
     @functools.cache
-    def total(name: str) -> dict[tuple[str, int], float]:
-        tally: dict[tuple[str, int], float] = defaultdict(float)
+    def total(name: str) -> dict[tuple[str, float], float]:
+        tally: dict[tuple[str, float], float] = defaultdict(float)
         body = computations[name]
         if not _RELEVANT.search(body):
             return tally
@@ -200,10 +200,15 @@ def _bits(kind: str) -> int:
     return int(digits[1]) if digits else 0  # a token carries nothing
 
 
-def _group_size(line: str) -> int:
-    """Devices in a group: of {{0,1},{2,3}} or of [2,2]<=[4]."""
+def _group_size(line: str) -> float:
+    """Devices in a group: of {{0,1},{2,3}}, of [2,2]<=[4] or of mesh['a'=2,'b'=2] {'b'}; NaN: not known."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return len(listed[1].split(","))
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(iota[1])
-    return len(set(re.findall(r"\{(\d+),\d+\}", line)))
+    if mesh := re.search(r"replica_groups=mesh\[([^]]*)\][^{]*\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"['\"](.+?)['\"]=(\d+)", mesh[1]))
+        parts = re.findall(r"['\"](.+?)['\"](?::\(\d+\)(\d+))?", mesh[2])  # whole axes, or parts of them
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    pairs = re.search(r"source_target_pairs=\{(\S*)\}", line)
+    return len(set(re.findall(r"\{(\d+),", pairs[1]))) if pairs else math.nan

@@ -49,7 +49,7 @@ def collective_operands(layout: Layout) -> Operands:
 # --- bytes that a device sends ---------------------------------------------------------------------
 
 
-def sent(kind: str, operand: float, devices: int) -> float:
+def sent(kind: str, operand: float, devices: float) -> float:
     """Bytes that a device sends in a collective over D devices, and receives.
 
     Args:

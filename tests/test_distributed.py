@@ -25,8 +25,8 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def launch(workdir, processes, *, slurm=False):
-    flags = [f"--config.{key}={value}" for key, value in OVERRIDES.items()]
+def launch(workdir, processes, *, slurm=False, **overrides):
+    flags = [f"--config.{key}={value}" for key, value in (OVERRIDES | overrides).items()]
     command = [sys.executable, "-m", "ist_jax.main", f"--config={ROOT}/configs/mlp.py:smoke"]
     command += [*flags, f"--workdir={workdir}"]
     meeting = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={processes}"]

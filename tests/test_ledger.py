@@ -231,19 +231,25 @@ ENTRY %main (a: f32[4]) -> f32[4] {{
     assert hlo.read(text).arguments == [16]
 
 
-def test_asynchronous_collectives_and_both_forms_of_groups_are_read():
+def test_asynchronous_collectives_and_all_forms_of_groups_are_read():
     text = """HloModule m
 
 ENTRY %main (a: bf16[8,2]) -> bf16[32,2] {
   %a = bf16[8,2]{1,0} parameter(0)
   %s = (bf16[8,2]{1,0}, bf16[32,2]{1,0:T(8,128)}) all-gather-start(%a), replica_groups=[2,4]<=[8]
   %d = bf16[32,2]{1,0} all-gather-done(%s)
-  %r = bf16[32,2]{1,0} all-reduce(%d), replica_groups={{0,1},{2,3}}, to_apply=%main.add
-  ROOT %p = bf16[32,2]{1,0} collective-permute(%r), source_target_pairs={{0,1},{1,2},{2,0}}
+  %r = bf16[32,2]{1,0} all-reduce(%d), replica_groups={{0,1},{2,3}}
+  %m = bf16[32,2]{1,0} all-to-all(%r), replica_groups=mesh['a'=2,'b'=3] {'a','b'}, dimensions={0}
+  %o = bf16[32,2]{1,0} all-to-all(%m), replica_groups=mesh['a'=16,'b'=3] {'a':(2)8}, dimensions={0}
+  ROOT %p = bf16[32,2]{1,0} collective-permute(%o), source_target_pairs={{0,1},{1,2},{2,0}}
 }
 """
-    found = hlo.read(text.replace(", to_apply=%main.add", "")).operands
-    assert found == {("all-gather", 4): 32, ("all-reduce", 2): 128, ("collective-permute", 3): 128}
+    found = hlo.read(text).operands
+    whole = {("all-reduce", 2), ("all-to-all", 6), ("all-to-all", 8), ("collective-permute", 3)}
+    assert found == {("all-gather", 4): 32} | dict.fromkeys(whole, 128)
+    unknown = text.replace("mesh['a'=2,'b'=3] {'a','b'}", "of_another_form")
+    ((kind, size),) = hlo.read(unknown).operands.keys() - found.keys()
+    assert kind == "all-to-all" and math.isnan(ledger.sent(kind, 128, size))
 
 
 def test_a_meter_counts_what_arrives_by_cause():
