@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from bokeh.models import CDSView, ColumnDataSource, HoverTool, IndexFilter, NumeralTickFormatter
+from bokeh.models import CDSView, ColumnDataSource, HoverTool, IndexFilter, LinearAxis, NumeralTickFormatter
 from bokeh.palettes import viridis
 from bokeh.plotting import figure
 
@@ -222,6 +222,7 @@ def _figure(x_label: str, y_label: str, *, height: int = 300, **ranges: Any) -> 
     for axis in fig.axis:
         axis.axis_label_text_font_style = "normal"
         axis.axis_label_text_font_size = axis.major_label_text_font_size = "13px"
-    fig.xaxis.formatter = NumeralTickFormatter(format="0,0.[000]")
+    for axis in fig.select(LinearAxis):
+        axis.formatter = NumeralTickFormatter(format="0,0.[000]")
     fig.xaxis.ticker.desired_num_ticks = 5
     return fig

@@ -102,6 +102,7 @@ def _partition(series: Sequence[Series]) -> tuple[dict[str, Any], dict[str, Any]
     others += [f"the partitions of {s.label}" for s in parted[1:]]
     context = {
         "deals": groups,
+        "deals_rounds": (len(deals[0].rounds), len(first.records)),
         "deals_label": f"{parted[0].label}, seed {first.config['seed']}" if len(series) > 1 else "",
         "deal_figures": " ".join(charts),
         "deal_workers": range(first.summary["num_workers"]),

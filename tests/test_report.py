@@ -211,6 +211,7 @@ def test_a_long_run_of_a_wide_net_is_a_small_page():
     deals = trace.draw_deals(one, columns=64, rows=48, budget=report.DRAWN)
     assert 50 < len(deals[0].rounds) < 100  # 10 million / (8 workers x 16384 units) allows 76
     np.testing.assert_allclose(counts["top"].reshape(8, -1)[-1], len(deals[0].rounds))
+    assert f"{len(deals[0].rounds)} of 2,000 rounds" in page
 
 
 def test_many_workers_and_the_baselines_have_a_page():
