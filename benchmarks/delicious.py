@@ -2,8 +2,8 @@
 
     python benchmarks/delicious.py --dir=DIR [--workdir=runs/delicious] [--seeds=3]
 
-DIR holds the set's train.txt and test.txt. `configs/mlp.py:delicious`, evaluated at the end alone; the last row has
-BatchNorm on the logits. One run at a time; finished ones in the folder are not repeated.
+DIR holds the set's train.txt and test.txt. `configs/mlp.py:delicious`, evaluated at the end alone; the last
+row has BatchNorm on the logits. One run at a time; finished ones in the folder are not repeated.
 """
 
 import statistics

@@ -9,10 +9,10 @@ python -m ist_jax.main --config=configs/mlp.py:delicious --config.data.dir=DIR
 python -m ist_jax.main --config=configs/mlp.py:amazon670k --config.data.dir=DIR
                                                           the paper's largest net, on 8 devices
 
-DIR of the speech nets is the unpacked Speech Commands archive, a folder of WAV files per word; of the others it
-holds train.txt and test.txt (or *_train.txt and *_test.txt). Accuracy and time on the digits and Delicious: see
-the tables in README.md. The paper's figures on all 35 words: .8153 (speech2) and .8327 (speech3) against .7998
-and .7992 of local SGD.
+DIR of the speech nets is the unpacked Speech Commands archive, a folder of WAV files per word; of the others
+it holds train.txt and test.txt (or *_train.txt and *_test.txt). Accuracy and time on the digits and Delicious:
+see the tables in README.md. The paper's figures on all 35 words: .8153 (speech2) and .8327 (speech3) against
+.7998 and .7992 of local SGD.
 
 The paper's P@1/3/5 on Amazon-670k (135,909 features, 670,091 labels, two-layer net of width H):
 
@@ -20,8 +20,8 @@ The paper's P@1/3/5 on Amazon-670k (135,909 features, 670,091 labels, two-layer 
     H = 1024  .4089/.3685/.3392    H = 1536  .4320/.3907/.3614    H = 2048  .4365/.3936/.3637
     H = 2560  .4384/.3944/.3658, 8 workers
 
-Its batch, learning rate and local steps are not known: those of amazon670k follow delicious, and have not been
-tried at that size.
+Its batch, learning rate and local steps are not known: those of amazon670k follow delicious, and have not
+been tried at that size.
 """
 
 from ml_collections import config_dict
