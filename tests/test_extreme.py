@@ -400,8 +400,17 @@ def test_a_run_stops_by_its_validation_split_and_tests_its_last_state(folder, tm
     assert train.train(config, resumed)["rounds"] == 2
     config.rounds = 40
     assert train.train(config, resumed)["rounds"] == 3
+    (resumed / "summary.json").unlink()  # killed just then
+    assert train.train(config, resumed)["rounds"] == 3
     config.patience = 3
     assert train.train(config, resumed)["rounds"] == 4
+
+
+def test_a_state_is_judged_by_the_validation_split_where_there_is_one():
+    assert checkpoint.accuracy({"test_accuracy": 0.5, "validation_accuracy": None}) == 0.5
+    assert checkpoint.accuracy({"test_accuracy": 0.5, "validation_accuracy": 0.25}) == 0.25
+    assert checkpoint.accuracy({"validation_accuracy": 0.25}) == 0.25
+    assert checkpoint.accuracy({"round": 1}) is None
 
 
 def test_the_validation_split_is_held_out_by_the_seed(folder):
