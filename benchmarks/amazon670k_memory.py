@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from ist_jax import cli, devices, evaluate, ledger, local_sgd, partition, settings
+from ist_jax import cli, devices, evaluation, ledger, local_sgd, partition, settings
 from ist_jax.data.sparse import Rows
 from ist_jax.layout import Layout, make_layout, split
 from ist_jax.programs import Programs, compile_programs
@@ -83,7 +83,7 @@ def compile_for_shapes(config: Any) -> tuple[Layout, local_sgd.State, Programs]:
         chosen,
         local_steps=config.local_steps,
         batch_size=config.batch_size,
-        scale=evaluate.unit_scale(layout),
+        scale=evaluation.unit_scale(layout),
         average_gradients=config.method == "data_parallel",
     )
     return layout, state, programs

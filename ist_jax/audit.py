@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ist_jax import evaluate, fetch, hlo, ledger
+from ist_jax import evaluation, fetch, hlo, ledger
 from ist_jax.experiment import Run
 from ist_jax.layout import Layout
 from ist_jax.wire import Meter
@@ -145,7 +145,7 @@ def _peak(program: jax.stages.Compiled) -> int | None:
 
 def _evaluation_bytes(run: Run) -> float:
     batches = sum(chunk["weight"].shape[1] for chunk in run.test_batches)
-    streamed = evaluate.is_streamable(run.model)
+    streamed = evaluation.is_streamable(run.model)
     products = _products(run) if streamed else {}
     return ledger.evaluation_bytes(run.layout, batches, streamed=streamed, products=products)
 

@@ -15,7 +15,7 @@ from ist_jax import (
     data,
     devices,
     distributed,
-    evaluate,
+    evaluation,
     inputs,
     ledger,
     local_sgd,
@@ -138,7 +138,7 @@ def set_up(
         state = init_state(recipe, lambda key: model.init(key, task.example)["params"], config.seed, chosen)
     else:
         state = build_state(recipe, devices.put(from_params(layout, params), chosen), chosen)
-    scale = evaluate.unit_scale(layout) if config.partition.scale_at_evaluation else {}
+    scale = evaluation.unit_scale(layout) if config.partition.scale_at_evaluation else {}
     first, before = (start.round, start.about["examples"]) if start else (0, 0)
     rounds = settings.count_rounds(config, opened.num_train, first, before)
     if first > rounds:
@@ -220,7 +220,7 @@ def _log_set_up(run: Run) -> None:
                 "units: %s does not fall evenly into %d strips; its exchange carries %.2f times the slots",
                 group.name, group.strips, waste,
             )  # fmt: skip
-    if layout.groups and not evaluate.is_streamable(run.model):
+    if layout.groups and not evaluation.is_streamable(run.model):
         log.info(
             "evaluation: the model has no field `fetch`, so every device gathers it whole to evaluate it"
         )

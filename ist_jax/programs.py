@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from ist_jax import checkpoint, devices, evaluate, local_sgd, partition, store
+from ist_jax import checkpoint, devices, evaluation, local_sgd, partition, store
 from ist_jax.layout import init_parts, split
 from ist_jax.task import Task
 
@@ -114,16 +114,16 @@ def compile_programs(
       chosen: the devices.
       local_steps: l.
       batch_size: per worker.
-      scale: of the units at evaluation, from `evaluate.unit_scale`; {}: none.
+      scale: of the units at evaluation, from `evaluation.unit_scale`; {}: none.
       average_gradients: data-parallel SGD instead of a gather, local steps and a merge.
       validation_batches: as `test_batches`; None: there is no validation split.
       evaluation_only: leave the phases of a round out.
     """
     layout = recipe.layout
     build = partial(devices.compile_program, devices=chosen)
-    evaluation = partial(evaluate.evaluate_shards, layout, model, task, scale)
+    score_shards = partial(evaluation.evaluate_shards, layout, model, task, scale)
     evaluations: Any = tuple(
-        None if batches is None else build(evaluation, (state.trees[0], batches), in_axes=[0, 0])
+        None if batches is None else build(score_shards, (state.trees[0], batches), in_axes=[0, 0])
         for batches in (test_batches, validation_batches)
     )
     if evaluation_only:

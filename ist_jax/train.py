@@ -19,7 +19,7 @@ from ist_jax import (
     checkpoint_writer,
     devices,
     distributed,
-    evaluate,
+    evaluation,
     local_sgd,
     metrics,
     partition,
@@ -284,12 +284,12 @@ def run_round(
     return state, local_sgd.Metrics(*(x.reshape(-1) for x in means)), phases
 
 
-def evaluate_state(run: Run, state: local_sgd.State, split: str = "test") -> evaluate.Score:
+def evaluate_state(run: Run, state: local_sgd.State, split: str = "test") -> evaluation.Score:
     """The global model's score on the test set or, where there is one, the 'validation' split."""
     program: Any = run.programs.evaluate if split == "test" else run.programs.validate
     chunks: Any = run.test_batches if split == "test" else run.validation_batches
     sums = [devices.fetch(jax.block_until_ready(program(state.trees[0], chunk))) for chunk in chunks]
-    return evaluate.total_score(run.task, np.concatenate(sums, axis=1))
+    return evaluation.total_score(run.task, np.concatenate(sums, axis=1))
 
 
 def mean_where(chosen: np.ndarray, values: np.ndarray) -> float:

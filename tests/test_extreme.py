@@ -12,7 +12,18 @@ import pytest
 import reference
 from conftest import ROOT, get_config
 
-from ist_jax import checkpoint, data, evaluate, experiment, inputs, partition, stopping, task, train
+from ist_jax import (
+    checkpoint,
+    data,
+    evaluate,
+    evaluation,
+    experiment,
+    inputs,
+    partition,
+    stopping,
+    task,
+    train,
+)
 from ist_jax.data import batches, extreme_classification, sparse
 from ist_jax.layout import to_params
 from ist_jax.models import sparse as sparse_layer
@@ -261,7 +272,7 @@ def test_rounds_on_sparse_data_equal_the_plain_loop_of_masking(case, folder):
 def whole_score(run, params):
     """The score by the whole model on densified inputs, on one device."""
     dealt = inputs.deal_batches(run.test, run.config.eval_batch_size, 1)
-    scale = evaluate.unit_scale(run.layout)
+    scale = evaluation.unit_scale(run.layout)
 
     @jax.jit
     def score(batch):
@@ -273,7 +284,7 @@ def whole_score(run, params):
         return jnp.concatenate([weight @ jnp.c_[losses, scores], weight.sum()[None]])
 
     sums = [score(jax.tree.map(itemgetter((0, n)), dealt)) for n in range(dealt["weight"].shape[1])]
-    return evaluate.total_score(run.task, np.array(sums))
+    return evaluation.total_score(run.task, np.array(sums))
 
 
 def test_evaluation_moves_activations_and_no_kernel(folder):

@@ -10,7 +10,7 @@ import reference
 from conftest import get_config
 from flax import traverse_util
 
-from ist_jax import devices, evaluate, experiment, ledger, local_sgd, partition, settings, store, train
+from ist_jax import devices, evaluation, experiment, ledger, local_sgd, partition, settings, store, train
 from ist_jax.data import batches
 from ist_jax.layout import from_params, to_params
 from ist_jax.programs import compile_programs
@@ -349,7 +349,7 @@ def test_streamed_evaluation_equals_the_whole_model(case):
     name, overrides = CASES[case]
     run = experiment.set_up(get_config(name, **overrides))
     streamed = train.evaluate_state(run, run.state)
-    params, scale = params_of(run, run.state), evaluate.unit_scale(run.layout)
+    params, scale = params_of(run, run.state), evaluation.unit_scale(run.layout)
     plan = batches.eval_batches(len(run.test["label"]), run.config.eval_batch_size, 1)
     sums = []
     for indices, weights in zip(plan.indices[0], plan.weights[0], strict=True):
@@ -359,7 +359,7 @@ def test_streamed_evaluation_equals_the_whole_model(case):
         losses = settings.optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         correct = logits.argmax(-1) == labels
         sums.append([(weights * losses).sum(), (weights * correct).sum(), weights.sum()])
-    whole = evaluate.total_score(run.task, np.array(sums))
+    whole = evaluation.total_score(run.task, np.array(sums))
     assert streamed.examples == whole.examples == len(run.test["label"])
     assert streamed.accuracy == pytest.approx(whole.accuracy, abs=1e-9)
     assert streamed.loss == pytest.approx(whole.loss, rel=1e-5)
@@ -375,11 +375,11 @@ def test_streamed_evaluation_gathers_one_block_at_a_time():
 
 def test_scale_is_the_share_of_the_workers_that_held_a_unit():
     run = experiment.set_up(get_config("resnet", num_workers=2))
-    assert evaluate.unit_scale(run.layout) == {"section2": 0.5}
+    assert evaluation.unit_scale(run.layout) == {"section2": 0.5}
     run = experiment.set_up(get_config("resnet", num_workers=2, **{"partition.min_units": 2}))
-    assert evaluate.unit_scale(run.layout) == {"section2": 1.0}
+    assert evaluation.unit_scale(run.layout) == {"section2": 1.0}
     run = experiment.set_up(get_config("resnet", num_workers=1))
-    assert evaluate.unit_scale(run.layout) == {"section2": 1.0}
+    assert evaluation.unit_scale(run.layout) == {"section2": 1.0}
 
 
 def test_the_scale_at_evaluation_can_be_switched_off():

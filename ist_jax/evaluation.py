@@ -1,0 +1,131 @@
+"""Evaluation of the global model: a split's scores, and statistics to classify single examples by."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax import lax
+
+from ist_jax import store
+from ist_jax.fetch import Fetch
+from ist_jax.layout import Layout
+from ist_jax.store import Shards
+from ist_jax.task import Task
+
+
+class Score(NamedTuple):
+    """Means over all examples, each counted once; `scores` by the task's names, accuracy their first."""
+
+    loss: float
+    scores: dict[str, float]
+    examples: int
+
+    @property
+    def accuracy(self) -> float:
+        return next(iter(self.scores.values()))
+
+    def figures(self, split: str) -> dict[str, float]:
+        """For a record: 'test_loss', 'test_accuracy' and, where they have other names, the scores."""
+        named = {"loss": self.loss, "accuracy": self.accuracy} | self.scores
+        return {f"{split}_{name}": value for name, value in named.items()}
+
+    def __str__(self) -> str:
+        more = ", ".join(f"{name} {value:.2%}" for name, value in self.scores.items() if name != "accuracy")
+        return f"accuracy {self.accuracy:.2%}" + (f" ({more})" if more else "")
+
+
+def is_streamable(model: nn.Module) -> bool:
+    """Whether the model can be evaluated with one block or layer in memory at a time."""
+    return hasattr(model, "fetch")
+
+
+def unit_scale(layout: Layout) -> dict[str, float]:
+    """ResIST's scale of the residual branches at evaluation: assigned slots / (workers x units).
+
+    1 / S without overlap (arXiv:2107.00961, section 3); 1 with one worker.
+    """
+    return {name: group.share for name, group in layout.groups.items()}
+
+
+def evaluate_shards(
+    layout: Layout,
+    model: nn.Module,
+    task: Task,
+    scale: Mapping[str, float],
+    shards: Shards,
+    batches: Mapping[str, Any],
+) -> jax.Array:
+    """Sums over this device's evaluation batches; a program for `devices.compile_program`.
+
+    Args:
+      layout: of the store.
+      model: the global model; its blocks or layers are gathered one at a time where it can be streamed.
+      task: makes inputs and labels of the batches, and scores the logits.
+      scale: of the units of each group, from `unit_scale`; {}: none.
+      shards: this device's share of the parameters.
+      batches: this device's part of `inputs.deal_batches`, [n, B, ...].
+
+    Returns:
+      float32 [n, 2 + M]: per batch the weighted sums of the loss and of M scores, and the weights'.
+    """
+    if is_streamable(model):
+        params = shards
+        model = model.clone(fetch=Fetch(layout))
+    else:
+        params = {path: store.fetch(layout, path, shard) for path, shard in shards.items()}
+    variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
+
+    def score(_: None, batch: Mapping[str, Any]) -> tuple[None, jax.Array]:
+        return None, score_batch(model, task, scale, variables, batch)
+
+    return lax.scan(score, None, dict(batches))[1]
+
+
+def score_batch(
+    model: nn.Module, task: Task, scale: Mapping[str, float], variables: Any, batch: Mapping[str, Any]
+) -> jax.Array:
+    """Weighted sums over a batch, float32 [2 + M]: the loss, the scores, and the weights'."""
+    inputs, labels = task.eval_fn(batch)
+    logits: Any = model.apply(variables, inputs, scale=scale)
+    losses, scores = task.score_fn(logits, labels)
+    weight = batch["weight"]
+    return jnp.concatenate([(weight[:, None] * jnp.c_[losses, scores]).sum(0), weight.sum()[None]])
+
+
+def total_score(task: Task, sums: Any) -> Score:
+    """The score from the sums [..., 2 + M] of all devices and batches, added up in float64."""
+    sums = np.asarray(sums, np.float64)
+    loss, *scores, weight = sums.reshape(-1, sums.shape[-1]).sum(0).tolist()
+    means = {name: score / weight for name, score in zip(task.scores, scores, strict=True)}
+    return Score(loss / weight, means, round(weight))
+
+
+def estimate_batch_stats(
+    model: nn.Module, params: Any, batches: Iterable[Any], scale: Mapping[str, float]
+) -> Any:
+    """BatchNorm statistics of the merged model over training batches ("precise BN").
+
+    Mean and mean square of every norm's input, averaged over the batches: with them a single example
+    can be classified. Subnets' own averages would not describe the global net.
+
+    Args:
+      model: with `models.norm.BatchNorm`s.
+      params: nested dict, the global parameters.
+      batches: inputs of the model, all of one size.
+      scale: from `unit_scale`.
+
+    Returns:
+      The collection `batch_stats`, for `model.apply({'params': ..., 'batch_stats': ...}, ...)`.
+    """
+
+    @jax.jit
+    def statistics(params: Any, inputs: jax.Array) -> Any:
+        _, state = model.apply({"params": params}, inputs, scale=scale, mutable=["batch_stats"])
+        return state.get("batch_stats", {})
+
+    collected = [statistics(params, inputs) for inputs in batches]
+    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *collected)
