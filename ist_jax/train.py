@@ -98,7 +98,7 @@ def run_rounds(
     progress = metrics.Progress(run.num_rounds, config.method, done=run.first_round, quiet=not leads)
     writer = checkpoint_writer.Writer(workdir, run.layout, keep=config.checkpoint.keep)
     stuck, signum = None, 0
-    with signals.handled(deferred=True) as request, closing(writer), closing(progress):
+    with signals.handled(deferred=True) as request, closing(writer), closing(progress), closing(run.feed):
         for index in range(run.first_round, run.num_rounds):
             if has_stopped(records, config.patience):  # in an earlier session
                 break

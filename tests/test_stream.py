@@ -3,6 +3,8 @@
 import io
 import logging
 import re
+import subprocess
+import sys
 import time
 
 import jax
@@ -220,6 +222,26 @@ def test_no_more_is_read_than_this_round_and_the_next():
     feed(0)
     time.sleep(0.2)
     assert len(source.seen) == 12  # nothing beyond the last round
+
+
+SCRIPT = """
+import sys
+import numpy as np
+from ist_jax import data
+from ist_jax.data import encoded, images, stream
+if __name__ == "__main__":
+    source = data.open_data_set("image_folder", sys.argv[1]).train
+    transform, shards = images.Transform(8, 8, (0.5, 1.0), (1.0, 1.0), True), [np.array([0, 1, 2], np.int32)]
+    make = encoded.TrainBatches(source, shards, [0], transform, seed=0, local_steps=2, batch_size=3)
+    feed = stream.StreamingFeed(make, 1, 9, processes=2, put=lambda chunk: chunk)
+    print(feed(0).data["image"].shape)
+    feed.close()
+"""
+
+
+def test_processes_leave_nothing_behind(folder):
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(folder)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 6, 8, 8, 3)\n", "")
 
 
 # --- broken files ---------------------------------------------------------------------------------

@@ -127,9 +127,14 @@ class EvalBatches:
 
     def examples(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(all examples, those of the batch, int32 [B])."""
-        row, device = divmod(number, len(self.devices))
-        return np.arange(len(self.source), dtype=np.int32), self.plan.indices[self.devices[device], row]
+        row, device = self.place(number)
+        return np.arange(len(self.source), dtype=np.int32), self.plan.indices[device, row]
 
     def __call__(self, number: int) -> Batch:
         everything, indices = self.examples(number)
         return read_batch(self.source, everything, indices, [self.transform.evaluation] * len(indices))
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(row of the plan, device) of a batch."""
+        row, device = divmod(number, len(self.devices))
+        return row, self.devices[device]

@@ -1,7 +1,8 @@
 """What a round is fed: arrays on the devices, and the numbers of the examples of each batch.
 
 A feed is called with the number of a round, counted from 0, and returns its chunk: a function of the seed and
-the round alone, so that a run resumes at any round. `spec` is what a chunk's data looks like, to compile for.
+the round alone, so that a run resumes at any round. `spec` is what a chunk's data looks like, to compile for;
+`close` ends what goes on in the background.
 """
 
 import dataclasses
@@ -53,6 +54,9 @@ class InMemoryFeed(NamedTuple):
             self.seed, round_index, self.shards, local_steps=self.local_steps, batch_size=self.batch_size
         )
         return Chunk(self.data, indices.reshape(self.num_devices, -1, *indices.shape[1:]))
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 @dataclasses.dataclass(frozen=True)

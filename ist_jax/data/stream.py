@@ -1,6 +1,7 @@
 """Images that do not fit in memory: read and decoded by grain, a round at a time."""
 
 import contextlib
+import gc
 import logging
 import shutil
 import signal
@@ -96,19 +97,21 @@ class StreamingFeed:
             self._make,
             range(first * self._make.per_round, self._num_rounds * self._make.per_round),
         )
-        with contextlib.closing(_read(make, numbers, self._processes)) as stream:
+        with contextlib.closing(read(make, numbers, self._processes)) as stream:
             for start in numbers[:: make.per_round]:
                 chunk = {name: np.empty(x.shape, x.dtype) for name, x in self.spec.items()}
-                for i in range(make.per_round):
-                    batch = next(stream)
+                for number in range(start, start + make.per_round):
                     if stop.is_set():
                         return
-                    _, worker, step = make.place(start + i)
-                    for name, x in chunk.items():
-                        rows = x.reshape(len(make.shards), make.local_steps, -1, *x.shape[2:])
-                        rows[worker, step] = batch[name]
-                    self._unreadable.report(*make.examples(start + i), batch["skipped"])
+                    self._fill_in(chunk, number, next(stream))
                 yield self._put(chunk)
+
+    def _fill_in(self, chunk: Batch, number: int, batch: Batch) -> None:
+        _, worker, step = self._make.place(number)
+        for name, x in chunk.items():
+            rows = x.reshape(len(self._make.shards), self._make.local_steps, -1, *x.shape[2:])
+            rows[worker, step] = batch[name]
+        self._unreadable.report(*self._make.examples(number), batch["skipped"])
 
 
 class StreamingEvaluation:
@@ -142,18 +145,21 @@ class StreamingEvaluation:
         return self._make.plan.indices.shape[1]
 
     def __iter__(self) -> Iterator[Any]:
-        make, rows = self._make, self._make.plan.indices.shape[1]
-        numbers = range(rows * len(make.devices))
-        with contextlib.closing(_read(make, numbers, self._processes)) as stream:
-            for row in range(rows):
+        make, each = self._make, len(self._make.devices)
+        numbers = range(len(self) * each)
+        with contextlib.closing(read(make, numbers, self._processes)) as stream:
+            for start in numbers[::each]:
                 chunk = {name: np.empty(x.shape, x.dtype) for name, x in self.spec.items()}
-                for number in numbers[row * len(make.devices) :][: len(make.devices)]:
-                    batch, device = next(stream), make.devices[number % len(make.devices)]
-                    self._unreadable.report(*make.examples(number), batch["skipped"])
-                    batch["weight"] = make.plan.weights[device, row] * (batch["skipped"] == 0)
-                    for name, x in chunk.items():
-                        x[device, 0] = batch[name]
+                for number in range(start, start + each):
+                    self._fill_in(chunk, number, next(stream))
                 yield self._put(chunk)
+
+    def _fill_in(self, chunk: Batch, number: int, batch: Batch) -> None:
+        row, device = self._make.place(number)
+        weight = self._make.plan.weights[device, row] * (batch["skipped"] == 0)
+        for name, x in {"image": batch["image"], "label": batch["label"], "weight": weight}.items():
+            chunk[name][device, 0] = x
+        self._unreadable.report(*self._make.examples(number), batch["skipped"])
 
 
 class _Unreadable:
@@ -205,8 +211,14 @@ class _ReadAhead:
         self._items.close()
 
 
-def _read(make: Callable[[int], Batch], numbers: range, processes: int) -> Any:
-    """An iterator over the batches of some numbers, with `close`."""
+def read(make: Callable[[int], Batch], numbers: range, processes: int) -> Generator[Batch]:
+    """The batches of some numbers, in order; to be closed.
+
+    Args:
+      make: a batch by its number; picklable where there are processes.
+      numbers: of the batches.
+      processes: that read and decode; 0: this one does, when a batch is asked for.
+    """
     import grain  # slow to import, and only sets on disk need it
 
     if not flags.FLAGS.is_parsed():  # grain looks up flags of its own, which nobody has to set
@@ -216,7 +228,14 @@ def _read(make: Callable[[int], Batch], numbers: range, processes: int) -> Any:
     if processes:
         workers = grain.MultiprocessingOptions(num_workers=min(processes, len(numbers)))
         dataset = dataset.mp_prefetch(workers, worker_init_fn=_leave_interrupts_to_the_parent)
-    return iter(dataset)
+    iterator = iter(dataset)
+    try:
+        for _ in numbers:
+            yield next(iterator)
+    finally:
+        iterator.close()
+        del iterator
+        gc.collect()  # batches in shared memory hang on a cycle, and would be reported as leaked at exit
 
 
 def _leave_interrupts_to_the_parent(*_: int) -> None:

@@ -1,0 +1,103 @@
+"""Images per second that streaming from disk delivers, per core and per process.
+
+    python benchmarks/image_pipeline.py [--images=400] [--size=224] [--processes=1 --processes=2 ...]
+
+Writes JPEGs of 500x375 pixels, cut at random from the two photographs that scikit-learn ships, to a
+temporary folder, and reads them as configs/resnet.py:imagenet does: random crops for training, the centre for
+evaluation. A core's figure is images / CPU seconds of whoever reads, so it means the same on a busy machine;
+seconds of start-up (a process imports grain, which imports JAX) are given apart.
+"""
+
+import io
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from PIL import Image
+from sklearn import datasets
+
+from ist_jax import cli
+from ist_jax.data import batches, image_folder, stream
+from ist_jax.data.encoded import EvalBatches, TrainBatches
+from ist_jax.data.images import Transform
+
+WIDTH, HEIGHT, QUALITY = 500, 375, 90
+BATCH = 32
+
+
+def write_folder(root: Path, count: int) -> float:
+    """Writes so many JPEGs to train/ and a tenth to val/, as one class; returns their mean size in kB."""
+    rng, photos = np.random.default_rng(0), [Image.fromarray(x) for x in datasets.load_sample_images().images]
+    sizes = []
+    for split, number in (("train", count), ("val", max(1, count // 10))):
+        (root / split / "photo").mkdir(parents=True)
+        for i in range(number):
+            photo = photos[i % len(photos)]
+            width = rng.uniform(0.4, 0.85) * photo.width
+            height = width * HEIGHT / WIDTH
+            left, top = rng.random(2) * (photo.width - width, photo.height - height)
+            cut = photo.resize(
+                (WIDTH, HEIGHT), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height)
+            )
+            file = io.BytesIO()
+            cut.save(file, "JPEG", quality=QUALITY)
+            (root / split / "photo" / f"{i}.JPEG").write_bytes(file.getvalue())
+            sizes.append(file.tell() / 1e3)
+    return float(np.mean(sizes))
+
+
+def cpu_seconds() -> float:
+    """Of this process and of those that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def measure(make, num_batches: int, processes: int) -> tuple[float, float, float]:
+    """(images/s of wall time after the first batch, CPU seconds in all, seconds until the first batch)."""
+    before, started = cpu_seconds(), time.perf_counter()
+    reading = stream.read(make, range(num_batches), processes)
+    next(reading)
+    first = time.perf_counter()
+    for _ in range(num_batches - 1):
+        next(reading)
+    seconds = time.perf_counter() - first
+    reading.close()
+    return (num_batches - 1) * BATCH / seconds, cpu_seconds() - before, first - started
+
+
+def main(argv: list[str]) -> int:
+    values = flags.FlagValues()
+    flags.DEFINE_integer("images", 400, "JPEGs to write", flag_values=values)
+    flags.DEFINE_integer("size", 224, "pixels of both sides of what is delivered", flag_values=values)
+    flags.DEFINE_multi_integer("processes", [1, 2], "to try, beside none", flag_values=values)
+    cli.parse(values, argv, "python benchmarks/image_pipeline.py [--images=N]", required=[])
+    transform = Transform(values.size, round(values.size * 256 / 224), (0.08, 1.0), (3 / 4, 4 / 3), True)
+    with tempfile.TemporaryDirectory() as folder:
+        kilobytes = write_folder(Path(folder), values.images)
+        dataset = image_folder.load(folder)
+        print(f"{values.images} JPEGs of {WIDTH}x{HEIGHT}, {kilobytes:.0f} kB on average; size {values.size}")
+        shards = [np.arange(values.images, dtype=np.int32)]
+        num = values.images // BATCH
+        train = TrainBatches(dataset.train, shards, [0], transform, seed=0, local_steps=num, batch_size=BATCH)
+        plan = batches.eval_batches(len(dataset.train), BATCH, 1)
+        test = EvalBatches(dataset.train, plan, [0], transform)
+        for name, make in (("training", train), ("evaluation", test)):
+            make(0)  # reads the folder's names, warms the file cache
+            started = time.process_time()
+            for number in range(num):
+                make(number)
+            core = num * BATCH / (time.process_time() - started)
+            print(f"{name:10s}: {core:6.0f} images/s per core")
+        for processes in (0, *values.processes):
+            rate, cpu, start = measure(train, num, processes)
+            text = f"{processes} processes: {rate:6.0f} images/s, {start:4.1f} s until the first batch"
+            print(f"{text}, {cpu / (num * BATCH) * 1e3:.1f} ms of CPU an image with all that starting takes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
