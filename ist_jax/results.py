@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _MAY_CHANGE = (
     "rounds", "epochs", "num_workers", "num_devices", "workers_on_device", "partition.shares",
     "partition.min_units", "eval_every", "data.dir", "checkpoint.every", "checkpoint.keep",
-    "max_rounds_left_out", "lost_after", "stuck_after", "patience",
+    "max_rounds_left_out", "lost_after", "stuck_after", "patience", "data.processes",
 )  # fmt: skip
 _LENGTH = ("rounds", "epochs", "patience")
 
