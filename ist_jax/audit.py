@@ -159,6 +159,8 @@ class _Notes:
 
     def __call__(self, path: str, shard: jax.Array) -> jax.Array:
         leaf = self.layout.leaves[path]
+        if leaf.kind == "shared":
+            return shard
         return jnp.zeros(leaf.rest if leaf.kind == "rows" and shard.ndim == 1 else leaf.shape, shard.dtype)
 
     def product(self, path: str, x: Any, shard: jax.Array) -> jax.Array:
