@@ -400,6 +400,7 @@ def tiny(folder, **overrides):
     config = get_config("resnet", "imagenet", **{
         "data.name": "image_folder", "data.dir": str(folder), "data.size": 8, "data.resize": 10,
         "data.processes": 0, "model.sections": (1, 3), "model.width": 4, "partition.sections": (2,),
+        "partition.min_units": 0, "partition.warmup_epochs": 0.0,
         "num_workers": 2, "local_steps": 2, "batch_size": 3, "eval_batch_size": 4, "eval_every": 0,
     })  # fmt: skip
     config.update({"rounds": 3})
