@@ -25,17 +25,23 @@ from ist_jax import checkpoint, cli, experiment, results, train
 
 CONFIG = "configs/resnet.py:cifar10_small"
 VARIANTS = {
-    "ist": ("ResIST: section 3, 2 of 8 blocks each", ()),
+    "ist": ("ResIST: section 3, 3 of 8 blocks each", ()),
     "local_sgd": ("local SGD", ("method=local_sgd",)),
     "data_parallel": ("data-parallel SGD", ("method=data_parallel",)),
-    "min4": ("ResIST, at least 4 blocks each", ("partition.min_units=4",)),
-    "carry": ("ResIST, momentum travels along", ("optimizer_state=carry",)),
-    "l80": ("ResIST, l = 80", ("local_steps=80",)),
-    "l5": ("ResIST, l = 5", ("local_steps=5", "eval_every=20")),
-    "wide_s3": ("ResIST, sections 2-2-6-2, section 3", ("model.sections=(2,2,6,2)",)),
+    "min0": ("ResIST, 2 blocks each: no overlap", ("partition.min_units=0",)),
+    "min4": ("ResIST, 4 blocks each", ("partition.min_units=4",)),
+    "carry": (
+        "ResIST, 2 blocks each, momentum travels along",
+        ("partition.min_units=0", "optimizer_state=carry"),
+    ),
+    "l80": ("ResIST, 2 blocks each, l = 80", ("partition.min_units=0", "local_steps=80")),
+    "wide_s3": (
+        "ResIST, sections 2-2-6-2, section 3",
+        ("partition.min_units=0", "model.sections=(2,2,6,2)"),
+    ),
     "wide_all": (
         "ResIST, sections 2-2-6-2, all sections",
-        ("model.sections=(2,2,6,2)", "partition.sections=(1,2,3,4)"),
+        ("partition.min_units=0", "model.sections=(2,2,6,2)", "partition.sections=(1,2,3,4)"),
     ),
 }
 USAGE = "python benchmarks/cifar10_small.py --dir=DIR [--workdir=DIR] [--train] [--rounds=N]"

@@ -109,6 +109,7 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
         config.data.flip = mode != "svhn"  # a mirrored digit is another sign
         config.eval_batch_size = 100
     if mode == "cifar10_small":
+        config.partition.min_units = 3  # of 8; without overlap 2
         config.local_steps = 20
         config.batch_size = 64
         config.epochs = 4.9
