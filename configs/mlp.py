@@ -110,7 +110,7 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
         config.optimizer.learning_rate = 0.01
         config.optimizer.momentum = 0.0
     elif mode in ("delicious", "amazon670k"):
-        config.data.name = "extreme_classification"
+        config.data.name = mode  # 'extreme_classification' for another set in this format
         config.model.output_norm = False  # it makes every label equally likely
         config.model.hidden = (1024,)
         config.local_steps = 20

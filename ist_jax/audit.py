@@ -55,9 +55,10 @@ def ledger_of(run: Run) -> dict[str, Any]:
     ]  # fmt: skip
     total = {name: sum(row[name] for row in traffic) for name in ("paper", "formula", "hlo")}
     traffic.append(_row("round", "bytes", "worker and round", **total))
-    evaluation = _row(
+    scoring = _row(
         "evaluation", "bytes", "worker and evaluation",
-        formula=_evaluation_bytes(run) / workers, hlo=len(run.test_batches) * sent["evaluation"] / workers,
+        formula=_evaluation_bytes(run, programs["evaluate"]) / workers,
+        hlo=len(run.test_batches) * sent["evaluation"] / workers,
     )  # fmt: skip
     memory = [_row(x, "bytes", "device", formula=kept[x], hlo=found.get(x)) for x in kept]
     for name, program in run.programs._asdict().items():
@@ -73,19 +74,20 @@ def ledger_of(run: Run) -> dict[str, Any]:
         "num_workers": config.num_workers,
         "num_devices": layout.num_devices,
         "columns": COLUMNS,
-        "rows": [parameters, *traffic, evaluation, *memory, step],
+        "rows": [parameters, *traffic, scoring, *memory, step],
     }
 
 
-def with_wire(table: Mapping[str, Any], meter: Meter, *, rounds: int, workers: int) -> dict[str, Any]:
+def with_wire(table: Mapping[str, Any], meter: Meter, *, workers: int) -> dict[str, Any]:
     """The ledger with its last column filled in.
 
     Args:
       table: from `ledger_of`.
-      meter: of a process; it knows 'gather', 'round' (all of it) and 'evaluation'.
-      rounds: that it has seen.
+      meter: of a process; in every round it has measured 'gather' and 'round', then 'round' once more for the
+        rest of it, and 'evaluation' in each.
       workers: of the process.
     """
+    rounds = meter.times["round"] - meter.times["gather"]
     times = {"evaluation": meter.times["evaluation"]}
     measured = {cause: x / times.get(cause, rounds) / workers for cause, x in meter.bytes.items()}
     rows = [row | {"wire": measured.get(row["cause"])} for row in table["rows"]]
@@ -143,10 +145,11 @@ def _peak(program: jax.stages.Compiled) -> int | None:
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
-def _evaluation_bytes(run: Run) -> float:
+def _evaluation_bytes(run: Run, program: hlo.Program) -> float:
     batches = sum(chunk["weight"].shape[1] for chunk in run.test_batches)
     streamed = evaluation.is_streamable(run.model)
-    products = _products(run) if streamed else {}
+    sends_products = any(kind == "all-to-all" for kind, _ in program.operands)  # else a trace is spared
+    products = _products(run) if streamed and sends_products else {}
     return ledger.evaluation_bytes(run.layout, batches, streamed=streamed, products=products)
 
 

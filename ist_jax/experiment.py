@@ -115,22 +115,9 @@ def set_up(
     opened = inputs.open_inputs(config)
     model = model or settings.build_model(config, len(opened.dataset.classes))
     task = opened.task
-    shapes = jax.eval_shape(model.init, jax.random.key(0), task.example)["params"]
-    axes = partition.resolve_axes(shapes, model.unit_axes() if config.method == "ist" else {})
-    groups = settings.make_groups(config, model, shapes, axes)
     chosen = devices.choose(config.num_workers, config.num_devices)
-    layout = make_layout(shapes, axes, groups, config.num_workers, len(chosen))
-    recipe = local_sgd.Recipe(
-        layout=layout,
-        tx=settings.make_tx(config.optimizer),
-        loss_fn=settings.make_loss_fn(
-            model.subnet({n: g.slots for n, g in groups.items()}) if groups else model, task.score_fn
-        ),
-        batch_fn=task.batch_fn,
-        seed=config.seed,
-        carry=config.optimizer_state == "carry" or config.method == "data_parallel",
-        vmapped=config.workers_on_device == "vmap",
-    )
+    recipe = make_recipe(config, model, task, len(chosen))
+    layout = recipe.layout
     started = time.perf_counter()
     if start is not None:
         state = restore_state(recipe, start, chosen)
@@ -169,7 +156,7 @@ def set_up(
     warmup = None
     warmup_rounds = settings.count_warmup_rounds(config, opened.num_train, first, before, rounds)
     if warmup_rounds > first and not evaluation_only:
-        whole = regroup(layout, partition.with_everyone(groups))
+        whole = regroup(layout, partition.with_everyone(layout.groups))
         # scaled as at evaluation (arXiv:2107.00961, footnote 2)
         whole_recipe = recipe._replace(
             layout=whole, loss_fn=settings.make_loss_fn(model, task.score_fn, scale)
@@ -196,6 +183,36 @@ def set_up(
     )
     _log_set_up(run)
     return run
+
+
+def make_recipe(
+    config: config_dict.ConfigDict, model: nn.Module, task: Task, num_devices: int
+) -> local_sgd.Recipe:
+    """What every worker does, after a warm-up; shapes alone are looked at.
+
+    Args:
+      config: as from `configs/`.
+      model: the global model.
+      task: what is learned.
+      num_devices: D, over which the model is sharded.
+
+    Raises:
+      ValueError: a setting that cannot work; the message names the key.
+    """
+    shapes = jax.eval_shape(model.init, jax.random.key(0), task.example)["params"]
+    axes = partition.resolve_axes(shapes, model.unit_axes() if config.method == "ist" else {})
+    groups = settings.make_groups(config, model, shapes, axes)
+    return local_sgd.Recipe(
+        layout=make_layout(shapes, axes, groups, config.num_workers, num_devices),
+        tx=settings.make_tx(config.optimizer),
+        loss_fn=settings.make_loss_fn(
+            model.subnet({n: g.slots for n, g in groups.items()}) if groups else model, task.score_fn
+        ),
+        batch_fn=task.batch_fn,
+        seed=config.seed,
+        carry=config.optimizer_state == "carry" or config.method == "data_parallel",
+        vmapped=config.workers_on_device == "vmap",
+    )
 
 
 def _log_set_up(run: Run) -> None:

@@ -3,8 +3,9 @@
 python -m ist_jax.plan --config=configs/resnet.py:cifar100 [--json] [--bandwidth=1e8,1e9,1e10] [--flops=1e13]
                        [--config.num_workers=8 ...]
 
-Only shapes are traced, so the largest nets fit a laptop. `--json` prints an object: by method, the fields of
-`Cost`; beside the methods, 'seconds_per_round' (by method, one per bandwidth) and 'setting'.
+Only shapes are traced, so the largest nets fit a laptop. The costs are those of a round after a warm-up.
+`--json` prints an object: by method, the fields of `Cost`; beside the methods, 'seconds_per_round' (by
+method, one per bandwidth) and 'setting'.
 """
 
 import json
@@ -59,34 +60,21 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
     import jax
     import numpy as np
 
-    from ist_jax import ledger, local_sgd, partition, settings, task
-    from ist_jax.data import augment
-    from ist_jax.layout import make_layout
+    from ist_jax import experiment, ledger, settings, task
 
     settings.check(config)
     if facts.example is None or facts.num_classes is None:
         raise ValueError(f"what data.name={config.data.name!r} holds is not known before it is opened")
+    if facts.sparse:
+        shown = task.multi_label(facts.example[0])
+    else:
+        shown = task.classification(lambda x: x, facts.example, pad=0, flip=False)
     model = settings.build_model(config, facts.num_classes)
-    example = jax.ShapeDtypeStruct((1, *facts.example), np.float32)
-    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), example)["params"]
-    axes = partition.resolve_axes(shapes, model.unit_axes() if config.method == "ist" else {})
-    groups = settings.make_groups(config, model, shapes, axes)
-    layout = make_layout(shapes, axes, groups, config.num_workers, config.num_devices or config.num_workers)
-    averaged = config.method == "data_parallel"
-    recipe = local_sgd.Recipe(
-        layout=layout,
-        tx=settings.make_tx(config.optimizer),
-        loss_fn=settings.make_loss_fn(
-            model.subnet({n: g.slots for n, g in groups.items()}) if groups else model,
-            task.classification_scores,
-        ),
-        batch_fn=augment.make_batch_fn(lambda x: x, pad=config.data.pad, flip=config.data.flip),
-        seed=config.seed,
-        carry=config.optimizer_state == "carry" or averaged,
-        vmapped=config.workers_on_device == "vmap",
-    )
-    inputs = jax.ShapeDtypeStruct((config.batch_size, *facts.example), np.float32)
-    labels = jax.ShapeDtypeStruct((config.batch_size,), np.int32)
+    recipe = experiment.make_recipe(config, model, shown, config.num_devices or config.num_workers)
+    layout, averaged = recipe.layout, config.method == "data_parallel"
+    size = config.batch_size
+    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), shown.example)
+    labels = jax.ShapeDtypeStruct((size, 1) if facts.sparse else (size,), np.int32)
     count = {"trees": ledger.exchanged_trees(recipe), "averaged_steps": averaged * config.local_steps}
     workers = layout.workers_per_device
     return Cost(
@@ -230,7 +218,8 @@ def _facts(config: config_dict.ConfigDict, example: Sequence[int], classes: int)
     if shape is None or num_classes is None:
         flag = "--classes" if shape else "--example and --classes"
         raise ValueError(f"what data.name={name!r} holds is not known before it is opened; give {flag}")
-    return data.Facts(shape, num_classes, None if example or classes else known.num_train)
+    num_train = None if example or classes else known.num_train
+    return known._replace(example=shape, num_classes=num_classes, num_train=num_train)
 
 
 if __name__ == "__main__":

@@ -150,8 +150,7 @@ def run_rounds(
         log.info("the validation accuracy has not risen for %d evaluations: stopped", config.patience)
     if leads:
         if meter is not None:
-            rounds, workers = len(records) - run.first_round, config.num_workers // distributed.count()
-            table = audit.with_wire(table, meter, rounds=rounds, workers=workers)
+            table = audit.with_wire(table, meter, workers=config.num_workers // distributed.count())
             metrics.write_json(workdir / "ledger.json", table)
         metrics.write_records(workdir, records)
         metrics.write_json(workdir / "summary.json", _summary(run, records, workdir, custom_model))
@@ -250,6 +249,7 @@ def run_round(
     devices from meeting a collective too far apart.
     """
     config, (layout, programs) = run.config, run.phase(index)
+    meter = meter if programs is run.programs else None  # the ledger is of the rounds after a warm-up
     grid = (layout.num_devices, layout.workers_per_device)
     data, indices = run.feed(index)
     feed = (indices, run.learning_rates[index], np.int32(index))

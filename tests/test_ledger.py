@@ -148,10 +148,13 @@ def test_step_flops_by_hand_and_by_the_compiler(table):
 def test_the_wire_column_is_filled_by_cause(table):
     assert {row["wire"] for row in table["rows"]} == {None}
     meter = wire.Meter()
-    for cause, received in (("round", 100_000), ("round", 12_000), ("evaluation", 500)):
-        meter.add(cause, received)
-    filled = rows(audit.with_wire(table, meter, rounds=2, workers=4))
-    assert filled["round"]["wire"] == 112_000 / 2 / 4
+    for received in (100_000, 60_000):  # two rounds
+        meter.add("gather", received)
+        meter.add("round", received)
+        meter.add("round", 3 * received)
+    meter.add("evaluation", 500)
+    filled = rows(audit.with_wire(table, meter, workers=4))
+    assert filled["round"]["wire"] == 4 * 160_000 / 2 / 4
     assert filled["evaluation"]["wire"] == 500 / 4
     assert filled["gradients"]["wire"] is None
     assert filled["round"]["formula"] == rows(table)["round"]["formula"]

@@ -82,19 +82,28 @@ def test_the_table_is_legible_at_100_columns(capsys):
 
 
 def test_a_thousand_workers_take_less_than_ten_seconds(capsys):
-    started = time.perf_counter()
+    started = time.process_time()  # of a core, whatever else the machine does
     planned = json.loads(run(capsys, RESNET, "--config.num_workers=1024", "--json"))
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
     assert planned["setting"]["num_workers"] == planned["setting"]["num_devices"] == 1024
 
 
 def test_two_billion_weights_fit_a_laptop(capsys):
-    amazon = ("--config.model.hidden=(2560,)", "--example=135909", "--classes=670091")
-    planned = json.loads(run(capsys, MLP, "--config.num_workers=8", *amazon, "--json"))
+    planned = json.loads(run(capsys, f"--config={ROOT}/configs/mlp.py:amazon670k", "--json"))
+    assert planned["setting"]["num_workers"] == 8
     assert planned["local_sgd"]["params_per_worker"] == (135_909 + 670_091) * 2560 + 2 * 2560
     assert planned["ist"]["params_per_worker"] == (135_909 + 670_091) * 320 + 2 * 320
     eighth = planned["local_sgd"]["state_bytes_per_worker"] / 8
     assert planned["ist"]["state_bytes_per_worker"] == pytest.approx(eighth, rel=1e-3)
+    # the sparse layer multiplies no matrices; logits: forward and by both factors, 128 examples
+    assert planned["ist"]["flops_per_worker_per_step"] == 3 * 2 * 128 * 320 * 670_091
+
+
+def test_a_set_of_ones_own(capsys):
+    own = ("--config.data.name=mine", "--example=4,4,3", "--classes=7")
+    planned = json.loads(run(capsys, f"--config={ROOT}/configs/mlp.py", *own, "--json"))
+    assert planned["local_sgd"]["params_per_worker"] == 48 * 1024 + 1024**2 + 1024 * 7 + 4 * 1024
+    assert planned["setting"]["rounds"] is None  # 400 epochs of nobody knows how many examples
 
 
 @pytest.mark.parametrize(
@@ -126,6 +135,7 @@ def test_mistakes_are_one_line_and_exit_2(flags, message, capsys):
 
 def test_squares_of_a_streamed_set_are_as_large_as_the_config_says(capsys):
     imagenet = [f"--config={ROOT}/configs/resnet.py:imagenet", "--json", "--config.model.width=4"]
+    imagenet += ["--config.model.sections=(1,1,3,1)", "--config.partition.min_units=0"]
     large = json.loads(run(capsys, *imagenet))
     small = json.loads(run(capsys, *imagenet, "--config.data.size=112"))
     ratio = large["local_sgd"]["flops_per_worker_per_step"] / small["local_sgd"]["flops_per_worker_per_step"]

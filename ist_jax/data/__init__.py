@@ -65,11 +65,13 @@ class Facts(NamedTuple):
       example: shape of an example, [H, W, C].
       num_classes: how many.
       num_train: examples in the training split.
+      sparse: sparse vectors with several labels each; the example's shape is their length.
     """
 
     example: tuple[int, ...] | None = None
     num_classes: int | None = None
     num_train: int | None = None
+    sparse: bool = False
 
 
 class ArraySource:
@@ -153,6 +155,8 @@ _TFDS_NAMES = ("cifar10", "cifar100", "svhn_cropped", "mnist", "fashion_mnist")
 OPENERS: dict[str, Callable[..., DataSet]] = {
     "digits": _open_digits,
     "extreme_classification": _open_extreme_classification,
+    "amazon670k": _open_extreme_classification,
+    "delicious": _open_extreme_classification,
     "image_folder": _open_image_folder,
     "imagenet2012": _open_imagenet,
     "speech_commands": _open_speech_commands,
@@ -161,6 +165,9 @@ OPENERS: dict[str, Callable[..., DataSet]] = {
 # What opening a set takes beside its folder, as keyword arguments.
 OPTIONS: dict[str, tuple[str, ...]] = {"speech_commands": ("words", "clip_length")}
 FACTS: dict[str, Facts] = {
+    "amazon670k": Facts((135_909,), 670_091, 490_449, sparse=True),
+    "delicious": Facts((500,), 983, 12_920, sparse=True),
+    "extreme_classification": Facts(sparse=True),
     "digits": Facts((8, 8, 1), 10, 1_437),
     "image_folder": Facts(),
     "imagenet2012": Facts(None, 1_000, 1_281_167),
