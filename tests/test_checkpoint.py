@@ -36,10 +36,10 @@ def stop_after(monkeypatch, number, signum=signal.SIGTERM):
     """A real signal in the middle of a round."""
     real = train.train_round
 
-    def with_signal(run, state, index):
+    def with_signal(run, state, index, *more):
         if index + 1 == number:
             os.kill(os.getpid(), signum)
-        return real(run, state, index)
+        return real(run, state, index, *more)
 
     monkeypatch.setattr(train, "train_round", with_signal)
 
