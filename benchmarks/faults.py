@@ -111,9 +111,7 @@ def memory(count: int, folder: Path) -> str:
     (process,) = launch(folder / "run", 1, settings)
     page, samples = os.sysconf("SC_PAGE_SIZE") / 2**20, []
     while process.poll() is None:
-        done = len((folder / "run" / "metrics.jsonl").read_bytes().splitlines()) if samples or (
-            folder / "run" / "metrics.jsonl"
-        ).is_file() else 0  # fmt: skip
+        done = len(metrics.read_records(folder / "run"))
         resident = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * page
         samples.append((done / count, resident))
         time.sleep(0.2)
