@@ -1,11 +1,13 @@
 """Images streamed from disk: which, how cropped, in what batches; broken files; restart at any round."""
 
+import dataclasses
 import io
 import logging
 import re
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import jax
 import numpy as np
@@ -163,6 +165,18 @@ def test_rounds_are_of_the_examples_that_sets_in_memory_draw():
         assert np.array_equal(chunk.data["label"][0][chunk.indices[0]], drawn // 6)
 
 
+def test_every_position_has_a_crop_of_its_own():
+    class OneImage(Counting):
+        def __getitem__(self, index):
+            pixels = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+            image = Image.fromarray(pixels).resize((64, 64), Image.Resampling.BICUBIC)
+            return {"image": encode(np.asarray(image)), "label": 0}
+
+    feed = make_feed(make_batches(OneImage()), rounds=2)
+    images = [image.tobytes() for r in range(2) for image in feed(r).data["image"][0]]
+    assert len(set(images)) == len(images) == 24
+
+
 def test_chunks_are_cut_by_device():
     two = stream.StreamingFeed(make_batches(Counting()), 2, 5, processes=0, put=lambda chunk: chunk)
     one = make_feed(make_batches(Counting()))
@@ -224,6 +238,22 @@ def test_no_more_is_read_than_this_round_and_the_next():
     assert len(source.seen) == 12  # nothing beyond the last round
 
 
+def test_memory_holds_the_round_in_use_the_next_and_one_that_is_handed_over():
+    source = Counting()
+    make = dataclasses.replace(make_batches(source), transform=TRANSFORM._replace(size=128, resize=128))
+    chunk = 12 * 128 * 128 * 3
+    make_feed(make, rounds=1)(0)  # imports
+    tracemalloc.start()
+    feed, held = make_feed(make, rounds=12), None
+    for round_index in range(12):
+        held = feed(round_index)
+        time.sleep(0.05)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held.data["image"].nbytes == chunk
+    assert 2 * chunk < peak < 4.5 * chunk  # and the batch that is being decoded, a quarter, twice
+
+
 SCRIPT = """
 import sys
 import numpy as np
@@ -233,15 +263,16 @@ if __name__ == "__main__":
     source = data.open_data_set("image_folder", sys.argv[1]).train
     transform, shards = images.Transform(8, 8, (0.5, 1.0), (1.0, 1.0), True), [np.array([0, 1, 2], np.int32)]
     make = encoded.TrainBatches(source, shards, [0], transform, seed=0, local_steps=2, batch_size=3)
-    feed = stream.StreamingFeed(make, 1, 9, processes=2, put=lambda chunk: chunk)
-    print(feed(0).data["image"].shape)
-    feed.close()
+    for rounds in (9, 1):  # stopped early, and read to its end
+        feed = stream.StreamingFeed(make, 1, rounds, processes=2, put=lambda chunk: chunk)
+        print(feed(0).data["image"].shape)
+        feed.close()
 """
 
 
 def test_processes_leave_nothing_behind(folder):
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(folder)], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 6, 8, 8, 3)\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 6, 8, 8, 3)\n" * 2, "")
 
 
 # --- broken files ---------------------------------------------------------------------------------
@@ -255,7 +286,7 @@ def test_the_next_readable_example_of_the_shard_stands_in():
     labels, numbers = identify(got["image"])
     assert (labels * 6 + numbers).tolist() == [9, 9, 1, 1]  # behind the last one, the first
     assert got["label"].tolist() == [1, 1, 0, 0]
-    with pytest.raises(ValueError, match="5 images in a row cannot be read, from image9 on"):
+    with pytest.raises(OSError, match="5 images in a row cannot be read, from image9 on"):
         read_batch(Counting(broken=range(12)), shard, np.array([9]), crops[:1])
 
 
@@ -283,7 +314,7 @@ def test_unreadable_images_are_named_once_and_counted(folder, caplog):
 
 def test_a_reader_that_fails_is_heard_of():
     feed = make_feed(make_batches(Counting(broken=range(12))))
-    with pytest.raises(ValueError, match="12 images in a row cannot be read"):
+    with pytest.raises(OSError, match="12 images in a row cannot be read"):
         feed(0)
 
 

@@ -38,7 +38,7 @@ def read_batch(
       examples of the shard the one was found.
 
     Raises:
-      ValueError: too many unreadable examples in a row.
+      OSError: too many unreadable examples in a row.
     """
     images, labels, skipped = [], [], []
     for index, crop in zip(indices, crops, strict=True):
@@ -53,7 +53,7 @@ def read_batch(
             skipped.append(tries)
             break
         else:
-            raise ValueError(f"{tries + 1} images in a row cannot be read, from {source.name(int(index))} on")
+            raise OSError(f"{tries + 1} images in a row cannot be read, from {source.name(int(index))} on")
     return {
         "image": np.stack(images),
         "label": np.array(labels, np.int32),
