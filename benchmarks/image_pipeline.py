@@ -97,8 +97,8 @@ def main(argv: list[str]) -> int:
             rate, all_, start = read_all(train, num, processes)
             core = (num - num // 4) * BATCH / (all_ - few)  # what starting takes cancels out
             print(
-                f"{processes} processes: {core:6.0f} images/s per core, transport included; {rate:5.0f} images/s"
-                f", {start:.1f} s until the first"
+                f"{processes} processes: {core:6.0f} images/s per core, transport included; {rate:5.0f} "
+                f"images/s, {start:.1f} s until the first"
             )
     return 0
 
