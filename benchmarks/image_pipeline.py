@@ -5,7 +5,7 @@
 Writes JPEGs of 500x375 pixels, cut at random from the two photographs that scikit-learn ships, to a
 temporary folder, and reads them as configs/resnet.py:imagenet does: random crops for training, the centre for
 evaluation. A core's figure is images / CPU seconds, which a busy machine changes less than images / seconds.
-With processes it counts both sides of the transport, but not their start (they import grain, so JAX).
+With processes it counts both sides of the transport, but not their start (they import grain, and so JAX).
 """
 
 import io
@@ -96,10 +96,8 @@ def main(argv: list[str]) -> int:
             _, few, _ = read_all(train, num // 4, processes)
             rate, all_, start = read_all(train, num, processes)
             core = (num - num // 4) * BATCH / (all_ - few)  # what starting takes cancels out
-            print(
-                f"{processes} processes: {core:6.0f} images/s per core, transport included; {rate:5.0f} "
-                f"images/s, {start:.1f} s until the first"
-            )
+            text = f"{processes} processes: {core:6.0f} images/s per core, transport included"
+            print(f"{text}; {rate:5.0f} images/s, {start:.1f} s until the first")
     return 0
 
 

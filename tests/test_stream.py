@@ -256,6 +256,7 @@ def test_memory_holds_the_round_in_use_the_next_and_one_that_is_handed_over():
 
 SCRIPT = """
 import sys
+import time
 import numpy as np
 from ist_jax import data
 from ist_jax.data import encoded, images, stream
@@ -267,6 +268,7 @@ if __name__ == "__main__":
         feed = stream.StreamingFeed(make, 1, rounds, processes=2, put=lambda chunk: chunk)
         print(feed(0).data["image"].shape)
         feed.close()
+    time.sleep(2)  # a thread of grain's frees the shared memory
 """
 
 
