@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import get_config
 from flax import traverse_util
 from jax import lax
 
-from ist_jax import ledger, partition
+from ist_jax import ledger, partition, settings
 from ist_jax.layout import make_layout
 from ist_jax.models.conv import conv_general_dilated
 from ist_jax.models.mlp import MLP
@@ -246,3 +247,16 @@ def test_batch_norm_uses_the_batch_or_what_it_is_given():
     _, stats = norm.apply(params, x, mutable=["batch_stats"])
     single = norm.apply(params | stats, x[:1])
     np.testing.assert_allclose(single, y[:1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("num_workers", "blocks"), [(2, 11), (4, 10)])
+def test_the_imagenet_config_deals_out_the_blocks_of_section_3(num_workers, blocks):
+    config = get_config("resnet", "imagenet", num_workers=num_workers)
+    model = settings.build_model(config, 1000)
+    params = shapes(model, config.data.size, config.data.size, 3)
+    assert count(params) == 44_549_160 - 11_776  # ResNet101, as above
+    axes = partition.resolve_axes(params, model.unit_axes())
+    (group,) = settings.make_groups(config, model, params, axes).values()
+    assert (group.size, group.counts) == (22, (blocks,) * num_workers)
+    rates = settings.make_learning_rates(config, 90)
+    assert rates[[0, 29, 30, 59, 60, 89], 0] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])

@@ -265,7 +265,7 @@ if __name__ == "__main__":
     transform, shards = images.Transform(8, 8, (0.5, 1.0), (1.0, 1.0), True), [np.array([0, 1, 2], np.int32)]
     make = encoded.TrainBatches(source, shards, [0], transform, seed=0, local_steps=2, batch_size=3)
     for rounds in (9, 1):  # stopped early, and read to its end
-        feed = stream.StreamingFeed(make, 1, rounds, processes=2, put=lambda chunk: chunk)
+        feed = stream.StreamingFeed(make, 1, rounds, processes=1, put=lambda chunk: chunk)
         print(feed(0).data["image"].shape)
         feed.close()
     time.sleep(2)  # a thread of grain's frees the shared memory
@@ -329,10 +329,10 @@ def evaluation_of(source, *, batch_size=4, devices=1, processes=0):
     return stream.StreamingEvaluation(make, processes=processes, put=lambda chunk: chunk)
 
 
-@pytest.mark.parametrize(("devices", "processes"), [(1, 0), (2, 0), (2, 2)])
-def test_evaluation_counts_every_image_once_but_the_unreadable(folder, devices, processes, caplog):
+@pytest.mark.parametrize("devices", [1, 2])
+def test_evaluation_counts_every_image_once_but_the_unreadable(folder, devices, caplog):
     source = data.open_data_set("image_folder", str(folder)).test
-    evaluation = evaluation_of(source, devices=devices, processes=processes)
+    evaluation = evaluation_of(source, devices=devices)
     with caplog.at_level(logging.WARNING):
         chunks = list(evaluation)
     assert {name: x.shape for name, x in chunks[0].items()} == {
@@ -433,7 +433,8 @@ def tiny(folder, **overrides):
     config = get_config("resnet", "imagenet", **{
         "data.name": "image_folder", "data.dir": str(folder), "data.size": 8, "data.resize": 10,
         "data.processes": 0, "model.sections": (1, 3), "model.width": 4, "partition.sections": (2,),
-        "partition.min_units": 0, "partition.warmup_epochs": 0.0,
+        "partition.min_units": 0, "partition.warmup_epochs": 0.0, "model.block": "basic",
+        "model.stem": "small",
         "num_workers": 2, "local_steps": 2, "batch_size": 3, "eval_batch_size": 4, "eval_every": 0,
     })  # fmt: skip
     config.update({"rounds": 3})
