@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from ist_jax import cli, devices, evaluation, ledger, local_sgd, partition, settings
+from ist_jax import cli, devices, evaluation, experiment, ledger, local_sgd, settings
 from ist_jax.data.sparse import Rows
-from ist_jax.layout import Layout, make_layout, split
+from ist_jax.layout import Layout, split
 from ist_jax.programs import Programs, compile_programs
 from ist_jax.task import multi_label
 
@@ -48,20 +48,8 @@ def compile_for_shapes(config: Any) -> tuple[Layout, local_sgd.State, Programs]:
     count = len(chosen)
     task = multi_label(FEATURES)
     model = settings.build_model(config, LABELS)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), task.example)["params"]
-    axes = partition.resolve_axes(shapes, model.unit_axes() if config.method == "ist" else {})
-    groups = settings.make_groups(config, model, shapes, axes)
-    layout = make_layout(shapes, axes, groups, config.num_workers, count)
-    subnet = model.subnet({n: g.slots for n, g in groups.items()}) if groups else model
-    recipe = local_sgd.Recipe(
-        layout=layout,
-        tx=settings.make_tx(config.optimizer),
-        loss_fn=settings.make_loss_fn(subnet, task.score_fn),
-        batch_fn=task.batch_fn,
-        seed=config.seed,
-        carry=config.optimizer_state == "carry" or config.method == "data_parallel",
-        vmapped=config.workers_on_device == "vmap",
-    )
+    recipe = experiment.make_recipe(config, model, task, count)
+    layout = recipe.layout
     shards = {
         path: jax.eval_shape(
             lambda x, leaf=leaf: split(x, leaf, count), shape(*leaf.shape, dtype=jnp.float32)
