@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 
 from ist_jax import evaluation, fetch, hlo, ledger
@@ -66,7 +65,7 @@ def ledger_of(run: Run) -> dict[str, Any]:
             memory.append(_row(f"peak of {name}", "bytes", "device", hlo=_peak(program)))
     step = _row(
         "training step", "FLOPs", "worker and step",
-        formula=ledger.step_flops(run.recipe, *_batch_shapes(run)),
+        formula=ledger.step_flops(run.recipe, run.task, config.batch_size),
         hlo=programs["local"].flops / (workers * config.local_steps),
     )  # fmt: skip
     return {
@@ -186,11 +185,3 @@ def _products(run: Run) -> dict[str, tuple[int, int]]:
     shards = jax.tree.map(partial(without, axes=1), run.state.trees[0])
     jax.eval_shape(logits, shards, jax.tree.map(partial(without, axes=2), run.test_batches.spec))
     return dict(notes.products)
-
-
-def _batch_shapes(run: Run) -> tuple[Any, Any]:
-    """The (inputs, labels) of a batch."""
-    data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), run.feed.spec)
-    indices = jax.ShapeDtypeStruct((run.config.batch_size,), np.int32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(run.recipe.batch_fn, data, indices, key)

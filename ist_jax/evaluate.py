@@ -55,7 +55,7 @@ def evaluate_workdir(workdir: Path, images: list[str]) -> None:
     import jax
     import numpy as np
 
-    from ist_jax import checkpoint, evaluation, experiment, inputs, results, settings, train
+    from ist_jax import checkpoint, evaluation, experiment, inputs, results, train
 
     config = results.read_config(workdir)
     if (custom := results.read_summary(workdir)["custom_model"]) is not None:
@@ -94,7 +94,7 @@ def evaluate_workdir(workdir: Path, images: list[str]) -> None:
 
     shape = run.task.example.shape[1:] if images else ()
     for name, picture in zip(images, pictures, strict=True):
-        example = settings.make_transform(config).centre(picture) if encoded else to_example(picture, shape)
+        example = inputs.make_transform(config).centre(picture) if encoded else to_example(picture, shape)
         batch = {"image": example[None], "label": np.zeros(1, np.int32)}
         probabilities = np.asarray(predict(variables, batch))[0]
         best = probabilities.argsort()[::-1][:3]

@@ -1,6 +1,7 @@
 """What the rounds and the evaluation are fed: sets in memory, or streamed from disk."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from operator import itemgetter
@@ -14,6 +15,7 @@ from ist_jax import data, devices, settings
 from ist_jax.data import augment, batches
 from ist_jax.data.encoded import EvalBatches, TrainBatches
 from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
+from ist_jax.data.images import Transform
 from ist_jax.data.stream import StreamingEvaluation, StreamingFeed, check_shared_memory
 from ist_jax.task import Task, classification, multi_label
 
@@ -58,14 +60,14 @@ def open_inputs(config: config_dict.ConfigDict) -> Inputs:
 
 
 def _open_encoded(config: config_dict.ConfigDict, dataset: data.DataSet) -> Inputs:
-    size = settings.make_transform(config).size
+    size = make_transform(config).size
     if config.data.validation:
         raise ValueError(
             f"data.validation={config.data.validation} is not for streamed images; set config.data.validation"
             "=0"
         )
     check_shared_memory(config.data.processes, max(config.batch_size, config.eval_batch_size), size)
-    normalize = augment.make_normalize(*settings.get_channel_statistics(config))
+    normalize = augment.make_normalize(*get_channel_statistics(config))
     task = classification(normalize, (size, size, 3), pad=0, flip=False)  # they arrive augmented
     return Inputs(dataset, dataset.train, dataset.test, None, task)
 
@@ -85,6 +87,40 @@ def _open_decoded(config: config_dict.ConfigDict, dataset: data.DataSet) -> Inpu
     return Inputs(dataset, train, data.load(dataset.test), held_out, task)
 
 
+def make_transform(config: config_dict.ConfigDict) -> Transform:
+    """How streamed images become arrays of one size.
+
+    Raises:
+      ValueError: a key of `config.data` that only streamed images need is missing or cannot work.
+    """
+    if "size" not in settings.get(config, "data"):
+        raise ValueError(
+            f"data.name={config.data.name!r} is streamed, and the config has no data.size and the like; "
+            "configs/resnet.py:imagenet has them"
+        )
+    area, aspect = (settings.get_tuple(config, f"data.{key}", float) for key in ("crop_area", "crop_aspect"))
+    for key, values, most in (("crop_area", area, 1.0), ("crop_aspect", aspect, math.inf)):
+        if len(values) != 2 or not 0 < values[0] <= values[1] <= most:
+            upper = " and at most 1" if most == 1 else ""
+            raise ValueError(f"data.{key}={values}; set it to two ascending numbers above 0{upper}")
+    size, resize = settings.get(config, "data.size"), settings.get(config, "data.resize")
+    if not 1 <= size <= resize:
+        raise ValueError(f"data.size={size} and data.resize={resize}; the size must be 1 to data.resize")
+    if settings.get(config, "data.processes") < 0:
+        raise ValueError(f"data.processes={config.data.processes}; set config.data.processes to 0 or more")
+    if config.data.pad:
+        raise ValueError(f"data.pad={config.data.pad}; streamed images are cropped at random, set it to 0")
+    return Transform(size, resize, area, aspect, config.data.flip)
+
+
+def get_channel_statistics(config: config_dict.ConfigDict) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of streamed images, 0 to 255."""
+    mean, std = settings.get_tuple(config, "data.mean", float), settings.get_tuple(config, "data.std", float)
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"data.mean={mean} and data.std={std}; set them to three numbers each, std above 0")
+    return mean, std
+
+
 def feed_rounds(
     config: config_dict.ConfigDict, inputs: Inputs, chosen: Sequence[jax.Device], rounds: int
 ) -> InMemoryFeed | StreamingFeed:
@@ -99,7 +135,7 @@ def feed_rounds(
     steps = {"seed": config.seed, "local_steps": config.local_steps, "batch_size": config.batch_size}
     if not encoded:
         return InMemoryFeed(devices.replicate(inputs.train, chosen), shards, len(chosen), **steps)
-    transform = settings.make_transform(config)
+    transform = make_transform(config)
     each = config.num_workers // len(chosen)
     workers = [each * device + i for device in _devices_here(chosen) for i in range(each)]
     return StreamingFeed(
@@ -125,7 +161,7 @@ def feed_evaluation(
     if isinstance(split, dict):
         return InMemoryEvaluation(put(deal_batches(split, config.eval_batch_size, len(chosen))))
     plan = batches.eval_batches(len(split), config.eval_batch_size, len(chosen))
-    make = EvalBatches(split, plan, _devices_here(chosen), settings.make_transform(config))
+    make = EvalBatches(split, plan, _devices_here(chosen), make_transform(config))
     return StreamingEvaluation(make, processes=config.data.processes, put=put)
 
 
@@ -144,7 +180,7 @@ def calibration_batches(config: config_dict.ConfigDict, inputs: Inputs, most: in
         chosen = data.select(inputs.train, order)
         return (jax.tree.map(itemgetter(number), chosen) for number in range(len(order)))
     plan = batches.EvalBatches(order[None], np.ones((1, *order.shape), np.float32))
-    make = EvalBatches(inputs.train, plan, [0], settings.make_transform(config))
+    make = EvalBatches(inputs.train, plan, [0], make_transform(config))
     stream = StreamingEvaluation(make, processes=config.data.processes, put=lambda chunk: chunk)
     return (jax.tree.map(itemgetter((0, 0)), chunk) for chunk in stream)
 

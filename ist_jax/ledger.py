@@ -18,10 +18,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from ist_jax import flops, local_sgd
 from ist_jax.layout import Layout, Leaf
 from ist_jax.local_sgd import Recipe
+from ist_jax.models.sparse import Sparse
+from ist_jax.task import Task
 
 _COUNT_BYTES = 4  # int32: how many workers were healthy, summed beside the gradients
 
@@ -218,17 +221,25 @@ def exchanged_trees(recipe: Recipe) -> int:
     return len(state.trees)
 
 
-def step_flops(recipe: Recipe, inputs: Any, labels: Any) -> float:
+def step_flops(recipe: Recipe, task: Task, batch_size: int) -> float:
     """FLOPs of a local step of a subnet with all of its slots filled, as `flops` counts.
 
     Args:
       recipe: what a worker does.
-      inputs: of a batch; arrays or `jax.ShapeDtypeStruct`s.
-      labels: the same.
+      task: what it is shown.
+      batch_size: examples per step.
     """
+    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), task.example)
+    labels = (batch_size, 1) if isinstance(task.example, Sparse) else (batch_size,)  # as good as any number
     groups = recipe.layout.groups.values()
     gates = {g.name: jax.ShapeDtypeStruct((g.slots,), bool) for g in groups if not g.even}
-    return flops.step_flops(recipe.loss_fn, subnet_shapes(recipe.layout), inputs, labels, gates or None)
+    return flops.step_flops(
+        recipe.loss_fn,
+        subnet_shapes(recipe.layout),
+        inputs,
+        jax.ShapeDtypeStruct(labels, np.int32),
+        gates or None,
+    )
 
 
 def _bytes(shapes: Any) -> int:

@@ -57,9 +57,6 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
     Raises:
       ValueError: a setting that cannot work, or facts that lack; the message names the key.
     """
-    import jax
-    import numpy as np
-
     from ist_jax import experiment, ledger, settings, task
 
     settings.check(config)
@@ -72,9 +69,6 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
     model = settings.build_model(config, facts.num_classes)
     recipe = experiment.make_recipe(config, model, shown, config.num_devices or config.num_workers)
     layout, averaged = recipe.layout, config.method == "data_parallel"
-    size = config.batch_size
-    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), shown.example)
-    labels = jax.ShapeDtypeStruct((size, 1) if facts.sparse else (size,), np.int32)
     count = {"trees": ledger.exchanged_trees(recipe), "averaged_steps": averaged * config.local_steps}
     workers = layout.workers_per_device
     return Cost(
@@ -82,7 +76,7 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
         paper_gigabytes_per_round=sum(ledger.paper_bytes(layout, **count).values()) / 1e9,
         wire_bytes_per_worker_per_round=sum(ledger.round_bytes(layout, **count).values()) / workers,
         state_bytes_per_worker=sum(ledger.memory(recipe, in_place=averaged)) / workers,
-        flops_per_worker_per_step=ledger.step_flops(recipe, inputs, labels),
+        flops_per_worker_per_step=ledger.step_flops(recipe, shown, config.batch_size),
     )
 
 

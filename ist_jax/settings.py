@@ -13,7 +13,6 @@ from flax import traverse_util
 from ml_collections import config_dict
 
 from ist_jax import METHODS, partition, store
-from ist_jax.data.images import Transform
 from ist_jax.models.mlp import MLP
 from ist_jax.models.resnet import BLOCKS, STEMS, ResNet
 
@@ -125,40 +124,6 @@ def get_tuple(config: config_dict.ConfigDict, key: str, kind: type) -> tuple:
         plural, example = ("strings", "('yes','no')") if kind is str else (f"{kind.__name__}s", "'(1,2)'")
         raise ValueError(f"{key}={values!r}; set config.{key} to a tuple of {plural}, such as {example}")
     return tuple(values)
-
-
-def make_transform(config: config_dict.ConfigDict) -> Transform:
-    """How streamed images become arrays of one size.
-
-    Raises:
-      ValueError: a key of `config.data` that only streamed images need is missing or cannot work.
-    """
-    if "size" not in get(config, "data"):
-        raise ValueError(
-            f"data.name={config.data.name!r} is streamed, and the config has no data.size and the like; "
-            "configs/resnet.py:imagenet has them"
-        )
-    area, aspect = (get_tuple(config, f"data.{key}", float) for key in ("crop_area", "crop_aspect"))
-    for key, values, most in (("crop_area", area, 1.0), ("crop_aspect", aspect, math.inf)):
-        if len(values) != 2 or not 0 < values[0] <= values[1] <= most:
-            upper = " and at most 1" if most == 1 else ""
-            raise ValueError(f"data.{key}={values}; set it to two ascending numbers above 0{upper}")
-    size, resize = get(config, "data.size"), get(config, "data.resize")
-    if not 1 <= size <= resize:
-        raise ValueError(f"data.size={size} and data.resize={resize}; the size must be 1 to data.resize")
-    if get(config, "data.processes") < 0:
-        raise ValueError(f"data.processes={config.data.processes}; set config.data.processes to 0 or more")
-    if config.data.pad:
-        raise ValueError(f"data.pad={config.data.pad}; streamed images are cropped at random, set it to 0")
-    return Transform(size, resize, area, aspect, config.data.flip)
-
-
-def get_channel_statistics(config: config_dict.ConfigDict) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of streamed images, 0 to 255."""
-    mean, std = get_tuple(config, "data.mean", float), get_tuple(config, "data.std", float)
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"data.mean={mean} and data.std={std}; set them to three numbers each, std above 0")
-    return mean, std
 
 
 def build_model(config: config_dict.ConfigDict, num_classes: int) -> nn.Module:
