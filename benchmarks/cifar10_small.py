@@ -43,6 +43,15 @@ VARIANTS = {
         "ResIST, sections 2-2-6-2, all sections",
         ("partition.min_units=0", "model.sections=(2,2,6,2)", "partition.sections=(1,2,3,4)"),
     ),
+    "wide_strided": (
+        "ResIST, sections 2-2-6-2, all sections, strided blocks dealt out as well",
+        (
+            "partition.min_units=0",
+            "model.sections=(2,2,6,2)",
+            "partition.sections=(1,2,3,4)",
+            "partition.deal_strided=True",
+        ),
+    ),
 }
 USAGE = "python benchmarks/cifar10_small.py --dir=DIR [--workdir=DIR] [--train] [--rounds=N]"
 

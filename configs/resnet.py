@@ -77,6 +77,7 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
 
     config.partition = config_dict.ConfigDict()
     config.partition.sections = (3,)  # counted from 1
+    config.partition.deal_strided = False  # | True: their strided block is one worker's, others skip it
     config.partition.min_units = 0  # least blocks per worker, reached by overlap; 0: none
     config.partition.shares = ()  # relative speed of each worker; (): equal
     config.partition.warmup_epochs = 0.0  # passes, at the start, in which all train the whole model

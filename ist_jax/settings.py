@@ -139,7 +139,8 @@ def build_model(config: config_dict.ConfigDict, num_classes: int) -> nn.Module:
         for key, value, allowed in (("block", kind, tuple(BLOCKS)), ("stem", stem, STEMS)):
             if value not in allowed:
                 raise ValueError(f"model.{key}={value!r}; set config.model.{key} to one of {allowed}")
-        return ResNet(sections, width, num_classes, partitioned, dtype, kind, stem)
+        dealt = get(config, "partition.deal_strided")
+        return ResNet(sections, width, num_classes, partitioned, dealt, dtype, kind, stem)
     if name == "mlp":
         hidden = get_tuple(config, "model.hidden", int)
         if not hidden or min(hidden) < 1:

@@ -16,7 +16,7 @@ from ist_jax.layout import make_layout
 from ist_jax.models.conv import conv_general_dilated
 from ist_jax.models.mlp import MLP
 from ist_jax.models.norm import BatchNorm
-from ist_jax.models.resnet import ResNet
+from ist_jax.models.resnet import BLOCKS, ResNet
 
 
 def shapes(model, *example):
@@ -174,6 +174,46 @@ def test_an_empty_slot_is_as_if_it_were_not_there(model, group):
     for path, leaf in traverse_util.flatten_dict(grads, sep="/").items():
         if group in axes[path] and not path.startswith("output"):
             assert (np.take(np.asarray(leaf), 1, axes[path].index(group)) == 0).all(), path
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_a_dealt_strided_block_is_the_shared_one(block):
+    dealt = ResNet((1, 2), 4, 10, (2,), deal_strided=True, block=block)
+    x = jax.random.normal(jax.random.key(1), (4, 9, 8, 1))
+    params = jax.jit(dealt.init)(jax.random.key(0), x)["params"]
+    axes = partition.resolve_axes(params, dealt.unit_axes())
+    assert {path.split("/", 2)[1]: names[0] for path, names in axes.items() if "section" in path} == {
+        "first": "section2_first", "blocks": "section2",
+    }  # fmt: skip
+    assert {names[0] for path, names in axes.items() if path.startswith("section1")} == {None}
+    first = jax.tree.map(lambda p: p[0], params["section2"]["first"])
+    shared = params | {"section2": params["section2"] | {"first": first}}
+
+    def apply(model, params, gates=None):
+        mutable = [] if gates else ["batch_stats"]
+        return jax.jit(lambda p: model.apply({"params": p}, x, gates, mutable=mutable))(params)
+
+    wanted, stats = apply(dealt.clone(deal_strided=False), shared)
+    got, got_stats = apply(dealt, params)
+    gated, _ = apply(dealt, params, {"section2_first": jnp.ones(1, bool)})
+    for a, b in zip(
+        jax.tree.leaves((got, got_stats, gated)), jax.tree.leaves((wanted, stats, wanted)), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", BLOCKS.values())
+def test_who_holds_no_strided_block_passes_on_every_second_pixel(block):
+    module = block(8, strides=2, project=True)
+    x = jax.random.normal(jax.random.key(1), (4, 9, 8, 5))
+    params = jax.jit(module.init)(jax.random.key(0), x)
+    run = jax.jit(lambda p, gate: module.apply(p, x, gate)[0])
+    got = run(params, False)
+    assert got.shape == run(params, True).shape == (4, 5, 4, 8 * block.expansion)
+    assert np.array_equal(got[..., :5], x[:, ::2, ::2])
+    assert not np.any(got[..., 5:])
+    grads = jax.jit(jax.grad(lambda p, gate: module.apply(p, x, gate)[0].sum()))(params, False)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
 def test_scale_multiplies_the_residual_branches():

@@ -13,6 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from ist_jax.models import Fetch, streamed
 from ist_jax.models.conv import conv_general_dilated
@@ -56,11 +57,18 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, None]:
         """Args: x [N, H, W, C]; gate: a bool scalar, False skips the block; scale of the branch.
 
+        What skips a strided block is every second pixel, with channels of zeros where more come out.
+
         Returns: ([N, H', W', expansion * width], None), the form that `nn.scan` takes.
         """
         if gate is None:
             return self._residual(x, scale), None
-        return nn.cond(gate, type(self)._residual, lambda _, x, __: x, self, x, scale), None
+        return nn.cond(gate, type(self)._residual, type(self)._pass_on, self, x, scale), None
+
+    def _pass_on(self, x: jax.Array, scale: jax.Array | float) -> jax.Array:
+        del scale
+        more = self.expansion * self.width - x.shape[-1]
+        return jnp.pad(x[:, :: self.strides, :: self.strides], ((0, 0),) * 3 + ((0, more),))
 
 
 class Bottleneck(Block):
@@ -95,13 +103,14 @@ class ResNet(nn.Module):
 
     Every section is a `first` block (strided but in section 1, projected where its shape changes) and
     `blocks`, the rest, stacked on axis 0 by `nn.scan`. The stacked blocks of the sections in `partitioned`
-    are units.
+    are units, and with `deal_strided` their strided blocks are as well, a group of one each.
 
     Attributes:
       sections: blocks per section; (3, 4, 23, 3) is the paper's ResNet101.
       width: channels of the first section; doubled in each.
       num_classes: logits.
       partitioned: numbers of the sections that are partitioned, counted from 1.
+      deal_strided: every strided block of those sections belongs to one worker; the others skip it.
       dtype: of the computation, such as bfloat16; None: of the parameters. Those, the norms' statistics
         and the logits are never narrower than float32.
       block: 'basic' (3x3, 3x3) or 'bottleneck' (1x1, 3x3, 1x1).
@@ -114,6 +123,7 @@ class ResNet(nn.Module):
     width: int
     num_classes: int
     partitioned: tuple[int, ...] = (3,)
+    deal_strided: bool = False
     dtype: Any = None
     block: str = "basic"
     stem: str = "small"
@@ -121,14 +131,22 @@ class ResNet(nn.Module):
     unroll: int = 1
 
     def unit_axes(self) -> dict[str, Any]:
-        """One group per partitioned section. Raises ValueError where there is nothing to partition."""
+        """One group per partitioned section, and one per dealt strided block.
+
+        Raises:
+          ValueError: there is nothing to partition.
+        """
         for i in self.partitioned:
             if not 1 <= i <= len(self.sections) or self.sections[i - 1] < 2:
                 raise ValueError(
                     f"partition.sections={self.partitioned}: section {i} of model.sections="
                     f"{self.sections} has no partitionable block (all but its first)"
                 )
-        return {f"section{i}/blocks/.*": (f"section{i}", ...) for i in self.partitioned}
+        rest = {f"section{i}/blocks/.*": (f"section{i}", ...) for i in self.partitioned}
+        return rest | {f"section{i}/first/.*": (f"section{i}_first", ...) for i in self._dealt()}
+
+    def _dealt(self) -> tuple[int, ...]:
+        return tuple(i for i in self.partitioned if i > 1) if self.deal_strided else ()
 
     def subnet(self, sizes: Mapping[str, int]) -> "ResNet":
         """The net with `sizes['section3']` stacked blocks in section 3, and so on."""
@@ -153,17 +171,22 @@ class ResNet(nn.Module):
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         else:
             x = _Conv(self.width, (3, 3), dtype=self.dtype, name="stem")(x)
-        for i, count in enumerate(self.sections):
+        gates, scale = gates or {}, scale or {}
+        for i, count in enumerate(self.sections, 1):
+            own = {
+                name: (gates.get(name), scale.get(name, 1.0)) for name in (f"section{i}", f"section{i}_first")
+            }
             x = _Section(
-                name=f"section{i + 1}",
+                name=f"section{i}",
                 block=BLOCKS[self.block],
                 count=count,
-                width=self.width * 2**i,
-                strides=2 if i else 1,
+                width=self.width * 2 ** (i - 1),
+                strides=2 if i > 1 else 1,
+                dealt=i in self._dealt(),
                 dtype=self.dtype,
                 fetch=self.fetch,
                 unroll=self.unroll,
-            )(x, (gates or {}).get(f"section{i + 1}"), (scale or {}).get(f"section{i + 1}", 1.0))
+            )(x, *own.values())
         return at_least_float32(nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x.mean((1, 2))))
 
 
@@ -172,14 +195,21 @@ class _Section(nn.Module):
     count: int
     width: int
     strides: int
+    dealt: bool
     dtype: Any
     fetch: Fetch | None
     unroll: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, gates: jax.Array | None, scale: float) -> jax.Array:
+    def __call__(self, x: jax.Array, rest: "_Use", first: "_Use") -> jax.Array:
         project = self.strides > 1 or x.shape[-1] != self.block.expansion * self.width
-        x, _ = self.block(self.width, self.strides, project, self.dtype, name="first")(x)
+        block = self.block
+        if self.dealt:
+            block = streamed(_with_unit_axis(block, self.is_initializing()), f"{self.name}/first", self.fetch)
+        gates, scale = first
+        gate = None if gates is None else gates[0]
+        x, _ = block(self.width, self.strides, project, self.dtype, name="first")(x, gate, scale)
+        gates, scale = rest
         if self.count > 1:
             blocks = nn.scan(
                 streamed(self.block, f"{self.name}/blocks", self.fetch),
@@ -191,3 +221,17 @@ class _Section(nn.Module):
             )
             x, _ = blocks(self.width, dtype=self.dtype, name="blocks")(x, gates, scale)
         return x
+
+
+_Use = tuple[jax.Array | None, jax.Array | float]  # gates and scale of a group
+
+
+def _with_unit_axis(block: type[Block], init: bool) -> type[Block]:
+    """The block with a leading axis of size 1 on all of its parameters; init: they are made now."""
+    return nn.map_variables(
+        block,
+        "params",
+        trans_in_fn=partial(jax.tree.map, lambda x: x[0]),
+        trans_out_fn=partial(jax.tree.map, lambda x: x[None]),
+        init=init,
+    )
