@@ -1,5 +1,6 @@
 """The arithmetic of the tables in benchmarks/."""
 
+import json
 import re
 
 import jax
@@ -88,3 +89,22 @@ def test_the_table_compares_nets_of_one_kind(cifar10_small):
     assert cells[0] == ["60.0", "55.0", "50", "5.0", "10.0", "40", "40.0", "40.0", "", ""]
     assert cells[1] == ["70.0", "", "100", "10.0", "20.0", "80", "", "", "", ""]
     assert cells[2] == ["50.0", "", "60", "5.0", "10.0", "40", "", "", "", ""]
+
+
+def test_a_run_on_one_device_is_summed_up(tmp_path):
+    import accelerator
+
+    config = get_config("mlp", compute_dtype="bfloat16", num_devices=1, rounds=4, eval_every=2)
+    train.train(config, tmp_path)
+    out = accelerator.measure(tmp_path, 1e9)
+    assert "ist, 2 workers on 1 device(s), bfloat16, 4 rounds" in out
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    local = np.median([r["seconds_local"] for r in records[2:]])
+    examples, share = (float(re.search(rf"{row} \| ([\d.,]+)", out)[1].replace(",", ""))
+                       for row in ("examples/s", "share of 0 TFLOP/s"))  # fmt: skip
+    flops = 2 * 2 * json.loads((tmp_path / "ledger.json").read_text())["rows"][-1]["formula"]
+    assert examples == pytest.approx(2 * 2 * 8 / local, rel=1e-2)
+    assert share == pytest.approx(100 * flops / local / 1e9, rel=1e-2)
+    assert re.findall(r"^\| (\d+) \| (\d+\.\d\d) \|$", out, re.M) == [
+        (str(r["examples"]), f"{100 * r['test_accuracy']:.2f}") for r in (records[1], records[3])
+    ]
