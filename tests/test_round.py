@@ -53,7 +53,7 @@ def plain_rounds(run, params, rounds=ROUNDS):
 CASES = {
     "resnet": ("resnet", {}),
     "resnet uneven": ("resnet", {"model.sections": (1, 6), "num_workers": 3}),
-    "resnet strided": ("resnet", {"partition.deal_strided": True, "num_workers": 3}),
+    "resnet strided": ("resnet", {"model.sections": (1, 2), "partition.deal_strided": True}),
     "resnet overlap": ("resnet", {"partition.min_units": 2, "num_workers": 2}),
     "mlp": ("mlp", {}),
     "mlp uneven": ("mlp", {"num_workers": 3, "partition.shares": (3.0, 2.0, 1.0)}),

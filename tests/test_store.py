@@ -81,7 +81,7 @@ def check_equal_to_masking(case, mapped):
         assert np.array_equal(leaves(merged)[path], leaf), path
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_exchange_equals_masking(case):
     check_equal_to_masking(case, vmapped)
