@@ -11,8 +11,8 @@ python -m ist_jax.main --config=configs/mlp.py:amazon670k --config.data.dir=DIR
 
 DIR of the speech nets is the unpacked Speech Commands archive, a folder of WAV files per word; of the others
 it holds train.txt and test.txt (or *_train.txt and *_test.txt). Accuracy and time on digits and Delicious:
-see the tables in README.md. The paper's figures on all 35 words: .8153 (speech2) and .8327 (speech3) against
-.7998 and .7992 of local SGD.
+see the tables in README.md; of speech2 on ten words: benchmarks/RESULTS.md. The paper's figures on all 35
+words: .8153 (speech2) and .8327 (speech3) against .7998 and .7992 of local SGD.
 
 The paper's P@1/3/5 on Amazon-670k (135,909 features, 670,091 labels, two-layer net of width H):
 
