@@ -5,7 +5,7 @@ python -m ist_jax.main --config=configs/mlp.py:smoke      the same machinery, a 
 python -m ist_jax.main --config=configs/mlp.py:speech2 --config.data.dir=DIR
                                                           the paper's speech net; also speech3
 python -m ist_jax.main --config=configs/mlp.py:delicious --config.data.dir=DIR
-                                                          sparse inputs, 983 labels; half a minute on a CPU
+                                                          sparse inputs, 983 labels; seconds on a CPU
 python -m ist_jax.main --config=configs/mlp.py:amazon670k --config.data.dir=DIR
                                                           the paper's largest net, on 8 devices
 
