@@ -30,7 +30,7 @@ def measure(workdir: Path, peak: float) -> str:
     rows = json.loads((workdir / "ledger.json").read_text())["rows"]
     flops = next(row["formula"] for row in rows if row["cause"] == "training step")
     flops *= config.num_workers * config.local_steps
-    steady = records[2:] or records  # the first rounds warm up
+    steady = records[2:] or records  # the first rounds warm the device up
     local = statistics.median(r["seconds_local"] for r in steady)
     whole = statistics.median(r["seconds_round"] - r["seconds_evaluate"] for r in steady)
     examples = config.num_workers * config.local_steps * config.batch_size
@@ -64,8 +64,11 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_integer("rounds", 100, "to train", lower_bound=1, flag_values=values)
     flags.DEFINE_string("workdir", "runs/accelerator", "folder for the run", flag_values=values)
     cli.parse(values, argv, USAGE, required=["peak"])
+    if any(arg.startswith("--config.") and "=" not in arg for arg in argv):
+        raise cli.fail("write --config.KEY=VALUE, with =")
     own = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
     first = [f"data.dir={values.dir}", f"rounds={values.rounds}", "num_devices=1", "compute_dtype=bfloat16"]
+    first += ["partition.warmup_epochs=0.0"]  # the FLOPs are those of a subnet
     workdir = Path(values.workdir)
     runs.run(config_flags.get_config_filename(values["config"]), workdir, [*first, *own])
     print(measure(workdir, values.peak))

@@ -147,6 +147,7 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
         config.batch_size = 256
         config.epochs = 90.0
         config.eval_every = 167  # rounds: two epochs
+        config.checkpoint.every = 167  # with each evaluation, so that the best one is kept
         config.eval_batch_size = 250
         config.optimizer.learning_rate = 0.1
         config.optimizer.schedule = "step"

@@ -145,7 +145,7 @@ def _peak(program: jax.stages.Compiled) -> int | None:
 
 
 def _evaluation_bytes(run: Run, program: hlo.Program) -> float:
-    batches = sum(chunk["weight"].shape[1] for chunk in run.test_batches)
+    batches = len(run.test_batches) * run.test_batches.spec["weight"].shape[1]
     streamed = evaluation.is_streamable(run.model)
     sends_products = any(kind == "all-to-all" for kind, _ in program.operands)  # else a trace is spared
     products = _products(run) if streamed and sends_products else {}

@@ -110,10 +110,15 @@ def open_round(workdir: Path, round_number: int) -> Saved:
     return Saved(folder, first["about"], arrays)
 
 
-def newest_intact(workdir: Path) -> Saved | None:
+def newest_intact(workdir: Path, recorded: int) -> Saved | None:
     """The newest checkpoint that is sound in every bit; None where there is no checkpoint at all.
 
-    Damaged ones are named in warnings and moved aside, to `damaged-<round>`.
+    Damaged ones are named in warnings and moved aside, to `damaged-<round>`, and so are those of later rounds
+    than metrics.jsonl has, as after a loss of power.
+
+    Args:
+      workdir: of the run.
+      recorded: rounds in metrics.jsonl.
 
     Raises:
       ValueError: there are checkpoints, but none is intact.
@@ -121,10 +126,12 @@ def newest_intact(workdir: Path) -> Saved | None:
     found, damaged = rounds(workdir), []
     for round_number in reversed(found):
         try:
+            if round_number > recorded:
+                raise Damaged(f"metrics.jsonl ends at round {recorded}")
             saved = open_round(workdir, round_number)
             verify(saved)
         except Damaged as error:
-            log.warning("the checkpoint of round %d is damaged: %s", round_number, error)
+            log.warning("the checkpoint of round %d cannot be used: %s", round_number, error)
             damaged.append(round_number)
         else:
             for number in damaged:
@@ -133,8 +140,8 @@ def newest_intact(workdir: Path) -> Saved | None:
             return saved
     if found:
         raise ValueError(
-            f"none of the {len(found)} checkpoints in {Path(workdir) / FOLDER} is intact; restore one from "
-            "a copy, or choose another --workdir to start over"
+            f"none of the {len(found)} checkpoints in {Path(workdir) / FOLDER} is intact and of a round in "
+            "metrics.jsonl; restore one from a copy, or choose another --workdir to start over"
         )
     return None
 

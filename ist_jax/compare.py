@@ -170,14 +170,15 @@ def main(argv: list[str]) -> int:
 
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from ist_jax import results, signals, train  # JAX starts here
+    from ist_jax import signals, train  # JAX starts here
+    from ist_jax.folder import check_writable
 
     name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
     default = Path("runs") / f"compare-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     workdir = Path(values.workdir) if values.workdir else default
     try:
         with signals.handled(deferred=False), cli.errors(), logging_redirect_tqdm():
-            results.check_writable(workdir)
+            check_writable(workdir)
             result = compare(
                 values.config, workdir, methods=list(dict.fromkeys(values.methods)), seeds=values.seeds
             )

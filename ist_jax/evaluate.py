@@ -1,6 +1,6 @@
 """Evaluates a finished run again, and classifies images.
 
-python -m ist_jax.evaluate --workdir=runs/digits [image.png ...]
+python -m ist_jax.evaluate --workdir=runs/digits [--data_dir=DIR] [image.png ...]
 """
 
 import sys
@@ -41,10 +41,16 @@ def to_example(image: Any, shape: tuple[int, ...]) -> "np.ndarray":
     return np.asarray(resized, np.uint8).reshape(shape)
 
 
-def evaluate_workdir(workdir: Path, images: list[str]) -> None:
+def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = None) -> None:
     """Evaluates a finished run with batch statistics and with re-estimated ones; classifies images.
 
     The first is the streamed evaluation of training; for the others the host's device holds the whole model.
+    Runs on as many devices as are here, however many there were.
+
+    Args:
+      workdir: of the run.
+      images: files to classify.
+      data_dir: where the data are now; None: where they were.
 
     Raises:
       ValueError: there is no finished run of a config's model, or an image cannot be read.
@@ -62,6 +68,9 @@ def evaluate_workdir(workdir: Path, images: list[str]) -> None:
         raise ValueError(
             f"{workdir} holds a model of your own, {custom.split('(')[0]}: evaluate it from Python"
         )
+    config.num_devices = 0
+    if data_dir is not None:
+        config.data.dir = data_dir
     params = checkpoint.load_params(workdir)
     pictures = [read_image(name) for name in images]  # before the wait, so that a typo costs none
     run = experiment.set_up(config, params=params, evaluation_only=True)
@@ -105,11 +114,15 @@ def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder of a finished run", flag_values=values)
+    flags.DEFINE_string("data_dir", None, "of the data, if they have moved", flag_values=values)
     images = cli.parse(
-        values, argv, "python -m ist_jax.evaluate --workdir=DIR [IMAGE ...]", required=["workdir"]
+        values,
+        argv,
+        "python -m ist_jax.evaluate --workdir=DIR [--data_dir=DIR] [IMAGE ...]",
+        required=["workdir"],
     )
     with cli.errors():
-        evaluate_workdir(Path(values.workdir), images)
+        evaluate_workdir(Path(values.workdir), images, values.data_dir)
     return 0
 
 

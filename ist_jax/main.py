@@ -6,6 +6,7 @@ python -m ist_jax.main --config=configs/resnet.py [--workdir=DIR] [--tensorboard
 The same command on the same --workdir goes on from the newest intact checkpoint.
 """
 
+import contextlib
 import datetime
 import logging
 import re
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> int:
     if spans and not values.workdir:
         raise cli.fail("several processes need a --workdir that all of them see")
     name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
-    default = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    default = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
     workdir = Path(values.workdir) if values.workdir else default
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # JAX starts here, after the flags are known to be right
@@ -96,23 +97,24 @@ def connect(config: config_dict.ConfigDict, several: list) -> None:
 
 def run_once(config: config_dict.ConfigDict, workdir: Path, *, tensorboard: bool, profile: int) -> None:
     """Trains, or goes on training, unless it is done already."""
-    from ist_jax import distributed, experiment, results, train, watch
+    from ist_jax import distributed, experiment, folder, results, train, watch
 
     leads = distributed.number() == 0
     logging.getLogger("ist_jax").setLevel(logging.INFO if leads else logging.WARNING)
-    with cli.errors():
-        if results.report_if_finished(config, workdir):
-            return
-        if leads:
-            results.check_writable(workdir)
-        start = distributed.first_alone(lambda: results.find_start(workdir), "the checkpoints")
-        run = experiment.set_up(config, start=start)
-        if leads:
-            results.open_workdir(config, workdir, start)
-        distributed.meet("the folder")
-    watchers = watch.opened(workdir, tensorboard=tensorboard and leads, profile=profile if leads else 0)
-    with logging_redirect_tqdm(), watchers as watching:  # warnings go above the bar
-        train.run_rounds(run, workdir, watchers=watching)
+    with contextlib.ExitStack() as claim:
+        with cli.errors():
+            if results.report_if_finished(config, workdir):
+                return
+            if leads:
+                claim.enter_context(folder.claimed(workdir))
+            start = distributed.first_alone(lambda: results.find_start(workdir), "the checkpoints")
+            run = experiment.set_up(config, start=start)
+            if leads:
+                results.open_workdir(config, workdir, start)
+            distributed.meet("the folder")
+        watchers = watch.opened(workdir, tensorboard=tensorboard and leads, profile=profile if leads else 0)
+        with logging_redirect_tqdm(), watchers as watching:  # warnings go above the bar
+            train.run_rounds(run, workdir, watchers=watching)
 
 
 if __name__ == "__main__":

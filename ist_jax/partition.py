@@ -154,8 +154,8 @@ def make_groups(
       params: nested dict of arrays (or shapes).
       axes: what `resolve_axes` returned.
       num_workers: S, at least 1.
-      min_units: the least units per worker and group (0: none); met by giving units to several
-        workers, never twice to one.
+      min_units: the least units per worker and group (0: none), or all of a smaller group; met by giving
+        units to several workers, never twice to one.
       shares: relative speed of each worker, S positive numbers; a worker of share 2 is dealt twice
         the units of a worker of share 1. Empty: equal shares.
 
@@ -175,15 +175,15 @@ def make_groups(
     flat = traverse_util.flatten_dict(params, sep="/")
     sizes = {n: s for p, ns in axes.items() for s, n in zip(flat[p].shape, ns, strict=True) if n}
     stratified = {next(n for n in ns if n) for ns in axes.values() if sum(n is not None for n in ns) == 2}
+    most = max(sizes, key=lambda name: sizes[name], default="")
+    if min_units < 0 or (most and min_units > sizes[most]):
+        raise ValueError(
+            f"partition.min_units={min_units} must lie between 0 and the {sizes[most]} units of {most}"
+        )
     groups = {}
     for name, size in sorted(sizes.items()):
-        if not 0 <= min_units <= size:
-            raise ValueError(
-                f"partition.min_units={min_units} must lie between 0 and the {size} units of {name}"
-            )
-        groups[name] = make_group(
-            name, size, num_workers, num_workers if name in stratified else 1, min_units, shares
-        )
+        strips = num_workers if name in stratified else 1
+        groups[name] = make_group(name, size, num_workers, strips, min(min_units, size), shares)
     return groups
 
 

@@ -4,7 +4,7 @@ import datetime
 import json
 import logging
 import platform
-import tempfile
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -72,23 +72,24 @@ def find_start(workdir: Path, model: nn.Module | None = None) -> checkpoint.Save
     Raises:
       ValueError: checkpoints are damaged or missing, or of another model; never a silent start from scratch.
     """
+    records = metrics.read_records(workdir)
     if not _is_file(workdir / "config.json"):
+        if records or checkpoint.rounds(workdir):
+            raise ValueError(
+                f"{workdir} holds a run without its config.json; restore it from a copy, or choose another "
+                "--workdir"
+            )
         return None
-    saved, records = checkpoint.newest_intact(workdir), metrics.read_records(workdir)
+    saved = checkpoint.newest_intact(workdir, len(records))
     every = _read_json(workdir / "config.json")["checkpoint"]["every"]
     if saved is None:
-        if every and len(records) > every:
+        if (every and len(records) > every) or _is_file(workdir / "summary.json"):
             raise ValueError(
                 f"{workdir} holds a run of {len(records)} rounds without a checkpoint; restore its "
                 f"{checkpoint.FOLDER}/ from a copy, or choose another --workdir to start over"
             )
         log.info("%s holds a run that did not get to its first checkpoint; it starts over", workdir)
         return None
-    if len(records) < saved.round:
-        raise ValueError(
-            f"{workdir}/metrics.jsonl ends at round {len(records)}, before the checkpoint of round "
-            f"{saved.round}; restore it from a copy, or choose another --workdir to start over"
-        )
     check_model(workdir, saved.about["custom_model"], model)
     lost = len(records) - saved.round
     log.info(
@@ -108,7 +109,7 @@ def check_model(workdir: Path, recorded: str | None, model: nn.Module | None) ->
 
 def describe(model: nn.Module | None) -> str | None:
     """A model of the user's own as text, with its fields; None for the config's."""
-    return None if model is None else " ".join(repr(model).split())
+    return None if model is None else re.sub(r" at 0x[0-9a-f]+", "", " ".join(repr(model).split()))
 
 
 def read_summary(workdir: Path) -> dict[str, Any]:
@@ -134,22 +135,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-
-
-def check_writable(workdir: Path) -> None:
-    """Raises ValueError when the folder cannot be written or made; leaves nothing behind."""
-    missing: list[Path] = []
-    try:
-        missing += [path for path in (workdir, *workdir.parents) if not path.exists()]
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
-    finally:
-        for path in missing:
-            if path.is_dir():
-                path.rmdir()
 
 
 def open_workdir(config: config_dict.ConfigDict, workdir: Path, start: checkpoint.Saved | None) -> None:

@@ -77,8 +77,8 @@ def check(config: config_dict.ConfigDict) -> None:
     for key, (least, most) in _BOUNDS.items():
         values = get(config, key)
         for value in values if isinstance(values, tuple | list) else (values,):
-            if not least <= value <= most:
-                upper = "or more" if most == math.inf else f"to {most}"
+            if not (least <= value <= most and math.isfinite(value)):
+                upper = "or more (a finite number)" if most == math.inf else f"to {most}"
                 raise ValueError(f"{key}={values}; set config.{key} to {least} {upper}")
     if config.patience and not (config.data.validation and config.eval_every):
         raise ValueError(
@@ -159,6 +159,11 @@ def make_groups(
         raise ValueError(
             "method='ist' has nothing to partition: the model names no unit axes (partition.sections, for a "
             "ResNet); name some, or set config.method to 'local_sgd' or 'data_parallel'"
+        )
+    if isinstance(model, ResNet) and model.deal_strided and config.partition.min_units:
+        raise ValueError(
+            f"partition.min_units={config.partition.min_units} gives every worker the strided blocks that "
+            "partition.deal_strided=True deals out; set config.partition.min_units to 0"
         )
     groups = partition.make_groups(
         shapes,

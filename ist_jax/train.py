@@ -20,6 +20,7 @@ from ist_jax import (
     devices,
     distributed,
     evaluation,
+    folder,
     local_sgd,
     metrics,
     partition,
@@ -57,13 +58,13 @@ def train(
     """
     workdir = Path(workdir)
     if not results.report_if_finished(config, workdir, model):
-        results.check_writable(workdir)
-        start = results.find_start(workdir, model)
-        run = set_up(config, model, start=start)
-        results.open_workdir(config, workdir, start)
-        if started is not None and start is None:
-            started(run)
-        run_rounds(run, workdir, custom_model=model)
+        with folder.claimed(workdir):
+            start = results.find_start(workdir, model)
+            run = set_up(config, model, start=start)
+            results.open_workdir(config, workdir, start)
+            if started is not None and start is None:
+                started(run)
+            run_rounds(run, workdir, custom_model=model)
     return json.loads((workdir / "summary.json").read_text())
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, get_config
 
-from ist_jax import checkpoint, checkpoint_writer, main, metrics, signals, train
+from ist_jax import checkpoint, checkpoint_writer, folder, main, metrics, signals, train
 
 MLP = f"--config={ROOT}/configs/mlp.py:smoke"
 UNTIMED = (
@@ -227,7 +227,7 @@ def test_the_newest_intact_checkpoint_is_used_and_damaged_ones_are_named(tmp_pat
     content[5] ^= 4
     chunk.write_bytes(content)
     resumed = train.train(get_config("mlp", rounds=6), workdir)
-    assert "the checkpoint of round 3 is damaged" in caplog.text
+    assert "the checkpoint of round 3 cannot be used" in caplog.text
     assert "after round 2; 1 later ones are trained again" in caplog.text
     assert resumed["params_sha256"] == whole["params_sha256"]
     assert (workdir / "checkpoints" / "damaged-3").is_dir()
@@ -242,6 +242,37 @@ def test_without_an_intact_checkpoint_nothing_starts_from_scratch(tmp_path):
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(ValueError, match="a run of 3 rounds without a checkpoint"):
         train.train(get_config("mlp", rounds=6), tmp_path)
+    seldom = get_config("mlp", rounds=6, **{"checkpoint.every": 50})
+    metrics.write_json(tmp_path / "config.json", seldom.to_dict() | {"rounds": 3})  # finished: it had one
+    with pytest.raises(ValueError, match="a run of 3 rounds without a checkpoint"):
+        train.train(seldom, tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="a run without its config"):
+        train.train(seldom, tmp_path)
+    assert len(metrics.read_records(tmp_path)) == 3
+
+
+def test_a_checkpoint_beyond_the_metrics_gives_way_to_an_older_one(tmp_path, caplog):
+    whole = train.train(get_config("mlp", rounds=4), tmp_path / "whole")
+    workdir = tmp_path / "run"
+    train.train(get_config("mlp", rounds=3), workdir)
+    metrics.write_records(workdir, metrics.read_records(workdir)[:2])  # as power may be lost
+    resumed = train.train(get_config("mlp", rounds=4), workdir)
+    assert "round 3 cannot be used: metrics.jsonl ends at round 2" in caplog.text
+    assert resumed["params_sha256"] == whole["params_sha256"]
+    assert [r["round"] for r in metrics.read_records(workdir)] == [1, 2, 3, 4]
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path):
+    with folder.claimed(tmp_path / "new" / "run"):
+        with pytest.raises(ValueError, match="another run is writing to"):
+            train.train(get_config("mlp"), tmp_path / "new" / "run")
+        (tmp_path / "new" / "run" / "file").touch()
+    assert (tmp_path / "new" / "run" / "file").is_file()
+    with folder.claimed(tmp_path / "other" / "run"):
+        pass  # nothing came of it
+    assert not (tmp_path / "other").exists()
+    assert train.train(get_config("mlp"), tmp_path / "new" / "run")["rounds"] == 3
 
 
 def test_a_full_disk_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, caplog):

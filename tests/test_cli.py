@@ -59,6 +59,11 @@ MLP = f"--config={ROOT}/configs/mlp.py:smoke"
         ([MLP, "--config.model.hidden=()"], "model.hidden=()"),
         ([MLP, "--config.partition.min_units=33"], "partition.min_units=33 must lie between 0 and the 32"),
         ([MLP, "--config.partition.shares=(1.0,)"], "partition.shares"),
+        ([MLP, "--config.lost_after=inf"], "config.lost_after to 1 or more (a finite number)"),
+        (
+            [RESNET, "--config.partition.deal_strided=True", "--config.partition.min_units=1"],
+            "set config.partition.min_units to 0",
+        ),
         ([MLP, "--config.checkpoint.keep=0"], "config.checkpoint.keep to 1 or more"),
         ([MLP, "--config.participation=1.5"], "config.participation to 0 to 1"),
         ([MLP, "--process_id=0"], "--coordinator, --num_processes and --process_id go together"),

@@ -200,6 +200,14 @@ def test_a_dealt_strided_block_is_the_shared_one():
     ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
+    # at evaluation, a block that one of two workers held is the mean of the block and of what skips it
+    at = jax.jit(lambda s: dealt.apply({"params": params}, x, scale={"section2": 0.0, "section2_first": s}))
+    nobody = {name: jnp.zeros(1, bool) for name in ("section2", "section2_first")}
+    skipped, _ = apply(dealt, params, nobody)
+    np.testing.assert_allclose(at(0.0), skipped, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(at(0.5), (at(0.0) + at(1.0)) / 2, rtol=1e-4, atol=1e-5)
+    assert np.abs(at(0.0) - at(1.0)).max() > 0.01
+
 
 @pytest.mark.parametrize("block", BLOCKS.values())
 def test_who_holds_no_strided_block_passes_on_every_second_pixel(block):

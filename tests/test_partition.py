@@ -151,3 +151,13 @@ def test_wrong_axes_are_refused(rules, message):
 def test_impossible_groups_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make(10, **options)
+
+
+def test_a_minimum_beyond_a_smaller_group_is_all_of_it():
+    params = {"wide": np.zeros((8, 2)), "narrow": np.zeros((3, 2))}
+    axes = {"wide": ("a", None), "narrow": ("b", None)}
+    groups = partition.make_groups(params, axes, 4, min_units=5)
+    assert groups["a"].counts == (5,) * 4
+    assert groups["b"].counts == (3,) * 4
+    with pytest.raises(ValueError, match="min_units=9 must lie between 0 and the 8 units of a"):
+        partition.make_groups(params, axes, 4, min_units=9)

@@ -58,6 +58,22 @@ def test_speech_features_are_cached_and_renewed_when_files_change(speech_folder,
     assert len(calls) == 41  # of the word that changed
 
 
+def test_a_damaged_cache_of_features_is_made_anew(speech_folder, caplog):
+    wanted = open_speech(speech_folder).train.image
+    (cache, *_) = speech_folder.glob("_log_mel_*.npz")
+    cache.write_bytes(cache.read_bytes()[:100])
+    assert np.array_equal(open_speech(speech_folder).train.image, wanted)
+    assert f"{cache} is damaged and is made anew" in caplog.text
+    assert not list(speech_folder.glob("*.part"))
+
+
+def test_a_folder_without_a_speaker_to_test_on_is_refused(speech_folder, monkeypatch):
+    for is_test, side in ((lambda name: False, "test on"), (lambda name: True, "train on")):
+        monkeypatch.setattr(speech_commands, "is_test", is_test)
+        with pytest.raises(ValueError, match=f"has no speaker to {side}"):
+            open_speech(speech_folder)
+
+
 def test_unreadable_clips_are_counted_and_named(speech_folder, caplog):
     (speech_folder / "yes" / "broken_nohash_0.wav").write_bytes(b"RIFF....WAVE")
     write_clip(speech_folder / "yes" / "slow_nohash_0.wav", np.zeros(8000), rate=8000)

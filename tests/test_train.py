@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ import pytest
 from conftest import ROOT, get_config
 from PIL import Image
 
-from ist_jax import checkpoint, data, evaluate, experiment, metrics, partition, settings, train
+from ist_jax import checkpoint, data, evaluate, experiment, metrics, partition, results, settings, train
 from ist_jax.layout import iter_leaves
 
 
@@ -84,6 +85,9 @@ def test_another_model_in_the_same_folder_is_refused(tmp_path):
     for other in (TinyTransformer(depth=8), None):
         with pytest.raises(ValueError, match="holds a run of another model"):
             train.train(config, tmp_path, model=other)
+    texts = [results.describe(nn.Dense(3, kernel_init=partial(min, key=lambda: 0))) for _ in range(2)]
+    assert texts[0] == texts[1]  # no addresses, which another process would not have
+    assert " at 0x" not in texts[0]
 
 
 def test_sick_workers_are_named_counted_and_written_as_null(tmp_path, caplog):

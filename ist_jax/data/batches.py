@@ -104,15 +104,20 @@ def train_indices(
     Returns:
       int32 [S, l, B].
     """
+    sizes = {"local_steps": local_steps, "batch_size": batch_size}
+    return np.stack([worker_indices(seed, round_index, w, shard, **sizes) for w, shard in enumerate(shards)])
+
+
+def worker_indices(
+    seed: int, round_index: int, worker: int, shard: np.ndarray, *, local_steps: int, batch_size: int
+) -> np.ndarray:
+    """The row of `train_indices` of one worker, int32 [l, B]; `shard`: its examples."""
     start = round_index * local_steps * batch_size
     stop = start + local_steps * batch_size
-    rows = []
-    for worker, shard in enumerate(shards):
-        epochs = range(start // len(shard), -(-stop // len(shard)))
-        stream = np.concatenate([_epoch_order(seed, worker, epoch, len(shard)) for epoch in epochs])
-        first = start - epochs[0] * len(shard)
-        rows.append(shard[stream[first : first + stop - start]])
-    return np.stack(rows).reshape(len(shards), local_steps, batch_size)
+    epochs = range(start // len(shard), -(-stop // len(shard)))
+    stream = np.concatenate([_epoch_order(seed, worker, epoch, len(shard)) for epoch in epochs])
+    first = start - epochs[0] * len(shard)
+    return shard[stream[first : first + stop - start]].reshape(local_steps, batch_size)
 
 
 @functools.lru_cache(maxsize=16)  # of a million examples 5 MB each, in every process that reads

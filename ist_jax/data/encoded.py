@@ -90,10 +90,8 @@ class TrainBatches:
     def examples(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(the worker's shard, the examples of the batch, int32 [B])."""
         round_index, worker, step = self.place(number)
-        drawn = batches.train_indices(
-            self.seed, round_index, self.shards, local_steps=self.local_steps, batch_size=self.batch_size
-        )
-        return self.shards[worker], drawn[worker, step]
+        shard, sizes = self.shards[worker], {"local_steps": self.local_steps, "batch_size": self.batch_size}
+        return shard, batches.worker_indices(self.seed, round_index, worker, shard, **sizes)[step]
 
     def __call__(self, number: int) -> Batch:
         round_index, worker, step = self.place(number)

@@ -10,6 +10,8 @@ import hashlib
 import logging
 import os
 import re
+import uuid
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,6 +73,12 @@ def load(directory: str, *, words: Sequence[str], clip_length: str) -> DataSet:
         raise ValueError(f"data.dir={directory!r} holds no clip that can be used")
     labels = np.repeat(np.arange(len(chosen), dtype=np.int32), [len(files[word]) for word in chosen])
     test = np.array([is_test(path.name) for path in paths])
+    if not (used & test).any() or test[used].all():
+        side = "train on" if (used & test).any() else "test on"
+        raise ValueError(
+            f"data.dir={directory!r} has no speaker to {side}: a fifth of the speakers, by the hash of their "
+            "names, are for testing; add clips of further speakers"
+        )
     return DataSet(
         description=f"speech_commands: {int(used.sum()):,} clips of {len(chosen)} words in {directory}, "
         "split by speaker",
@@ -95,10 +103,9 @@ def _cached_features(root: Path, files: list[Path], bar: tqdm) -> tuple[np.ndarr
     stamps = "".join(f"{path.relative_to(root)} {path.stat().st_size}\n" for path in files)
     stamp = hashlib.sha256(stamps.encode()).hexdigest()[:16]
     cache = root / f"_log_mel_{files[0].parent.name}_{stamp}.npz"
-    if cache.is_file():
-        with np.load(cache) as stored:
-            bar.update(len(files))
-            return stored["features"], stored["samples"]
+    if (stored := _read_cache(cache)) is not None:
+        bar.update(len(files))
+        return stored
     features = np.zeros((len(files), BANDS, 1 + RATE // _HOP, 1), np.float32)
     samples = np.zeros(len(files), np.int32)
     for i, path in enumerate(files):
@@ -106,12 +113,24 @@ def _cached_features(root: Path, files: list[Path], bar: tqdm) -> tuple[np.ndarr
             features[i, ..., 0], samples[i] = log_mel(to_one_second(sound)), len(sound)
         bar.update()
     if os.access(root, os.W_OK):
-        part = cache.with_suffix(".part.npz")
-        np.savez(part, features=features, samples=samples)
+        part = cache.with_suffix(f".{uuid.uuid4().hex}.part")  # other processes may write theirs
+        with part.open("wb") as file:
+            np.savez(file, features=features, samples=samples)
         part.replace(cache)
     else:
         log.info("%s cannot be written, so its features are computed in every run", root)
     return features, samples
+
+
+def _read_cache(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file, np.load(file) as stored:
+            return stored["features"], stored["samples"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        log.warning("%s is damaged and is made anew: %s", path, error)
+        return None
 
 
 def read_clip(path: Path) -> np.ndarray | None:

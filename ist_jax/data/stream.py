@@ -111,7 +111,8 @@ class StreamingFeed:
         for name, x in chunk.items():
             rows = x.reshape(len(self._make.shards), self._make.local_steps, -1, *x.shape[2:])
             rows[worker, step] = batch[name]
-        self._unreadable.report(*self._make.examples(number), batch["skipped"])
+        if batch["skipped"].any():
+            self._unreadable.report(*self._make.examples(number), batch["skipped"])
 
 
 class StreamingEvaluation:
@@ -159,7 +160,8 @@ class StreamingEvaluation:
         weight = self._make.plan.weights[device, row] * (batch["skipped"] == 0)
         for name, x in {"image": batch["image"], "label": batch["label"], "weight": weight}.items():
             chunk[name][device, 0] = x
-        self._unreadable.report(*self._make.examples(number), batch["skipped"])
+        if batch["skipped"].any():
+            self._unreadable.report(*self._make.examples(number), batch["skipped"])
 
 
 class _Unreadable:

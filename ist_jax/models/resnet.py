@@ -57,18 +57,19 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, None]:
         """Args: x [N, H, W, C]; gate: a bool scalar, False skips the block; scale of the branch.
 
-        What skips a strided block is every second pixel, with channels of zeros where more come out.
-
         Returns: ([N, H', W', expansion * width], None), the form that `nn.scan` takes.
         """
         if gate is None:
             return self._residual(x, scale), None
         return nn.cond(gate, type(self)._residual, type(self)._pass_on, self, x, scale), None
 
-    def _pass_on(self, x: jax.Array, scale: jax.Array | float) -> jax.Array:
-        del scale
-        more = self.expansion * self.width - x.shape[-1]
-        return jnp.pad(x[:, :: self.strides, :: self.strides], ((0, 0),) * 3 + ((0, more),))
+    def _pass_on(self, x: jax.Array, _: jax.Array | float = 1.0) -> jax.Array:
+        return pass_on(x, self.strides, self.expansion * self.width)
+
+
+def pass_on(x: jax.Array, strides: int, channels: int) -> jax.Array:
+    """What skips a block: every `strides`-th pixel, with channels of zeros where more come out."""
+    return jnp.pad(x[:, ::strides, ::strides], ((0, 0),) * 3 + ((0, channels - x.shape[-1]),))
 
 
 class Bottleneck(Block):
@@ -208,8 +209,10 @@ class _Section(nn.Module):
             block = streamed(_with_unit_axis(block, self.is_initializing()), f"{self.name}/first", self.fetch)
         gates, scale = first
         gate = None if gates is None else gates[0]
-        x, _ = block(self.width, self.strides, project, self.dtype, name="first")(x, gate, scale)
-        gates, scale = rest
+        y, _ = block(self.width, self.strides, project, self.dtype, name="first")(x, gate)
+        if self.dealt and gate is None:  # what x + scale * branch is to the blocks that keep the shape
+            y = scale * y + (1 - scale) * pass_on(x, self.strides, y.shape[-1])
+        x, (gates, scale) = y, rest
         if self.count > 1:
             blocks = nn.scan(
                 streamed(self.block, f"{self.name}/blocks", self.fetch),
