@@ -33,7 +33,8 @@ class Progress:
         """Shows a round's record."""
         for split in ("validation", "test"):
             if f"{split}_accuracy" in record:
-                self._score = f", {split} accuracy {record[f'{split}_accuracy']:.2%}"
+                accuracy, at = record[f"{split}_accuracy"], record["round"]
+                self._score = f", {split} accuracy {accuracy:.2%} (round {at})"
         speed = f"{record['examples_per_second']:,.0f} examples/s"
         text = f"loss {record['train_loss']:.3f}{self._score}, {speed}"
         self._bar.set_postfix_str(text, refresh=False)
