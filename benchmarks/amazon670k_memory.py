@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from ist_jax import cli, devices, evaluation, experiment, ledger, local_sgd, settings
+from ist_jax import cli, data, devices, evaluation, experiment, ledger, local_sgd, settings
 from ist_jax.data.sparse import Rows
 from ist_jax.layout import Layout, split
 from ist_jax.programs import Programs, compile_programs
 from ist_jax.task import multi_label
 
-POINTS, TEST_POINTS, FEATURES, LABELS = 490_449, 153_025, 135_909, 670_091
+(FEATURES,), LABELS, POINTS, _ = data.FACTS["amazon670k"]
+TEST_POINTS = 153_025
 FEATURES_A_POINT, MOST_FEATURES = 76, 2_000  # assumed
 LABELS_A_POINT, MOST_LABELS = 6, 10  # assumed
 

@@ -20,10 +20,9 @@ from absl import flags
 from PIL import Image
 from sklearn import datasets
 
-from ist_jax import cli
+from ist_jax import cli, inputs
 from ist_jax.data import batches, image_folder, stream
 from ist_jax.data.encoded import EvalBatches, TrainBatches
-from ist_jax.data.images import Transform
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 95  # about the 110 kB that ImageNet has on average
 BATCH = 32
@@ -72,15 +71,24 @@ def read_all(make, num_batches: int, processes: int) -> tuple[float, float, floa
 
 def main(argv: list[str]) -> int:
     values = flags.FlagValues()
+    cli.define_config(values, argv, "configs/resnet.py:imagenet")
     flags.DEFINE_integer("images", 960, "JPEGs to write", flag_values=values)
-    flags.DEFINE_integer("size", 224, "pixels of both sides of what is delivered", flag_values=values)
+    flags.DEFINE_integer(
+        "size", None, "pixels of both sides of what is delivered; default: the config's", flag_values=values
+    )
     flags.DEFINE_multi_integer("processes", [1, 2], "to try, beside none", flag_values=values)
     cli.parse(values, argv, "python benchmarks/image_pipeline.py [--images=N]", required=[])
-    transform = Transform(values.size, round(values.size * 256 / 224), (0.08, 1.0), (3 / 4, 4 / 3), True)
+    with cli.errors():
+        transform = inputs.make_transform(values.config)
+    if values.size:
+        resize = round(values.size * transform.resize / transform.size)
+        transform = transform._replace(size=values.size, resize=resize)
     with tempfile.TemporaryDirectory() as folder:
         kilobytes = write_folder(Path(folder), values.images)
         dataset = image_folder.load(folder)
-        print(f"{values.images} JPEGs of {WIDTH}x{HEIGHT}, {kilobytes:.0f} kB on average; size {values.size}")
+        print(
+            f"{values.images} JPEGs of {WIDTH}x{HEIGHT}, {kilobytes:.0f} kB on average; size {transform.size}"
+        )
         shards = [np.arange(values.images, dtype=np.int32)]
         num = values.images // BATCH
         train = TrainBatches(dataset.train, shards, [0], transform, seed=0, local_steps=num, batch_size=BATCH)

@@ -2,3 +2,4 @@
 
 __version__ = "0.1.0"
 METHODS = ("ist", "local_sgd", "data_parallel")
+BANDWIDTHS = (1e8, 1e9, 1e10)  # of a link, bits per second: 0.1, 1 and 10 Gb/s

@@ -62,6 +62,7 @@ def compare(
 
     Raises:
       ValueError: a setting that cannot work, or runs that did not begin alike.
+      OSError: results could not be written.
     """
     from ist_jax import metrics, report, train
 
@@ -177,7 +178,7 @@ def main(argv: list[str]) -> int:
     default = Path("runs") / f"compare-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     workdir = Path(values.workdir) if values.workdir else default
     try:
-        with signals.handled(deferred=False), cli.errors(), logging_redirect_tqdm():
+        with signals.handled(deferred=False), logging_redirect_tqdm():
             check_writable(workdir)
             result = compare(
                 values.config, workdir, methods=list(dict.fromkeys(values.methods)), seeds=values.seeds
@@ -185,7 +186,9 @@ def main(argv: list[str]) -> int:
     except signals.Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code
-    except train.Diverged as error:
+    except ValueError as error:
+        raise cli.fail(str(error)) from error
+    except (train.Diverged, OSError) as error:  # such as a full disk: no mistake in the command
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(table(result))

@@ -38,12 +38,12 @@ def style(index: int) -> dict[str, str]:
 def accuracy_figures(series: Sequence[Series], bits_per_second: float) -> dict[str, Any]:
     """Test accuracy against examples, bytes and modelled time; the page's script redraws the last.
 
-    A thin line per run, a thick one with markers for their mean.
+    A thin line per run, a thick one with markers for their mean; none where runs share no evaluated round.
     """
-    means = [s.mean() for s in series]
+    all_runs = [curve for s in series for curve in s.curves()]
     scales = {
-        "examples": _unit(max(mean.examples[-1] for mean in means), _NUMBERS),
-        "bytes": _unit(max(mean.bytes_sent[-1] for mean in means), _BYTES),
+        "examples": _unit(max(curve.examples[-1] for curve in all_runs), _NUMBERS),
+        "bytes": _unit(max(curve.bytes_sent[-1] for curve in all_runs), _BYTES),
     }
     labels = {
         "examples": f"seen by all workers ({scales['examples'][1]})",
@@ -51,18 +51,19 @@ def accuracy_figures(series: Sequence[Series], bits_per_second: float) -> dict[s
         "time": "modelled time (s)",
     }
     figures = {name: _figure(label, "test accuracy (%)") for name, label in labels.items()}
-    for index, (one, mean) in enumerate(zip(series, means, strict=True)):
-        runs = one.curves() if len(one.traces) > 1 else []
-        for curve, label, thin in [*((c, one.label, True) for c in runs), (mean, one.label, False)]:
+    for index, one in enumerate(series):
+        runs = [(curve, True) for curve in one.curves()] if len(one.traces) > 1 else []
+        means = [(mean, False)] if len((mean := one.mean()).round) else []
+        for curve, thin in runs + means:
             for name, fig in figures.items():
                 columns = _columns(curve, name, scales, bits_per_second) | {
-                    "label": [label] * len(curve.round)
+                    "label": [one.label] * len(curve.round)
                 }
                 _add_curve(fig, ColumnDataSource(columns), style(index), thin)
     for name, fig in figures.items():
         fig.x_range.start = 0
         fig.add_tools(_hover([("", "@label"), ("round", "@round{0,0}"), (labels[name], "@x{0,0.[00]}"),
-                              ("test accuracy", "@y{0.00} %")], fig, "mean"))  # fmt: skip
+                              ("test accuracy", "@y{0.00} %")], fig, "points"))  # fmt: skip
     return figures
 
 
@@ -87,12 +88,12 @@ def _add_curve(fig: Any, source: ColumnDataSource, style: dict[str, str], thin: 
     dash = [int(n) for n in style["dash"].split()]
     width, alpha = (1.2, 0.75) if thin else (2.5, 1)
     fig.line("x", "y", source=source, color=style["color"], line_dash=dash, line_width=width, alpha=alpha)
-    if not thin:
-        size = len(source.data["x"])
+    size = len(source.data["x"])
+    if not thin or size == 1:  # a line through one point would not be seen
         marked = range(size - 1, -1, -max(1, -(-size // _MARKS)))  # the last point always
         view = CDSView(filter=IndexFilter(indices=sorted(marked)))
-        fig.scatter("x", "y", source=source, view=view, marker=style["marker"], size=8,
-                    color=style["color"], name="mean")  # fmt: skip
+        fig.scatter("x", "y", source=source, view=view, marker=style["marker"],
+                    size=5 if thin else 8, color=style["color"], name="points")  # fmt: skip
 
 
 def phase_figure(series: Sequence[Series]) -> Any:

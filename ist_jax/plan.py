@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from ist_jax import METHODS, cli
+from ist_jax import BANDWIDTHS, METHODS, cli
 
 if TYPE_CHECKING:
     from ist_jax import data
 
 USAGE = "python -m ist_jax.plan --config=FILE[:MODE] [--json] [--bandwidth=LIST] [--config.KEY=VALUE ...]"
-_BANDWIDTHS = ("1e8", "1e9", "1e10")  # bits per second
 _FLOPS = 1e13  # per second: about what a large accelerator sustains in float32
 
 
@@ -95,6 +94,7 @@ def plan(
       ValueError: a setting that cannot work; the message names the key.
     """
     from ist_jax import settings
+    from ist_jax.data import batches
 
     costs = {}
     for method in METHODS:
@@ -105,7 +105,8 @@ def plan(
     devices = config.num_devices or workers
     rounds = config.rounds
     if facts.num_train is not None:
-        rounds = settings.count_rounds(config, facts.num_train, 0, 0)
+        held_out = batches.count_held_out(facts.num_train, config.data.validation)
+        rounds = settings.count_rounds(config, facts.num_train - held_out, 0, 0)
 
     def seconds(cost: Cost, bandwidth: float) -> float:
         computing = config.local_steps * cost.flops_per_worker_per_step / flops
@@ -163,8 +164,9 @@ def main(argv: list[str]) -> int:
     cli.define_config(values, argv, None)
     flags.DEFINE_boolean("json", False, "print JSON instead of a table", flag_values=values)
     flags.DEFINE_list(
-        "bandwidth", list(_BANDWIDTHS), "of a device's link, in bits per second each way", flag_values=values
-    )
+        "bandwidth", [f"{b:g}" for b in BANDWIDTHS], "of a device's link, in bits per second each way",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_float("flops", _FLOPS, "that a device sustains, per second", flag_values=values)
     flags.DEFINE_list(
         "example", [], "shape of an example, of a data set that is not known: 32,32,3", flag_values=values
@@ -208,6 +210,10 @@ def _facts(config: config_dict.ConfigDict, example: Sequence[int], classes: int)
     known = data.FACTS.get(name, data.Facts())
     if "size" in config.data:  # images that are cut to squares
         known = known._replace(example=(config.data.size, config.data.size, 3))
+    if "words" in data.OPTIONS.get(name, ()) and (words := settings.get_tuple(config, "data.words", str)):
+        known = known._replace(
+            num_classes=len(set(words)), num_train=None
+        )  # how many clips they have is not known
     shape, num_classes = tuple(example) or known.example, classes or known.num_classes
     if shape is None or num_classes is None:
         flag = "--classes" if shape else "--example and --classes"

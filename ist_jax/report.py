@@ -15,7 +15,7 @@ from bokeh.core.types import ID
 from bokeh.embed import json_item
 from bokeh.resources import Resources
 
-from ist_jax import figures, trace
+from ist_jax import BANDWIDTHS, figures, trace
 from ist_jax.trace import Series, Trace
 
 USAGE = "python -m ist_jax.report --workdir=DIR [DIR ...] [--out=FILE]"
@@ -34,13 +34,14 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
       out: the file.
 
     Raises:
-      ValueError: a folder holds no finished run, or the file cannot be written.
+      ValueError: a folder holds no finished run.
+      OSError: the file cannot be written.
     """
     page = render([trace.read_trace(Path(folder)) for folder in folders])
     try:
         Path(out).write_text(page, encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"cannot write --out={out}: {error.strerror}") from None
+        raise OSError(f"cannot write {out}: {error.strerror}") from None
 
 
 def render(traces: Sequence[Trace]) -> str:
@@ -67,7 +68,7 @@ def render(traces: Sequence[Trace]) -> str:
         bandwidth=f"{_BANDWIDTH / 1e9:g}",
         bandwidths=[
             {"bits_per_second": f"{b:.0f}", "text": f"{b / 1e9:g} Gb/s", "chosen": b == _BANDWIDTH}
-            for b in trace.BANDWIDTHS
+            for b in BANDWIDTHS
         ],
         results=_results(series),
         modelled=[_modelled(s) for s in series],
@@ -87,10 +88,12 @@ def render(traces: Sequence[Trace]) -> str:
 def _partition(series: Sequence[Series]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the template needs for the maps of the first run that was partitioned, and their figures."""
     parted = [s for s in series if s.traces[0].summary["units"]]
-    if not parted:
-        return {"deals": []}, {}
-    first = parted[0].traces[0]
-    deals = trace.draw_deals(first, columns=_COLUMNS, rows=_UNITS, budget=DRAWN)
+    draws = ((s, trace.draw_deals(s.traces[0], columns=_COLUMNS, rows=_UNITS, budget=DRAWN)) for s in parted)
+    drawn = next(((s, deals) for s, deals in draws if deals), None)
+    if drawn is None:
+        return {"deals": [], "never_dealt": bool(parted)}, {}
+    shown, deals = drawn
+    first = shown.traces[0]
     groups = []
     charts: dict[str, Any] = {}
     for index, deal in enumerate(deals[:_GROUPS]):
@@ -99,11 +102,11 @@ def _partition(series: Sequence[Series]) -> tuple[dict[str, Any], dict[str, Any]
         title = f"{deal.group.name}: {_count(deal.group.size, 'unit')}"
         groups.append(names | {"title": title})
     others = [f"the groups {', '.join(d.group.name for d in deals[_GROUPS:])}"] if deals[_GROUPS:] else []
-    others += [f"the partitions of {s.label}" for s in parted[1:]]
+    others += [f"the partitions of {s.label}" for s in parted if s is not shown]
     context = {
         "deals": groups,
         "deals_rounds": (len(deals[0].rounds), len(first.records)),
-        "deals_label": f"{parted[0].label}, seed {first.config['seed']}" if len(series) > 1 else "",
+        "deals_label": f"{shown.label}, seed {first.config['seed']}" if len(series) > 1 else "",
         "deal_figures": " ".join(charts),
         "deal_workers": range(first.summary["num_workers"]),
         "deal_colors": figures.worker_colors(first.summary["num_workers"])[:_COLORS_SHOWN],

@@ -19,8 +19,6 @@ from flax import traverse_util
 
 from ist_jax import partition, results
 
-BANDWIDTHS = (1e8, 1e9, 1e10)  # bits per second: 0.1, 1 and 10 Gb/s
-
 
 class Trace(NamedTuple):
     """A finished run: what its folder holds."""
@@ -58,7 +56,10 @@ class Series(NamedTuple):
         return [_curve(trace) for trace in self.traces]
 
     def mean(self) -> Curve:
-        """The mean over the runs, after the rounds that all of them evaluated."""
+        """The mean over the runs, after the rounds that all of them evaluated; empty where there is none.
+
+        Runs with a validation split are evaluated on the test set after their last round alone.
+        """
         curves = self.curves()
         common = set.intersection(*(set(curve.round) for curve in curves))
         kept = [[column[[r in common for r in curve.round]] for column in curve] for curve in curves]
@@ -146,7 +147,7 @@ def draw_deals(trace: Trace, *, columns: int, rows: int, budget: int) -> list[De
       budget: draw no more than so many entries, each a worker and unit of a round (at least one round).
 
     Returns:
-      Per group, alphabetically.
+      Per group, alphabetically; [] where all rounds are passed over, as in a warm-up to the end.
     """
     config, workers = trace.config, trace.summary["num_workers"]
     groups = [
@@ -160,6 +161,8 @@ def draw_deals(trace: Trace, *, columns: int, rows: int, budget: int) -> list[De
         return []
     by_name, same = {g.name: g for g in groups}, partition.fingerprint(tuple(groups))
     records = [record for record in trace.records if record["partition"] == same]
+    if not records:
+        return []
     entries = workers * sum(group.size for group in groups)
     chosen = [records[i] for i in _spaced(len(records), max(1, budget // entries))]
     draws, took_part = [], []

@@ -55,12 +55,16 @@ def train(
 
     Raises:
       ValueError: a setting, data set or folder that cannot work; the message names the key.
+      OSError: results could not be written.
     """
     workdir = Path(workdir)
     if not results.report_if_finished(config, workdir, model):
         with folder.claimed(workdir):
             start = results.find_start(workdir, model)
-            run = set_up(config, model, start=start)
+            try:
+                run = set_up(config, model, start=start)
+            except OSError as error:  # no result is written yet: the data's files
+                raise ValueError(str(error)) from error
             results.open_workdir(config, workdir, start)
             if started is not None and start is None:
                 started(run)

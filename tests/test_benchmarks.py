@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, get_config
 
-from ist_jax import experiment, train
+from ist_jax import experiment, inputs, train
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +44,24 @@ def test_a_constant_batch_is_all_that_is_seen():
     assert np.array_equal(labels, run.train["label"][:8])
     np.testing.assert_allclose(inputs, run.task.eval_fn(run.train)[0][:8], rtol=1e-6)
     assert np.isfinite(losses).all()
+
+
+def test_images_are_read_as_the_imagenet_config_says(capsys, monkeypatch):
+    import image_pipeline
+
+    monkeypatch.chdir(ROOT)  # of the default config
+    # starts processes
+    monkeypatch.setattr(image_pipeline, "read_all", lambda make, count, _: (1.0, float(count), 1.0))
+    made = []
+    monkeypatch.setattr(
+        image_pipeline, "TrainBatches", lambda *args, **_: made.append(args[3]) or (lambda _: None)
+    )
+    monkeypatch.setattr(image_pipeline, "EvalBatches", lambda *_: lambda _: None)
+    for size in ([], ["--size=56"]):
+        assert image_pipeline.main(["image_pipeline", "--images=32", *size]) == 0
+    whole = inputs.make_transform(get_config("resnet", "imagenet"))
+    assert made == [whole, whole._replace(size=56, resize=64)]
+    assert "size 224" in capsys.readouterr().out
 
 
 def test_rounds_are_measured_in_turn(cifar10_small):

@@ -1,7 +1,9 @@
 """Comparisons of methods, and what looks on while a run goes round by round."""
 
+import errno
 import json
 import logging
+import os
 import struct
 
 import jax
@@ -9,7 +11,7 @@ import pytest
 from conftest import ROOT, get_config
 from tensorboardX.proto.event_pb2 import Event
 
-from ist_jax import compare, main, metrics, watch
+from ist_jax import compare, data, main, metrics, watch
 
 MLP = f"--config={ROOT}/configs/mlp.py:smoke"
 
@@ -90,6 +92,35 @@ def test_mistakes_are_one_line_and_exit_2(flags, message, capsys, tmp_path, monk
     assert stop.value.code == 2
     assert len(lines) == 1
     assert message in lines[0]
+
+
+@pytest.mark.parametrize("full", ["write_json", "report"])
+def test_a_result_that_cannot_be_written_is_one_line_and_no_mistake_in_the_command(
+    compared, full, capsys, monkeypatch, tmp_path
+):
+    def no_space(path, *_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    if full == "report":
+        monkeypatch.setattr("pathlib.Path.write_text", lambda path, *_, **__: no_space(path))
+        monkeypatch.setattr(metrics, "write_json", lambda *_: None)
+    else:
+        monkeypatch.setattr(metrics, "write_json", no_space)
+    flags = ["--methods=ist", "--seeds=1", f"--workdir={compared[0]}"]
+    assert compare.main(["compare", MLP, *flags]) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert "No space left on device" in line
+
+
+def test_data_that_cannot_be_read_are_the_users_mistake(capsys, monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "data/train.txt")
+
+    monkeypatch.setattr(data, "open_data_set", refuse)
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["compare", MLP, "--methods=ist", "--seeds=1", f"--workdir={tmp_path}"])
+    assert stop.value.code == 2
+    assert "Permission denied: 'data/train.txt'" in capsys.readouterr().err
 
 
 def read_events(folder):

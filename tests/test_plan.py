@@ -6,7 +6,7 @@ import time
 import pytest
 from conftest import ROOT, get_config
 
-from ist_jax import data, plan
+from ist_jax import data, inputs, plan
 
 RESNET = f"--config={ROOT}/configs/resnet.py:cifar100"
 MLP = f"--config={ROOT}/configs/mlp.py:smoke"
@@ -141,6 +141,24 @@ def test_squares_of_a_streamed_set_are_as_large_as_the_config_says(capsys):
     ratio = large["local_sgd"]["flops_per_worker_per_step"] / small["local_sgd"]["flops_per_worker_per_step"]
     assert ratio == pytest.approx(4, rel=0.1)
     assert large["setting"]["rounds"] == small["setting"]["rounds"] == 7507  # 90 epochs of 1,281,167
+
+
+def test_the_chosen_words_are_the_classes(capsys):
+    speech = [f"--config={ROOT}/configs/mlp.py:speech2", "--json"]
+    some = json.loads(run(capsys, *speech, "--config.data.words=('yes','no','yes')"))
+    every = json.loads(run(capsys, *speech))
+    difference = every["local_sgd"]["params_per_worker"] - some["local_sgd"]["params_per_worker"]
+    assert difference == 4096 * (35 - 2)
+    assert some["setting"]["rounds"] is None  # how many clips there are of them is not known
+    assert every["setting"]["rounds"] == 1654  # 100 epochs of 84,663, 2 workers, 20 steps of 128
+
+
+@pytest.mark.parametrize("validation", [0.0, 0.02, 1 / 3])
+def test_examples_that_are_held_out_are_not_trained_on(validation):
+    config = get_config("mlp", local_steps=1, batch_size=1, num_workers=1, rounds=None, epochs=1.0)
+    config.data.validation = validation
+    planned = plan.plan(config, data.FACTS["digits"], bandwidths=[1e9], flops=1e9)
+    assert planned["setting"]["rounds"] == inputs.open_inputs(config).num_train
 
 
 def test_every_data_set_that_can_be_opened_has_its_facts():

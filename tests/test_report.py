@@ -11,7 +11,7 @@ import pytest
 from bokeh.document import Document
 from conftest import get_config
 
-from ist_jax import data, experiment, partition, plan, report, results, trace, train
+from ist_jax import BANDWIDTHS, data, experiment, partition, plan, report, results, trace, train
 
 ROUNDS = 4
 
@@ -122,6 +122,31 @@ def test_seeds_of_a_method_are_one_curve_and_its_runs(runs, page):
         np.testing.assert_allclose(drawn[2][column], (drawn[0][column] + drawn[1][column]) / 2)
 
 
+def test_seeds_that_stop_after_different_rounds_have_points_and_no_mean():
+    def stopped(rounds, accuracy, seed, **changes):
+        one = synthetic(rounds=rounds, units={}, workers=1, seed=seed, **changes)
+        for record in one.records[:-1]:  # the others were evaluated on the validation split
+            del record["test_accuracy"]
+        one.records[-1]["test_accuracy"] = one.summary["test_accuracy"] = accuracy
+        return one
+
+    seeds = [stopped(rounds, accuracy, seed) for seed, (rounds, accuracy) in enumerate([(3, 0.5), (5, 0.7)])]
+    page = report.render(seeds)
+    drawn = read_figures(page)["bytes"]
+    assert [(d["x"].tolist(), d["y"].tolist(), d["round"].tolist()) for d in drawn[::2]] == [
+        ([3], [50], [3]), ([5], [70], [5]),
+    ]  # fmt: skip
+    assert len(drawn) == 4  # of each seed a line, which one point does not make, and a marker
+    assert '<th>test accuracy, %</th><td class="number">60.00</td>' in page
+    assert '<th>each seed</th><td class="number">50.00, 70.00</td>' in page
+    assert '<th>rounds</th><td class="number">4</td>' in page
+    beside = [stopped(2, 0.4, 0, method="local_sgd"), stopped(2, 0.6, 1, method="local_sgd")]
+    means = [
+        d for d in read_figures(report.render(seeds + beside))["bytes"] if d["y"] == [50] and d["x"] == [2]
+    ]
+    assert len(means) == 2  # the line and the marker of those that stopped together
+
+
 def test_configs_that_differ_are_told_apart_by_what_differs(runs):
     first = trace.read_trace(runs[0])
     other = first._replace(config=first.config | {"local_steps": 7})
@@ -199,6 +224,18 @@ def test_rounds_of_another_number_of_workers_are_not_drawn_as_if_they_were_of_th
     assert deals.rounds.tolist() == [3, 4, 5, 6]
 
 
+def test_a_run_that_was_never_dealt_out_has_a_page_without_a_map():
+    dealt = synthetic(rounds=3, units={"a": {"size": 4, "strips": 1}}, workers=2)
+    warm = dealt._replace(config=dealt.config | {"partition.warmup_epochs": 9.0})
+    warm = warm._replace(records=[r | {"partition": partition.fingerprint(())} for r in dealt.records])
+    page = report.render([warm])
+    assert "There is no map: all rounds belonged to the warm-up" in page
+    assert not any(name.startswith(("map", "counts")) for name in read_figures(page))
+    both = report.render([warm, dealt])  # the first that has one
+    assert "There is no map" not in both
+    assert set(read_figures(both)["map0"][0]["round"]) == {1, 2, 3}
+
+
 def test_a_long_run_of_a_wide_net_is_a_small_page():
     units = {f"hidden{k}": {"size": 8192, "strips": 8} for k in (1, 2)}
     one = synthetic(rounds=2000, units=units, workers=8)
@@ -271,7 +308,7 @@ def test_a_run_leaves_a_report_and_the_command_writes_it_again(runs, tmp_path, m
     assert capsys.readouterr().out.strip() == str(runs[0] / "report.html")
     monkeypatch.chdir(tmp_path)
     assert report.main(["report", f"--workdir={runs[0]}", str(runs[1])]) == 0
-    assert "Thin: each seed" in Path("report.html").read_text()
+    assert "a small marker: each seed" in Path("report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -283,7 +320,7 @@ def test_a_run_leaves_a_report_and_the_command_writes_it_again(runs, tmp_path, m
         (["--workdir=broken"], "cannot read the metrics"),
         (["--workdir=empty"], "holds no round"),
         (["--workdir=run", "nowhere"], "holds no config.json"),
-        (["--workdir=run", "--out=no/where.html"], "cannot write --out=no/where.html: No such file"),
+        (["--workdir=run", "--out=no/where.html"], "cannot write no/where.html: No such file"),
         (["--wrokdir=run"], "wrokdir"),
     ],
 )
@@ -351,7 +388,7 @@ def test_the_bandwidth_that_the_reader_chooses_moves_the_curve(runs, page, brows
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     expected = [trace.group_by_config([trace.read_trace(folder)])[0].mean() for folder in runs]
     pictures, last = [], []
-    for bits_per_second in trace.BANDWIDTHS:
+    for bits_per_second in BANDWIDTHS:
         browser.execute_script(f"document.querySelector('input[value=\"{bits_per_second:.0f}\"]').click()")
         drawn = browser.execute_script(
             "return [...sources(figures.time)].map((s) => [Array.from(s.data.x), Array.from(s.data.y)])"
@@ -377,7 +414,7 @@ def test_the_script_and_python_model_the_same_time(page, browser):
     open_page(browser, page)
     rng = np.random.default_rng(0)
     seconds, sent = rng.uniform(0, 100, 50), rng.integers(0, 10**12, 50)
-    for bits_per_second in (*trace.BANDWIDTHS, 12345.678):
+    for bits_per_second in (*BANDWIDTHS, 12345.678):
         found = browser.execute_script(
             "return modelledSeconds(...arguments)", seconds.tolist(), sent.tolist(), bits_per_second
         )

@@ -175,7 +175,7 @@ def test_an_unprepared_set_says_what_to_run(tmp_path, monkeypatch):
 
 
 @needs_shared
-def test_cifar10_is_read_by_index_and_trains():
+def test_cifar10_is_read_by_index():
     dataset = data.open_data_set("cifar10", str(SHARED / "tfds"))
     assert (len(dataset.train), len(dataset.test), len(dataset.classes)) == (50_000, 10_000, 10)
     assert dataset.train[7]["image"].shape == (32, 32, 3)

@@ -28,7 +28,7 @@ def split_validation(
       ValueError: nothing would remain.
     """
     total = len(train["label"])
-    held_out = math.ceil(fraction * total)
+    held_out = count_held_out(total, fraction)
     if held_out == 0:
         return dict(train), None
     if held_out == total:
@@ -37,6 +37,11 @@ def split_validation(
         )
     order = np.random.default_rng((seed, total)).permutation(total)
     return select(train, np.sort(order[held_out:])), select(train, np.sort(order[:held_out]))
+
+
+def count_held_out(total: int, fraction: float) -> int:
+    """How many of so many training examples `split_validation` holds out."""
+    return math.ceil(fraction * total)
 
 
 def share_examples(
