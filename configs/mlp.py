@@ -9,12 +9,12 @@ python -m ist_jax.main --config=configs/mlp.py:delicious --config.data.dir=DIR
 python -m ist_jax.main --config=configs/mlp.py:amazon670k --config.data.dir=DIR
                                                           the paper's largest net, on 8 devices
 
-DIR of the speech nets is the unpacked Speech Commands archive, a folder of WAV files per word; of the others
-it holds train.txt and test.txt (or *_train.txt and *_test.txt). Two cores of an AMD EPYC, 4 workers, mean of three
-seeds, 2026-11-23: digits 98.80 % in 1.6 s of rounds, after about 8 s of start; delicious P@1 65.16 % in 1.1 s. speech2
-on ten words (1,138 clips, 80 epochs, 2 workers, 2026-11-22): 57.92 %. speech3 and amazon670k have not been trained at
-full size. More in benchmarks/RESULTS.md. The paper's figures on all 35 words: .8153 (speech2) and .8327 (speech3)
-against .7998 and .7992 of local SGD.
+DIR of the speech nets is the unpacked Speech Commands archive, a folder of WAV files per word; of the
+others it holds train.txt and test.txt (or *_train.txt and *_test.txt). Two cores of an AMD EPYC, 4
+workers, mean of three seeds, 2026-11-23: digits 98.80 % in 1.6 s of rounds, after about 8 s of start;
+delicious P@1 65.16 % in 1.1 s. speech2 on ten words (1,138 clips, 80 epochs, 2 workers, 2026-11-22):
+57.92 %. speech3 and amazon670k have not been trained at full size. More in benchmarks/RESULTS.md. The
+paper's figures on all 35 words: .8153 (speech2) and .8327 (speech3) against .7998 and .7992 of local SGD.
 
 The paper's P@1/3/5 on Amazon-670k (135,909 features, 670,091 labels, two-layer net of width H):
 
@@ -80,7 +80,7 @@ def get_config(mode: str = "digits") -> config_dict.ConfigDict:
     config.partition.min_units = 0  # least neurons per worker and layer, by overlap; 0: none
     config.partition.shares = ()  # relative speed of each worker; (): equal
     config.partition.warmup_epochs = 0.0  # passes, at the start, in which all train the whole model
-    config.partition.scale_at_evaluation = True  # logits without output_norm x the fraction that held a neuron
+    config.partition.scale_at_evaluation = True  # logits, without output_norm, x 1/S
 
     config.optimizer = config_dict.ConfigDict()
     config.optimizer.learning_rate = 0.05
