@@ -66,7 +66,8 @@ def _open_encoded(config: config_dict.ConfigDict, dataset: data.DataSet) -> Inpu
             f"data.validation={config.data.validation} is not for streamed images; set config.data.validation"
             "=0"
         )
-    check_shared_memory(config.data.processes, max(config.batch_size, config.eval_batch_size), size)
+    together = config.batch_size + config.eval_batch_size  # the next round waits while the model is evaluated
+    check_shared_memory(config.data.processes, together, size)
     normalize = augment.make_normalize(*get_channel_statistics(config))
     task = classification(normalize, (size, size, 3), pad=0, flip=False)  # they arrive augmented
     return Inputs(dataset, dataset.train, dataset.test, None, task)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+
+log = logging.getLogger(__name__)
 
 
 class Progress:
@@ -102,3 +105,17 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     value = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
     return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def mean_where(chosen: np.ndarray, values: np.ndarray) -> float:
+    """Mean over the chosen workers; NaN where there is none."""
+    return float(values[chosen].mean()) if chosen.any() else float("nan")
+
+
+def warn_left_out(round_number: int, workers: np.ndarray, what: str) -> None:
+    """Says which workers' rounds (or, data-parallel, single steps) were left out."""
+    for worker in workers:
+        log.warning(
+            "round %d: worker %d had a non-finite loss or update; its %s left out",
+            round_number, worker, "round is" if what == "round" else "steps that had one are",
+        )  # fmt: skip

@@ -22,7 +22,10 @@ from ist_jax import BANDWIDTHS, METHODS, cli
 if TYPE_CHECKING:
     from ist_jax import data
 
-USAGE = "python -m ist_jax.plan --config=FILE[:MODE] [--json] [--bandwidth=LIST] [--config.KEY=VALUE ...]"
+USAGE = (
+    "python -m ist_jax.plan --config=FILE[:MODE] [--json] [--bandwidth=LIST] [--flops=NUMBER] "
+    "[--example=SHAPE --classes=N] [--config.KEY=VALUE ...]"
+)
 _FLOPS = 1e13  # per second: about what a large accelerator sustains in float32
 
 
@@ -218,6 +221,11 @@ def _facts(config: config_dict.ConfigDict, example: Sequence[int], classes: int)
     if shape is None or num_classes is None:
         flag = "--classes" if shape else "--example and --classes"
         raise ValueError(f"what data.name={name!r} holds is not known before it is opened; give {flag}")
+    if config.model.name == "resnet" and len(shape) != 3:
+        raise ValueError(
+            f"an example of shape {','.join(map(str, shape))} is no image for a ResNet; give "
+            "--example=HEIGHT,WIDTH,CHANNELS"
+        )
     num_train = None if example or classes else known.num_train
     return known._replace(example=shape, num_classes=num_classes, num_train=num_train)
 

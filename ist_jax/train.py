@@ -201,13 +201,13 @@ def train_round(
     present = partition.sample_present(config.seed, index, config.num_workers, config.participation)
     state, means, seconds = run_round(run, state, index, present, meter)
     sick = np.flatnonzero(~means.healthy & present)
-    warn_left_out(index + 1, sick, "steps" if config.method == "data_parallel" else "round")
+    metrics.warn_left_out(index + 1, sick, "steps" if config.method == "data_parallel" else "round")
     merged = means.healthy & present
     record = {
         "round": index + 1,
         "examples": run.examples_before + (index + 1 - run.first_round) * per_round,
-        "train_loss": mean_where(merged, means.loss),
-        "train_accuracy": mean_where(merged, means.accuracy),
+        "train_loss": metrics.mean_where(merged, means.loss),
+        "train_accuracy": metrics.mean_where(merged, means.accuracy),
         "lr": float(run.learning_rates[index, -1]),
         **results.round_bytes(config, layout, trees=len(state.trees)),
         **seconds,
@@ -295,17 +295,3 @@ def evaluate_state(run: Run, state: local_sgd.State, split: str = "test") -> eva
     chunks: Any = run.test_batches if split == "test" else run.validation_batches
     sums = [devices.fetch(jax.block_until_ready(program(state.trees[0], chunk))) for chunk in chunks]
     return evaluation.total_score(run.task, np.concatenate(sums, axis=1))
-
-
-def mean_where(chosen: np.ndarray, values: np.ndarray) -> float:
-    """Mean over the chosen workers; NaN where there is none."""
-    return float(values[chosen].mean()) if chosen.any() else float("nan")
-
-
-def warn_left_out(round_number: int, workers: np.ndarray, what: str) -> None:
-    """Says which workers' rounds (or, data-parallel, single steps) were left out."""
-    for worker in workers:
-        log.warning(
-            "round %d: worker %d had a non-finite loss or update; its %s left out",
-            round_number, worker, "round is" if what == "round" else "steps that had one are",
-        )  # fmt: skip

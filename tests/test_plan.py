@@ -121,6 +121,7 @@ def test_a_set_of_ones_own(capsys):
         ([MLP, "--config.data.name=mine"], "give --example and --classes"),
         ([MLP, "--config.data.name=mine", "--example=28,28"], "give --classes"),
         ([MLP, "--config.data.name=image_folder", "--classes=2"], "give --example and --classes"),
+        ([RESNET, "--example=32,32", "--classes=10"], "give --example=HEIGHT,WIDTH,CHANNELS"),
         ([MLP, "--example=8,tall"], "--example=8,tall: numbers are needed"),
     ],
 )
