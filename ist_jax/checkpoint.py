@@ -20,6 +20,7 @@ import numpy as np
 import tensorstore
 from flax import traverse_util
 
+from ist_jax import cli
 from ist_jax.layout import Leaf, restore, stored_shape
 
 log = logging.getLogger(__name__)
@@ -75,10 +76,10 @@ class Saved(NamedTuple):
                 whole[at] = store[at].read().result()
                 if digest_of(whole[at]) != digest:
                     raise Damaged(f"{self.folder}: {name} is not what was written")
-        except Damaged:
+        except (Damaged, MemoryError):
             raise
         except Exception as error:  # tensorstore's errors have no common base class
-            raise Damaged(f"{self.folder}: {name} cannot be read: {str(error).splitlines()[0]}") from error
+            raise Damaged(f"{self.folder}: {name} cannot be read: {cli.one_line(error)}") from error
         return restore(whole, leaf) if leaf.unit_axes else whole
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from ist_jax import checkpoint
+from ist_jax import checkpoint, cli
 from ist_jax.checkpoint import FOLDER, ITEM, PARAMS, array_spec, digest_of, region, rounds, shape_on_disk
 from ist_jax.layout import Layout, stored_piece, stored_shape, to_stored
 from ist_jax.local_sgd import State
@@ -109,7 +109,7 @@ class Writer:
     def _failed(self, error: Exception) -> None:
         there = rounds(Path(self._manager.directory).parent)
         last = f"the last one is of round {there[-1]}" if there else "there is none yet"
-        log.warning("a checkpoint could not be written, training goes on; %s (%s)", last, _one_line(error))
+        log.warning("a checkpoint could not be written, training goes on; %s (%s)", last, cli.one_line(error))
 
 
 class _KeepLatestAndBest:
@@ -186,7 +186,3 @@ async def _write_piece(folder: Path, piece: Piece, entry: dict[str, Any]) -> Non
     spec = array_spec(folder, name) | {"dtype": entry["dtype"], "metadata": metadata}
     store = await tensorstore.open(spec | {"create": True, "open": True})
     await store[region(data.ndim, axis, start, stop)].write(data)
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -22,6 +22,11 @@ def fail(message: str) -> SystemExit:
     return SystemExit(2)
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says; its type, where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextlib.contextmanager
 def errors() -> Iterator[None]:
     """Turns a setting, path or file that cannot work into one line."""
@@ -64,7 +69,8 @@ def _load_config(path: str) -> config_dict.ConfigDict:
     try:
         probe(["", f"--config={path}"])
     except Exception as error:  # the file is the user's own code; its traceback ends in what went wrong
-        raise fail(f"--config={path}: {str(error).strip().splitlines()[-1]}") from error
+        text = str(error).strip() or type(error).__name__
+        raise fail(f"--config={path}: {text.splitlines()[-1]}") from error
     if not isinstance(probe.config, config_dict.ConfigDict):
         raise fail(f"--config={path}: get_config() must return an ml_collections.ConfigDict")
     return probe.config

@@ -4,8 +4,10 @@ JAX's own distributed runtime connects them; on CPU its collectives run over glo
 own workers and writes its own shards to a folder that all of them see. `devices` spans programs over them.
 """
 
+import contextlib
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -14,6 +16,8 @@ from typing import Any
 
 import jax
 from jax._src import distributed as runtime  # the key-value store has no public name
+
+from ist_jax import cli
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +58,7 @@ def start(
     except (ValueError, RuntimeError) as error:
         asked = f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}"
         found = asked if coordinator else "--distributed found no other processes"
-        raise ValueError(f"{found}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{found}: {cli.one_line(error)}") from error
     _watches.append(Watch(lost_after, stuck_after))
     _watches[0].start()
 
@@ -101,6 +105,15 @@ def first_alone(fn: Callable[[], Any], what: str) -> Any:
     return result if number() == 0 else fn()
 
 
+def is_of_jax(error: Exception) -> bool:
+    """Whether an error is one of JAX's runtime, as a collective with a lost process ends in.
+
+    Some are plain ValueErrors with the name of a status first: "UNKNOWN: Gloo AllGather failed".
+    """
+    named = isinstance(error, ValueError) and re.match(r"[A-Z_]+: ", str(error)) is not None
+    return named or isinstance(error, jax.errors.JaxRuntimeError)
+
+
 def explain() -> None:
     """After an error of a collective: gives the watch the time to find out who is lost."""
     for watch in _watches:
@@ -119,9 +132,10 @@ def stop() -> None:
 
 
 def leave(code: int) -> None:
-    """Ends this process alone, after a mistake that the others did not make: they notice."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """Ends this process alone, after something that did not happen to the others: they notice."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a full disk must not keep it
+            stream.flush()
     os._exit(code)
 
 

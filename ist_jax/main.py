@@ -11,6 +11,7 @@ import datetime
 import logging
 import re
 import sys
+import traceback
 from pathlib import Path
 
 from absl import flags
@@ -63,6 +64,7 @@ def main(argv: list[str]) -> int:
     # JAX starts here, after the flags are known to be right
     from ist_jax import distributed, signals, train
 
+    agreed = True  # that the run ends here, in all of its processes
     try:
         with signals.handled(deferred=False):
             if spans:
@@ -71,17 +73,23 @@ def main(argv: list[str]) -> int:
         code = 0
     except signals.Interrupted as stop:
         print(stop, file=sys.stderr)
-        code = stop.exit_code
+        code, agreed = stop.exit_code, stop.agreed
     except (train.Diverged, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 1
-    except RuntimeError:
-        distributed.explain()  # ends this process, if another one is lost
-        raise
+        code, agreed = 1, isinstance(error, train.Diverged)
     except SystemExit as mistake:
-        if distributed.is_started():
-            distributed.leave(int(mistake.code or 0))
-        raise
+        if not distributed.is_started():
+            raise
+        code, agreed = int(mistake.code or 0), False
+    except Exception as error:
+        if not distributed.is_started():
+            raise
+        if distributed.is_of_jax(error):
+            distributed.explain()  # ends this process, if another one is lost
+        traceback.print_exc()
+        code, agreed = 1, False
+    if distributed.is_started() and not agreed:
+        distributed.leave(code)  # the others wait in a collective, and notice
     distributed.stop()
     return code
 

@@ -14,11 +14,12 @@ class Interrupted(KeyboardInterrupt):
 
     Attributes:
       exit_code: 130 for SIGINT, 143 for SIGTERM.
+      agreed: whether all processes of the run end here; else this one does alone.
     """
 
-    def __init__(self, signum: int, message: str = "interrupted"):
+    def __init__(self, signum: int, message: str = "interrupted", *, agreed: bool = False):
         super().__init__(message)
-        self.exit_code = 128 + signum
+        self.exit_code, self.agreed = 128 + signum, agreed
 
 
 class Request:

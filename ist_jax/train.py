@@ -148,6 +148,7 @@ def run_rounds(
         raise signals.Interrupted(
             signum,
             f"stopped after round {len(records)} of {run.num_rounds}; the same command goes on from there",
+            agreed=True,
         )
     if "test_accuracy" not in records[-1]:  # a run that was stopped, and is now wanted no longer than it is
         evaluate_into(records[-1], run, state, "test")

@@ -38,8 +38,11 @@ def _received(descriptor: str) -> int:
     with socket.socket(fileno=copy) as connection:
         if connection.type != socket.SOCK_STREAM or connection.family == socket.AF_UNIX:
             return 0
-        info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SIZE)
-    return struct.unpack_from("Q", info, _BYTES_RECEIVED)[0]
+        try:
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_SIZE)
+            return struct.unpack_from("Q", info, _BYTES_RECEIVED)[0]
+        except (OSError, struct.error):  # a stream of another protocol, such as MPTCP or vsock
+            return 0
 
 
 class Meter:

@@ -218,6 +218,17 @@ def damage(source, target, rng):
         path.write_bytes(content)
 
 
+@pytest.mark.parametrize(("error", "raised"), [(KeyError(), "KeyError"), (MemoryError(), None)])
+def test_errors_without_a_text_and_too_little_memory(error, raised, stored, monkeypatch):
+    def fail(*_):
+        raise error
+
+    saved = checkpoint.open_round(stored / "2", 3)
+    monkeypatch.setattr(checkpoint.tensorstore, "open", fail)
+    with pytest.raises(checkpoint.Damaged if raised else MemoryError, match=raised):
+        checkpoint.verify(saved)
+
+
 def test_the_newest_intact_checkpoint_is_used_and_damaged_ones_are_named(tmp_path, caplog):
     whole = train.train(get_config("mlp", rounds=6), tmp_path / "whole")
     workdir = tmp_path / "run"

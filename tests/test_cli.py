@@ -87,6 +87,13 @@ def test_a_mistake_is_one_line_and_exit_2(flags, message, capsys, tmp_path, monk
     assert not list(tmp_path.iterdir())  # nothing is left behind
 
 
+def test_a_config_file_that_fails_without_a_word(tmp_path, capsys):
+    (tmp_path / "own.py").write_text("def get_config():\n    raise NotImplementedError\n")
+    with pytest.raises(SystemExit):
+        main.main(["main", f"--config={tmp_path}/own.py"])
+    assert capsys.readouterr().err.endswith("own.py: NotImplementedError\n")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 from conftest import ROOT, get_config
 
-from ist_jax import checkpoint, distributed, metrics, train
+from ist_jax import checkpoint, distributed, main, metrics, signals, train
 
 OVERRIDES = {
     "num_workers": 4, "rounds": 200, "eval_every": 50, "checkpoint.every": 10, "lost_after": 15.0,
@@ -25,10 +26,13 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def launch(workdir, processes, *, slurm=False, **overrides):
+PROGRAM = ("-m", "ist_jax.main")
+
+
+def launch(workdir, processes, *, slurm=False, programs=(), **overrides):
+    """Starts all; `programs` of some, by number, in place of the command's."""
     flags = [f"--config.{key}={value}" for key, value in (OVERRIDES | overrides).items()]
-    command = [sys.executable, "-m", "ist_jax.main", f"--config={ROOT}/configs/mlp.py:smoke"]
-    command += [*flags, f"--workdir={workdir}"]
+    command = [f"--config={ROOT}/configs/mlp.py:smoke", *flags, f"--workdir={workdir}"]
     meeting = [f"--coordinator=127.0.0.1:{free_port()}", f"--num_processes={processes}"]
     each = [[*meeting, f"--process_id={n}"] for n in range(processes)] if processes > 1 else [[]]
     environments = [os.environ | {"JAX_PLATFORMS": "cpu"} for _ in each]
@@ -42,8 +46,10 @@ def launch(workdir, processes, *, slurm=False, **overrides):
         ]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     return [
-        subprocess.Popen([*command, *own], cwd=ROOT, env=env, **pipes)
-        for own, env in zip(each, environments, strict=True)
+        subprocess.Popen(
+            [sys.executable, *dict(programs).get(n, PROGRAM), *command, *own], cwd=ROOT, env=env, **pipes
+        )
+        for n, (own, env) in enumerate(zip(each, environments, strict=True))
     ]
 
 
@@ -115,6 +121,84 @@ def test_two_processes_stopped_lost_and_resumed_give_the_bits_of_one(whole, tmp_
     table = {row["cause"]: row for row in json.loads((workdir / "ledger.json").read_text())["rows"]}
     assert table["round"]["formula"] == table["round"]["hlo"]
     assert table["round"]["wire"] == pytest.approx(table["round"]["formula"], rel=0.05)
+
+
+SIGNALLED_TWICE = """
+import os, signal, sys
+from ist_jax import main, train
+real = train.train_round
+def train_round(run, state, index, *more):
+    if index == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(run, state, index, *more)
+train.train_round = train_round
+sys.exit(main.main(["main", *sys.argv[1:]]))
+"""
+
+
+def test_a_process_that_ends_alone_is_missed_at_once(tmp_path):
+    size = {"lost_after": 4.0, "model.hidden": (32, 32), "num_workers": 2}
+    processes = launch(tmp_path, 2, programs={1: ("-c", SIGNALLED_TWICE)}, **size)
+    processes[1].wait(100)
+    began = time.monotonic()
+    (code, text), (own_code, own_text) = finish(processes)
+    assert time.monotonic() - began < 4 + 10
+    assert (own_code, own_text.splitlines()[-1]) == (143, "interrupted")
+    assert code == distributed.LOST
+    assert "process 1 of 2 has given no sign of life for 4 s" in text
+
+
+class Left(BaseException):
+    pass
+
+
+GLOO = ValueError("UNKNOWN: Gloo AllGather failed: connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    ("error", "calls", "text"),
+    [
+        (None, ["stop"], ""),
+        (signals.Interrupted(signal.SIGTERM, "stopped after round 3", agreed=True), ["stop"], "stopped afte"),
+        (signals.Interrupted(signal.SIGINT), ["leave 130"], "interrupted"),
+        (train.Diverged("worker 1"), ["stop"], "error: worker 1"),
+        (OSError("no space"), ["leave 1"], "error: no space"),
+        (SystemExit(2), ["leave 2"], ""),
+        (RuntimeError("a worker process was killed"), ["leave 1"], "Traceback"),
+        (ZeroDivisionError(), ["leave 1"], "Traceback"),
+        (GLOO, ["explain", "leave 1"], "Traceback"),
+        (jax.errors.JaxRuntimeError("INTERNAL: Gloo all-reduce failed"), ["explain", "leave 1"], "Traceback"),
+    ],
+)
+@pytest.mark.parametrize("several", [True, False])
+def test_only_what_ends_all_processes_waits_for_them(several, error, calls, text, monkeypatch, capsys):
+    def run_once(*_, **__):
+        if error is not None:
+            raise error
+
+    def leave(code):
+        called.append(f"leave {code}")
+        raise Left
+
+    called = []
+    monkeypatch.setattr(main, "run_once", run_once)
+    monkeypatch.setattr(distributed, "is_started", lambda: several)
+    monkeypatch.setattr(distributed, "stop", lambda: called.append("stop"))
+    monkeypatch.setattr(distributed, "explain", lambda: called.append("explain"))
+    monkeypatch.setattr(distributed, "leave", leave)
+    caught = None
+    try:
+        main.main(["main", f"--config={ROOT}/configs/mlp.py:smoke"])
+    except BaseException as found:
+        caught = found
+    if several:
+        assert called == calls
+        assert isinstance(caught, Left) == (calls[-1] != "stop")
+        assert capsys.readouterr().err.startswith(text)
+    else:
+        handled = error is None or isinstance(error, signals.Interrupted | train.Diverged | OSError)
+        assert (caught, called) == ((None, ["stop"]) if handled else (error, []))
 
 
 def test_a_stuck_run_ends(monkeypatch):

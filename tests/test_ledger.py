@@ -271,6 +271,19 @@ def test_a_meter_counts_what_arrives_by_cause():
     assert wire.open_meter(1) is None
 
 
+@pytest.mark.parametrize("answer", [OSError(95, "Operation not supported"), b"short"])
+def test_a_stream_that_is_not_tcp_counts_nothing(answer, monkeypatch):
+    class Other(socket.socket):
+        def getsockopt(self, *_):
+            if isinstance(answer, OSError):
+                raise answer
+            return answer
+
+    with socket.create_server(("127.0.0.1", 0)):
+        monkeypatch.setattr(socket, "socket", Other)
+        assert wire.received_bytes() == 0
+
+
 def test_two_processes_exchange_what_the_formula_says(tmp_path):
     size = {"num_workers": 2, "rounds": 2, "eval_every": 1, "model.hidden": "(512,512)"}
     for code, error in finish(launch(tmp_path, 2, **size)):

@@ -255,11 +255,13 @@ def test_memory_holds_the_round_in_use_the_next_and_one_that_is_handed_over():
 
 
 SCRIPT = """
+import os
+import signal
 import sys
 import time
 from pathlib import Path
 import numpy as np
-from ist_jax import data
+from ist_jax import data, signals
 from ist_jax.data import encoded, images, stream
 if __name__ == "__main__":
     source = data.open_data_set("image_folder", sys.argv[1]).train
@@ -268,6 +270,11 @@ if __name__ == "__main__":
     for rounds in (9, 1):  # stopped early, and read to its end
         feed = stream.StreamingFeed(make, 1, rounds, processes=1, put=lambda chunk: chunk)
         print(feed(0).data["image"].shape)
+        if sys.argv[2:] == ["left"]:
+            os._exit(0)
+        with signals.handled(deferred=True) as request:
+            os.killpg(0, signal.SIGTERM)
+            print(len([feed(index) for index in range(1, rounds)]), request.signum)
         feed.close()
     deadline = time.monotonic() + 60
     while "/dev/shm/psm_" in Path("/proc/self/maps").read_text() and time.monotonic() < deadline:
@@ -276,9 +283,21 @@ if __name__ == "__main__":
 """
 
 
-def test_processes_leave_nothing_behind(folder):
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(folder)], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 6, 8, 8, 3)\n" * 2, "")
+def run_script(*arguments):
+    """In a process group of its own; waits for all of its processes, which share the output."""
+    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, start_new_session=True)
+
+
+def test_processes_read_on_after_a_signal_to_all_and_leave_nothing_behind(folder):
+    done = run_script(folder)
+    shape = "(1, 6, 8, 8, 3)"
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{shape}\n8 15\n{shape}\n0 15\n", "")
+
+
+def test_processes_end_with_a_parent_that_does_not_clean_up(folder):
+    done = run_script(folder, "left")
+    assert done.returncode == 0, done.stderr
 
 
 # --- broken files ---------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 import contextlib
 import gc
 import logging
+import multiprocessing
+import os
 import shutil
 import signal
 import threading
@@ -229,7 +231,7 @@ def read(make: Callable[[int], Batch], numbers: range, processes: int) -> Genera
     dataset = grain.MapDataset.range(numbers.start, numbers.stop).map(make).to_iter_dataset(options)
     if processes:
         workers = grain.MultiprocessingOptions(num_workers=min(processes, len(numbers)))
-        dataset = dataset.mp_prefetch(workers, worker_init_fn=_leave_interrupts_to_the_parent)
+        dataset = dataset.mp_prefetch(workers, worker_init_fn=_leave_signals_to_the_parent)
     iterator = iter(dataset)
     try:
         for _ in numbers:
@@ -240,5 +242,15 @@ def read(make: Callable[[int], Batch], numbers: range, processes: int) -> Genera
         gc.collect()  # batches in shared memory hang on a cycle, and would be reported as leaked at exit
 
 
-def _leave_interrupts_to_the_parent(*_: int) -> None:
+def _leave_signals_to_the_parent(*_: int) -> None:
+    """In a process that reads: a signal to the whole group must not take the images from a round at hand."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    """Grain's processes outlive a parent that was killed, or that left without cleaning up."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
