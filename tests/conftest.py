@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, before anything starts JAX."""
 
+import gc
 import importlib.util
 import logging
 import os
@@ -26,6 +27,14 @@ def _eight_devices(tmp_path_factory):
     assert len(jax.devices("cpu")) == 8
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_one_module_at_a_time():
+    """Each takes memory maps, of which Linux gives a process 65,530; all of them together are more."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 def get_config(name, mode="smoke", **overrides):
