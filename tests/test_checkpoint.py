@@ -281,7 +281,7 @@ def test_one_run_at_a_time_writes_to_a_folder(tmp_path):
         (tmp_path / "new" / "run" / "file").touch()
     assert (tmp_path / "new" / "run" / "file").is_file()
     with folder.claimed(tmp_path / "other" / "run"):
-        pass  # nothing came of it
+        assert (tmp_path / "other" / "run").is_dir()  # made, and nothing came of it
     assert not (tmp_path / "other").exists()
     assert train.train(get_config("mlp"), tmp_path / "new" / "run")["rounds"] == 3
 

@@ -63,7 +63,7 @@ class Block(nn.Module):
             return self._residual(x, scale), None
         return nn.cond(gate, type(self)._residual, type(self)._pass_on, self, x, scale), None
 
-    def _pass_on(self, x: jax.Array, _: jax.Array | float = 1.0) -> jax.Array:
+    def _pass_on(self, x: jax.Array, _: jax.Array | float) -> jax.Array:
         return pass_on(x, self.strides, self.expansion * self.width)
 
 
