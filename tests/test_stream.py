@@ -15,7 +15,7 @@ import pytest
 from conftest import get_config
 from PIL import Image
 
-from ist_jax import data, evaluate, experiment, inputs, main, train
+from ist_jax import audit, data, evaluate, experiment, inputs, main, train
 from ist_jax.data import batches, stream
 from ist_jax.data.encoded import EvalBatches, TrainBatches, read_batch
 from ist_jax.data.images import Transform, cut_out
@@ -298,6 +298,24 @@ def test_processes_read_on_after_a_signal_to_all_and_leave_nothing_behind(folder
 def test_processes_end_with_a_parent_that_does_not_clean_up(folder):
     done = run_script(folder, "left")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_batch_draws_the_indices_of_its_worker_alone(monkeypatch):
+    drawn, real = set(), batches._epoch_order
+    monkeypatch.setattr(batches, "_epoch_order", lambda *a: drawn.add(a[1]) or real(*a))
+    make = make_batches(Counting())
+    _, worker, _ = make.place(0)
+    make.examples(0)
+    assert drawn == {worker}
+
+
+def test_the_ledger_reads_no_image(folder, monkeypatch):
+    def read(self):
+        raise AssertionError("an evaluation set is being read")
+
+    run = experiment.set_up(tiny(folder))
+    monkeypatch.setattr(stream.StreamingEvaluation, "__iter__", read)
+    assert audit.ledger_of(run)["rows"]
 
 
 # --- broken files ---------------------------------------------------------------------------------
