@@ -18,7 +18,8 @@ import runs
 from absl import flags
 from ml_collections import config_flags
 
-from ist_jax import cli, results
+from ist_jax import cli, errors
+from ist_jax.workdir import results
 
 USAGE = "python benchmarks/accelerator.py --dir=DIR --peak=FLOPS [--config=FILE] [--rounds=N]"
 
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_string("workdir", "runs/accelerator", "folder for the run", flag_values=values)
     cli.parse(values, argv, USAGE, required=["peak"])
     if any(arg.startswith("--config.") and "=" not in arg for arg in argv):
-        raise cli.fail("write --config.KEY=VALUE, with =")
+        raise errors.fail("write --config.KEY=VALUE, with =")
     own = [arg.removeprefix("--config.") for arg in argv if arg.startswith("--config.")]
     first = [f"data.dir={values.dir}", f"rounds={values.rounds}", "num_devices=1", "compute_dtype=bfloat16"]
     first += ["partition.warmup_epochs=0.0"]  # the FLOPs are those of a subnet

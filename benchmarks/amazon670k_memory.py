@@ -14,10 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from ist_jax import cli, data, devices, evaluation, experiment, ledger, local_sgd, settings
+from ist_jax import cli, data
+from ist_jax.costs import formula as ledger
 from ist_jax.data.sparse import Rows
-from ist_jax.layout import Layout, split
-from ist_jax.programs import Programs, compile_programs
+from ist_jax.exchange.layout import Layout, split
+from ist_jax.methods import local_sgd
+from ist_jax.runtime import devices, settings
+from ist_jax.runtime import scoring as evaluation
+from ist_jax.runtime import setup as experiment
+from ist_jax.runtime.programs import Programs, compile_programs
 from ist_jax.task import multi_label
 
 (FEATURES,), LABELS, POINTS, _ = data.FACTS["amazon670k"]

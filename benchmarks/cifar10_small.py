@@ -21,7 +21,9 @@ import runs
 from absl import flags
 from input_cost import time_round
 
-from ist_jax import checkpoint, cli, experiment, results, train
+from ist_jax import cli, errors, train
+from ist_jax.runtime import setup as experiment
+from ist_jax.workdir import checkpoint, results
 
 CONFIG = "configs/resnet.py:cifar10_small"
 VARIANTS = {
@@ -149,7 +151,7 @@ def main(argv: list[str]) -> int:
         runs.run(CONFIG, workdir / name, [f"data.dir={values.dir}", *settings])
     there = {name: read(workdir / name) for name in VARIANTS if (workdir / name / "summary.json").is_file()}
     if not there:
-        raise cli.fail(f"{workdir} holds no finished run; --train trains them")
+        raise errors.fail(f"{workdir} holds no finished run; --train trains them")
     configs = {name: run["config"].copy_and_resolve_references() for name, run in there.items()}
     for config in configs.values():
         config.data.dir = values.dir

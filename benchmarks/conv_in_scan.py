@@ -17,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ist_jax import devices, local_sgd, partition, settings
+from ist_jax import partition
 from ist_jax.data import augment
-from ist_jax.layout import from_params, make_layout
+from ist_jax.exchange.layout import from_params, make_layout
+from ist_jax.methods import local_sgd
 from ist_jax.models.conv import conv_general_dilated
 from ist_jax.models.resnet import ResNet
+from ist_jax.runtime import devices, settings
 from ist_jax.task import classification
 
 _DIMS = ("NHWC", "HWIO", "NHWC")

@@ -25,7 +25,9 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from ist_jax import checkpoint, checkpoint_writer, cli, metrics
+from ist_jax import cli
+from ist_jax.workdir import checkpoint, checkpoint_writer
+from ist_jax.workdir import files as metrics
 
 SMOKE = [sys.executable, "-m", "ist_jax.main", "--config=configs/mlp.py:smoke"]
 RUN = {"num_workers": 4, "rounds": 400, "eval_every": 100, "checkpoint.every": 20, "lost_after": 15.0}
@@ -128,7 +130,9 @@ def price(_: int, folder: Path) -> str:
     from absl import flags as absl_flags
     from ml_collections import config_flags
 
-    from ist_jax import experiment, results, train
+    from ist_jax import train
+    from ist_jax.runtime import setup as experiment
+    from ist_jax.workdir import results
 
     values = absl_flags.FlagValues()
     config_flags.DEFINE_config_file("config", "configs/resnet.py", flag_values=values, sys_argv=[])

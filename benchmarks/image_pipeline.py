@@ -20,9 +20,10 @@ from absl import flags
 from PIL import Image
 from sklearn import datasets
 
-from ist_jax import cli, inputs
+from ist_jax import cli
 from ist_jax.data import batches, image_folder, stream
 from ist_jax.data.encoded import EvalBatches, TrainBatches
+from ist_jax.runtime import inputs
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 95  # about the 110 kB that ImageNet has on average
 BATCH = 32

@@ -16,7 +16,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from ist_jax import cli, devices, experiment, programs, train
+from ist_jax import cli, train
+from ist_jax.runtime import devices, programs
+from ist_jax.runtime import setup as experiment
 
 USAGE = "python benchmarks/input_cost.py [--config=FILE[:MODE]] [--rounds=N] [--config.KEY=VALUE ...]"
 

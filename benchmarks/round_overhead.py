@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from ist_jax import cli, experiment, train
+from ist_jax import cli, train
+from ist_jax.runtime import setup as experiment
 
 
 def one_step_run(run: experiment.Run) -> experiment.Run:

@@ -3,28 +3,18 @@
 import contextlib
 import difflib
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
 from ml_collections import config_dict, config_flags
 
+from ist_jax.errors import fail
+
 _PLAINLY = {
     "invalid literal for int() with base 10:": "a whole number is needed, not",
     "could not convert string to float:": "a number is needed, not",
 }
-
-
-def fail(message: str) -> SystemExit:
-    """The exit of a user's mistake: one line on stderr, code 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
-    return SystemExit(2)
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of what an error says; its type, where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from ist_jax import METHODS, cli
+from ist_jax import METHODS, cli, errors
 
 if TYPE_CHECKING:
     import flax.linen as nn
 
-    from ist_jax.experiment import Run
+    from ist_jax.runtime.setup import Run
 
 log = logging.getLogger("ist_jax.compare")  # also where this file is the command
 
@@ -64,7 +64,9 @@ def compare(
       ValueError: a setting that cannot work, or runs that did not begin alike.
       OSError: results could not be written.
     """
-    from ist_jax import metrics, report, train
+    from ist_jax import train
+    from ist_jax.report import page as report
+    from ist_jax.workdir import files as metrics
 
     folders: dict[str, list[Path]] = {method: [] for method in methods}
     summaries: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
@@ -95,9 +97,9 @@ def start_of(run: "Run") -> dict[str, str]:
     """Hashes of what a run begins with: its parameters, and the examples of its first and last round."""
     import hashlib
 
-    from ist_jax import metrics
     from ist_jax.data import batches
-    from ist_jax.layout import iter_leaves
+    from ist_jax.exchange.layout import iter_leaves
+    from ist_jax.workdir import files as metrics
 
     config, digest = run.config, hashlib.sha256()
     size = {"local_steps": config.local_steps, "batch_size": config.batch_size}
@@ -132,7 +134,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def _note_start(folder: Path) -> Any:
     def note(run: "Run") -> None:
-        from ist_jax import metrics
+        from ist_jax.workdir import files as metrics
 
         metrics.write_json(folder / "start.json", start_of(run))
 
@@ -162,17 +164,18 @@ def main(argv: list[str]) -> int:
     )
     rest = cli.parse(values, argv, USAGE, required=["config"])
     if rest:
-        raise cli.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
+        raise errors.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
     unknown = [method for method in values.methods if method not in METHODS]
     if unknown or not values.methods:
-        raise cli.fail(f"--methods={','.join(values.methods)}; give some of {', '.join(METHODS)}")
+        raise errors.fail(f"--methods={','.join(values.methods)}; give some of {', '.join(METHODS)}")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("ist_jax").setLevel(logging.INFO)
 
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from ist_jax import signals, train  # JAX starts here
-    from ist_jax.folder import check_writable
+    from ist_jax import train
+    from ist_jax.runtime import signals  # JAX starts here
+    from ist_jax.workdir.lock import check_writable
 
     name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
     default = Path("runs") / f"compare-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -187,7 +190,7 @@ def main(argv: list[str]) -> int:
         print(stop, file=sys.stderr)
         return stop.exit_code
     except ValueError as error:
-        raise cli.fail(str(error)) from error
+        raise errors.fail(str(error)) from error
     except (train.Diverged, OSError) as error:  # such as a full disk: no mistake in the command
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -61,7 +61,11 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
     import jax
     import numpy as np
 
-    from ist_jax import checkpoint, evaluation, experiment, inputs, results, train
+    from ist_jax import train
+    from ist_jax.runtime import inputs
+    from ist_jax.runtime import scoring as evaluation
+    from ist_jax.runtime import setup as experiment
+    from ist_jax.workdir import checkpoint, results
 
     config = results.read_config(workdir)
     if (custom := results.read_summary(workdir)["custom_model"]) is not None:

@@ -18,7 +18,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ist_jax import cli
+from ist_jax import cli, errors
 
 USAGE = "python -m ist_jax.main --config=FILE[:MODE] [--workdir=DIR] [--config.KEY=VALUE ...]"
 
@@ -48,21 +48,23 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     rest = cli.parse(values, argv, USAGE, required=["config"])
     if rest:
-        raise cli.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
+        raise errors.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
     several = [values.coordinator, values.num_processes, values.process_id]
     if None in several and several != [None] * 3:
-        raise cli.fail("--coordinator, --num_processes and --process_id go together")
+        raise errors.fail("--coordinator, --num_processes and --process_id go together")
     if values.coordinator and not re.fullmatch(r".+:\d+", values.coordinator):
-        raise cli.fail(f"--coordinator={values.coordinator}: host:port is needed, such as 10.0.0.1:9000")
+        raise errors.fail(f"--coordinator={values.coordinator}: host:port is needed, such as 10.0.0.1:9000")
     spans = values.distributed or None not in several
     if spans and not values.workdir:
-        raise cli.fail("several processes need a --workdir that all of them see")
+        raise errors.fail("several processes need a --workdir that all of them see")
     name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
     default = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
     workdir = Path(values.workdir) if values.workdir else default
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # JAX starts here, after the flags are known to be right
-    from ist_jax import distributed, signals, train
+    from ist_jax import train
+    from ist_jax.runtime import processes as distributed
+    from ist_jax.runtime import signals
 
     agreed = True  # that the run ends here, in all of its processes
     try:
@@ -96,7 +98,8 @@ def main(argv: list[str]) -> int:
 
 def connect(config: config_dict.ConfigDict, several: list) -> None:
     """Joins the other processes of a run."""
-    from ist_jax import distributed, settings
+    from ist_jax.runtime import processes as distributed
+    from ist_jax.runtime import settings
 
     with cli.errors():
         settings.check(config)
@@ -105,7 +108,12 @@ def connect(config: config_dict.ConfigDict, several: list) -> None:
 
 def run_once(config: config_dict.ConfigDict, workdir: Path, *, tensorboard: bool, profile: int) -> None:
     """Trains, or goes on training, unless it is done already."""
-    from ist_jax import distributed, experiment, folder, results, train, watch
+    from ist_jax import train
+    from ist_jax.runtime import observers as watch
+    from ist_jax.runtime import processes as distributed
+    from ist_jax.runtime import setup as experiment
+    from ist_jax.workdir import lock as folder
+    from ist_jax.workdir import results
 
     leads = distributed.number() == 0
     logging.getLogger("ist_jax").setLevel(logging.INFO if leads else logging.WARNING)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from ist_jax import BANDWIDTHS, METHODS, cli
+from ist_jax import BANDWIDTHS, METHODS, cli, errors
 
 if TYPE_CHECKING:
     from ist_jax import data
@@ -59,7 +59,10 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
     Raises:
       ValueError: a setting that cannot work, or facts that lack; the message names the key.
     """
-    from ist_jax import experiment, ledger, settings, task
+    from ist_jax import task
+    from ist_jax.costs import formula as ledger
+    from ist_jax.runtime import settings
+    from ist_jax.runtime import setup as experiment
 
     settings.check(config)
     if facts.example is None or facts.num_classes is None:
@@ -96,8 +99,8 @@ def plan(
     Raises:
       ValueError: a setting that cannot work; the message names the key.
     """
-    from ist_jax import settings
     from ist_jax.data import batches
+    from ist_jax.runtime import settings
 
     costs = {}
     for method in METHODS:
@@ -177,7 +180,7 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_integer("classes", 0, "classes of such a data set", lower_bound=0, flag_values=values)
     rest = cli.parse(values, argv, USAGE, required=["config"])
     if rest:
-        raise cli.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
+        raise errors.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
     with cli.errors():
         bandwidths = _positive("bandwidth", values.bandwidth)
         (rate,) = _positive("flops", [values.flops])
@@ -207,7 +210,8 @@ def _positive(flag: str, texts: Sequence[Any]) -> list[float]:
 
 def _facts(config: config_dict.ConfigDict, example: Sequence[int], classes: int) -> "data.Facts":
     """What is known of the config's data set; what the flags say comes first."""
-    from ist_jax import data, settings
+    from ist_jax import data
+    from ist_jax.runtime import settings
 
     name = settings.get(config, "data.name")
     known = data.FACTS.get(name, data.Facts())

@@ -13,24 +13,19 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from ist_jax import (
-    audit,
-    checkpoint,
-    checkpoint_writer,
-    devices,
-    distributed,
-    evaluation,
-    folder,
-    local_sgd,
-    metrics,
-    partition,
-    results,
-    signals,
-    wire,
-)
-from ist_jax.experiment import Run, set_up
-from ist_jax.stopping import diverged, has_stopped
-from ist_jax.watch import Watcher
+from ist_jax import partition
+from ist_jax.costs import ledger as audit
+from ist_jax.costs import sockets as wire
+from ist_jax.methods import local_sgd
+from ist_jax.runtime import devices, signals
+from ist_jax.runtime import processes as distributed
+from ist_jax.runtime import scoring as evaluation
+from ist_jax.runtime.observers import Watcher
+from ist_jax.runtime.setup import Run, set_up
+from ist_jax.runtime.stopping import diverged, has_stopped
+from ist_jax.workdir import checkpoint, checkpoint_writer, results
+from ist_jax.workdir import files as metrics
+from ist_jax.workdir import lock as folder
 
 log = logging.getLogger(__name__)
 

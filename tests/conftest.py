@@ -12,7 +12,7 @@ import hypothesis
 import jax
 import pytest
 
-from ist_jax import devices
+from ist_jax.runtime import devices
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, get_config
 
-from ist_jax import experiment, inputs, train
+from ist_jax import train
+from ist_jax.runtime import inputs
+from ist_jax.runtime import setup as experiment
 
 
 @pytest.fixture(autouse=True)

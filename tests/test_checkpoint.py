@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 from conftest import ROOT, get_config
 
-from ist_jax import checkpoint, checkpoint_writer, folder, main, metrics, signals, train
+from ist_jax import main, train
+from ist_jax.runtime import signals
+from ist_jax.workdir import checkpoint, checkpoint_writer
+from ist_jax.workdir import files as metrics
+from ist_jax.workdir import lock as folder
 
 MLP = f"--config={ROOT}/configs/mlp.py:smoke"
 UNTIMED = (

@@ -11,7 +11,9 @@ import pytest
 from conftest import ROOT, get_config
 from tensorboardX.proto.event_pb2 import Event
 
-from ist_jax import compare, data, main, metrics, watch
+from ist_jax import compare, data, main
+from ist_jax.runtime import observers as watch
+from ist_jax.workdir import files as metrics
 
 MLP = f"--config={ROOT}/configs/mlp.py:smoke"
 

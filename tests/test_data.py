@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ist_jax import data, devices
+from ist_jax import data
 from ist_jax.data import augment, batches
+from ist_jax.runtime import devices
 
 
 def indices(seed=0, round_index=0, num_examples=50, num_workers=3, local_steps=4, batch_size=5):

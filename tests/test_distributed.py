@@ -12,7 +12,11 @@ import jax
 import pytest
 from conftest import ROOT, get_config
 
-from ist_jax import checkpoint, distributed, main, metrics, signals, train
+from ist_jax import main, train
+from ist_jax.runtime import processes as distributed
+from ist_jax.runtime import signals
+from ist_jax.workdir import checkpoint
+from ist_jax.workdir import files as metrics
 
 OVERRIDES = {
     "num_workers": 4, "rounds": 200, "eval_every": 50, "checkpoint.every": 10, "lost_after": 15.0,
@@ -125,7 +129,8 @@ def test_two_processes_stopped_lost_and_resumed_give_the_bits_of_one(whole, tmp_
 
 SIGNALLED_TWICE = """
 import os, signal, sys
-from ist_jax import main, train
+from ist_jax import main
+from ist_jax import train
 real = train.train_round
 def train_round(run, state, index, *more):
     if index == 1:

@@ -12,24 +12,17 @@ import pytest
 import reference
 from conftest import ROOT, get_config
 
-from ist_jax import (
-    checkpoint,
-    data,
-    evaluate,
-    evaluation,
-    experiment,
-    inputs,
-    partition,
-    stopping,
-    task,
-    train,
-)
+from ist_jax import data, evaluate, partition, task, train
 from ist_jax.data import batches, extreme_classification, sparse
-from ist_jax.layout import to_params
+from ist_jax.exchange.layout import to_params
 from ist_jax.models import sparse as sparse_layer
 from ist_jax.models.mlp import MLP
 from ist_jax.models.sparse import Sparse
-from ist_jax.settings import check, make_loss_fn
+from ist_jax.runtime import inputs, stopping
+from ist_jax.runtime import scoring as evaluation
+from ist_jax.runtime import setup as experiment
+from ist_jax.runtime.settings import check, make_loss_fn
+from ist_jax.workdir import checkpoint
 
 SHARED = ROOT.parent / "shared" / "data" / "xc"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real data beside the checkout")

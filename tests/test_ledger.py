@@ -14,9 +14,18 @@ from flax import traverse_util
 from jax import lax
 from test_distributed import finish, launch
 
-from ist_jax import audit, devices, experiment, fetch, flops, hlo, ledger, partition, settings, store, wire
-from ist_jax.layout import from_params, make_layout
+from ist_jax import partition
+from ist_jax.costs import compiled as hlo
+from ist_jax.costs import formula as ledger
+from ist_jax.costs import ledger as audit
+from ist_jax.costs import sockets as wire
+from ist_jax.costs import traced as flops
+from ist_jax.exchange import store
+from ist_jax.exchange import streaming as fetch
+from ist_jax.exchange.layout import from_params, make_layout
 from ist_jax.models.resnet import ResNet
+from ist_jax.runtime import devices, settings
+from ist_jax.runtime import setup as experiment
 
 
 def layout_of(name, num_workers, **overrides):

@@ -11,12 +11,14 @@ from conftest import get_config
 from flax import traverse_util
 from jax import lax
 
-from ist_jax import ledger, partition, settings
-from ist_jax.layout import make_layout
+from ist_jax import partition
+from ist_jax.costs import formula as ledger
+from ist_jax.exchange.layout import make_layout
 from ist_jax.models.conv import conv_general_dilated
 from ist_jax.models.mlp import MLP
 from ist_jax.models.norm import BatchNorm
 from ist_jax.models.resnet import BLOCKS, ResNet
+from ist_jax.runtime import settings
 
 
 def shapes(model, *example):

@@ -6,7 +6,8 @@ import time
 import pytest
 from conftest import ROOT, get_config
 
-from ist_jax import data, inputs, plan
+from ist_jax import data, plan
+from ist_jax.runtime import inputs
 
 RESNET = f"--config={ROOT}/configs/resnet.py:cifar100"
 MLP = f"--config={ROOT}/configs/mlp.py:smoke"

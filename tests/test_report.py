@@ -11,7 +11,12 @@ import pytest
 from bokeh.document import Document
 from conftest import get_config
 
-from ist_jax import BANDWIDTHS, data, experiment, partition, plan, report, results, trace, train
+from ist_jax import BANDWIDTHS, data, partition, plan, train
+from ist_jax.report import page as report
+from ist_jax.report import runs as trace
+from ist_jax.report.__main__ import main as report_main
+from ist_jax.runtime import setup as experiment
+from ist_jax.workdir import results
 
 ROUNDS = 4
 
@@ -304,10 +309,10 @@ def test_the_bytes_sent_are_those_of_the_plan(method):
 def test_a_run_leaves_a_report_and_the_command_writes_it_again(runs, tmp_path, monkeypatch, capsys):
     assert 'id="figures"' in (runs[0] / "report.html").read_text()
     (runs[0] / "report.html").unlink()
-    assert report.main(["report", f"--workdir={runs[0]}"]) == 0
+    assert report_main(["report", f"--workdir={runs[0]}"]) == 0
     assert capsys.readouterr().out.strip() == str(runs[0] / "report.html")
     monkeypatch.chdir(tmp_path)
-    assert report.main(["report", f"--workdir={runs[0]}", str(runs[1])]) == 0
+    assert report_main(["report", f"--workdir={runs[0]}", str(runs[1])]) == 0
     assert "a small marker: each seed" in Path("report.html").read_text()
 
 
@@ -332,7 +337,7 @@ def test_mistakes_are_one_line(runs, flags, message, tmp_path, monkeypatch, caps
     Path("broken/metrics.jsonl").write_text('{"round": ')
     Path("empty/metrics.jsonl").write_text("")
     with pytest.raises(SystemExit) as stop:
-        report.main(["report", *flags])
+        report_main(["report", *flags])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -10,10 +10,16 @@ import reference
 from conftest import get_config
 from flax import traverse_util
 
-from ist_jax import devices, evaluation, experiment, ledger, local_sgd, partition, settings, store, train
+from ist_jax import partition, train
+from ist_jax.costs import formula as ledger
 from ist_jax.data import batches
-from ist_jax.layout import from_params, to_params
-from ist_jax.programs import compile_programs
+from ist_jax.exchange import store
+from ist_jax.exchange.layout import from_params, to_params
+from ist_jax.methods import local_sgd
+from ist_jax.runtime import devices, settings
+from ist_jax.runtime import scoring as evaluation
+from ist_jax.runtime import setup as experiment
+from ist_jax.runtime.programs import compile_programs
 
 ROUNDS = 2
 

@@ -7,8 +7,9 @@ import pytest
 from conftest import ROOT, get_config
 from scipy.io import wavfile
 
-from ist_jax import data, inputs, train
+from ist_jax import data, train
 from ist_jax.data import batches, speech_commands
+from ist_jax.runtime import inputs
 
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real data beside the checkout")

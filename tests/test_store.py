@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from reference import nested
 from test_masking import leaves, make_case, make_params
 
-from ist_jax import devices, hlo, ledger, masking, store
-from ist_jax.layout import from_params, make_layout, to_params
+from ist_jax import masking
+from ist_jax.costs import compiled as hlo
+from ist_jax.costs import formula as ledger
+from ist_jax.exchange import store
+from ist_jax.exchange.layout import from_params, make_layout, to_params
+from ist_jax.runtime import devices
 
 
 @st.composite

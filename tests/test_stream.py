@@ -15,10 +15,13 @@ import pytest
 from conftest import get_config
 from PIL import Image
 
-from ist_jax import audit, data, evaluate, experiment, inputs, main, train
+from ist_jax import data, evaluate, main, train
+from ist_jax.costs import ledger as audit
 from ist_jax.data import batches, stream
 from ist_jax.data.encoded import EvalBatches, TrainBatches, read_batch
 from ist_jax.data.images import Transform, cut_out
+from ist_jax.runtime import inputs
+from ist_jax.runtime import setup as experiment
 
 TRANSFORM = Transform(size=8, resize=10, area=(0.2, 1.0), aspect=(0.75, 1.3333), flip=True)
 ENDINGS = ("JPEG", "jpg", "JPG", "jpeg", "PNG", "Jpeg")
@@ -261,7 +264,8 @@ import sys
 import time
 from pathlib import Path
 import numpy as np
-from ist_jax import data, signals
+from ist_jax import data
+from ist_jax.runtime import signals
 from ist_jax.data import encoded, images, stream
 if __name__ == "__main__":
     source = data.open_data_set("image_folder", sys.argv[1]).train

@@ -13,8 +13,12 @@ import pytest
 from conftest import ROOT, get_config
 from PIL import Image
 
-from ist_jax import checkpoint, data, evaluate, experiment, metrics, partition, results, settings, train
-from ist_jax.layout import iter_leaves
+from ist_jax import data, evaluate, partition, train
+from ist_jax.exchange.layout import iter_leaves
+from ist_jax.runtime import settings
+from ist_jax.runtime import setup as experiment
+from ist_jax.workdir import checkpoint, results
+from ist_jax.workdir import files as metrics
 
 
 def read_metrics(workdir):

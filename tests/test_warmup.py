@@ -9,8 +9,12 @@ import pytest
 import reference
 from conftest import get_config
 
-from ist_jax import experiment, ledger, partition, results, settings, train
-from ist_jax.layout import make_layout, regroup, to_params
+from ist_jax import partition, train
+from ist_jax.costs import formula as ledger
+from ist_jax.exchange.layout import make_layout, regroup, to_params
+from ist_jax.runtime import settings
+from ist_jax.runtime import setup as experiment
+from ist_jax.workdir import results
 
 PER_ROUND = 2 * 2 * 8 / 1437  # passes over the digits, of a round of a smoke config
 

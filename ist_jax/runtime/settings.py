@@ -12,7 +12,8 @@ import optax
 from flax import traverse_util
 from ml_collections import config_dict
 
-from ist_jax import METHODS, partition, store
+from ist_jax import METHODS, partition
+from ist_jax.exchange import store
 from ist_jax.models.mlp import MLP
 from ist_jax.models.resnet import BLOCKS, STEMS, ResNet
 

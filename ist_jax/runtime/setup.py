@@ -10,23 +10,18 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from ist_jax import (
-    checkpoint,
-    data,
-    devices,
-    distributed,
-    evaluation,
-    inputs,
-    ledger,
-    local_sgd,
-    partition,
-    settings,
-)
+from ist_jax import data, partition
+from ist_jax.costs import formula as ledger
 from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
 from ist_jax.data.stream import StreamingEvaluation, StreamingFeed
-from ist_jax.layout import Layout, from_params, make_layout, regroup
-from ist_jax.programs import Programs, build_state, compile_programs, init_state, restore_state
+from ist_jax.exchange.layout import Layout, from_params, make_layout, regroup
+from ist_jax.methods import local_sgd
+from ist_jax.runtime import devices, inputs, settings
+from ist_jax.runtime import processes as distributed
+from ist_jax.runtime import scoring as evaluation
+from ist_jax.runtime.programs import Programs, build_state, compile_programs, init_state, restore_state
 from ist_jax.task import Task
+from ist_jax.workdir import checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ import numpy as np
 from flax import traverse_util
 from jax import lax
 
-from ist_jax import store
-from ist_jax.fetch import Fetch
-from ist_jax.layout import Layout
-from ist_jax.store import Shards
+from ist_jax.exchange import store
+from ist_jax.exchange.layout import Layout
+from ist_jax.exchange.store import Shards
+from ist_jax.exchange.streaming import Fetch
 from ist_jax.task import Task
 
 

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ist_jax.flops import Window, conv_flops
+from ist_jax.costs.traced import Window, conv_flops
 
 _COLLECTIVES = ("all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", re.M)

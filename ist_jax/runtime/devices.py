@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ist_jax.store import AXIS
+from ist_jax.exchange.store import AXIS
 
 log = logging.getLogger(__name__)
 

@@ -1,10 +1,6 @@
-"""One self-contained HTML page about a finished run, or a comparison of several; needs no network.
-
-python -m ist_jax.report --workdir=DIR [DIR ...] [--out=report.html]
-"""
+"""One self-contained HTML page about a finished run, or a comparison of several; needs no network."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +11,11 @@ from bokeh.core.types import ID
 from bokeh.embed import json_item
 from bokeh.resources import Resources
 
-from ist_jax import BANDWIDTHS, figures, trace
-from ist_jax.trace import Series, Trace
+from ist_jax import BANDWIDTHS
+from ist_jax.report import figures
+from ist_jax.report import runs as trace
+from ist_jax.report.runs import Series, Trace
 
-USAGE = "python -m ist_jax.report --workdir=DIR [DIR ...] [--out=FILE]"
 _BANDWIDTH = 1e9  # chosen when the page opens
 _COLUMNS, _UNITS = 64, 48  # of a partition map
 DRAWN = 10_000_000  # workers x units x rounds to draw again; about 0.3 s
@@ -54,7 +51,7 @@ def render(traces: Sequence[Trace]) -> str:
     items = {name: json_item(chart, ID(name)) for name, chart in (charts | maps).items()}
     settings = _settings(series)
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ist_jax"), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("ist_jax.report"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     folder = Path(__file__).parent / "templates"
     return environment.get_template("report.html").render(
@@ -205,30 +202,3 @@ def _workers(one: Trace) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def main(argv: list[str]) -> int:
-    """The command line; returns the exit code."""
-    from absl import flags
-
-    from ist_jax import cli
-
-    values = flags.FlagValues()
-    flags.DEFINE_string(
-        "workdir", None, "folder of a finished run; more of them as arguments", flag_values=values
-    )
-    flags.DEFINE_string(
-        "out", None, "the page; default: report.html, in the run's folder or, for several, here",
-        flag_values=values,
-    )  # fmt: skip
-    more = cli.parse(values, argv, USAGE, required=["workdir"])
-    folders = [Path(values.workdir), *map(Path, more)]
-    out = Path(values.out or (Path("report.html") if more else folders[0] / "report.html"))
-    with cli.errors():
-        write_report(folders, out)
-    print(out)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv))

@@ -14,8 +14,11 @@ import jax
 from flax import traverse_util
 from ml_collections import config_dict
 
-from ist_jax import __version__, checkpoint, ledger, metrics
-from ist_jax.layout import Layout
+from ist_jax import __version__
+from ist_jax.costs import formula as ledger
+from ist_jax.exchange.layout import Layout
+from ist_jax.workdir import checkpoint
+from ist_jax.workdir import files as metrics
 
 log = logging.getLogger(__name__)
 
@@ -251,7 +254,7 @@ def summarize(
 
 def write_report(workdir: Path) -> Path:
     """Writes report.html about a finished run into its folder; returns its path."""
-    from ist_jax import report  # with its plotting library, which nothing else needs
+    from ist_jax.report import page as report  # with its plotting library, which nothing else needs
 
     report.write_report([workdir], workdir / "report.html")
     return workdir / "report.html"

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
-from ist_jax import evaluation, fetch, hlo, ledger
-from ist_jax.experiment import Run
-from ist_jax.layout import Layout
-from ist_jax.wire import Meter
+from ist_jax.costs import compiled as hlo
+from ist_jax.costs import formula as ledger
+from ist_jax.costs.sockets import Meter
+from ist_jax.exchange import streaming as fetch
+from ist_jax.exchange.layout import Layout
+from ist_jax.runtime import scoring as evaluation
+from ist_jax.runtime.setup import Run
 
 COLUMNS = {
     "paper": "the papers' count: 4 bytes x 2 directions x the parameters of the slots that are assigned, "

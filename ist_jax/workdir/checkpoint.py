@@ -20,8 +20,8 @@ import numpy as np
 import tensorstore
 from flax import traverse_util
 
-from ist_jax import cli
-from ist_jax.layout import Leaf, restore, stored_shape
+from ist_jax import errors
+from ist_jax.exchange.layout import Leaf, restore, stored_shape
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Saved(NamedTuple):
         except (Damaged, MemoryError):
             raise
         except Exception as error:  # tensorstore's errors have no common base class
-            raise Damaged(f"{self.folder}: {name} cannot be read: {cli.one_line(error)}") from error
+            raise Damaged(f"{self.folder}: {name} cannot be read: {errors.one_line(error)}") from error
         return restore(whole, leaf) if leaf.unit_axes else whole
 
 

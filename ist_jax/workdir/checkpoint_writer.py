@@ -18,10 +18,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from ist_jax import checkpoint, cli
-from ist_jax.checkpoint import FOLDER, ITEM, PARAMS, array_spec, digest_of, region, rounds, shape_on_disk
-from ist_jax.layout import Layout, stored_piece, stored_shape, to_stored
-from ist_jax.local_sgd import State
+from ist_jax import errors
+from ist_jax.exchange.layout import Layout, stored_piece, stored_shape, to_stored
+from ist_jax.methods.local_sgd import State
+from ist_jax.workdir import checkpoint
+from ist_jax.workdir.checkpoint import (
+    FOLDER,
+    ITEM,
+    PARAMS,
+    array_spec,
+    digest_of,
+    region,
+    rounds,
+    shape_on_disk,
+)
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +119,9 @@ class Writer:
     def _failed(self, error: Exception) -> None:
         there = rounds(Path(self._manager.directory).parent)
         last = f"the last one is of round {there[-1]}" if there else "there is none yet"
-        log.warning("a checkpoint could not be written, training goes on; %s (%s)", last, cli.one_line(error))
+        log.warning(
+            "a checkpoint could not be written, training goes on; %s (%s)", last, errors.one_line(error)
+        )
 
 
 class _KeepLatestAndBest:

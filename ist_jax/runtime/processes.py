@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax._src import distributed as runtime  # the key-value store has no public name
 
-from ist_jax import cli
+from ist_jax import errors
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def start(
     except (ValueError, RuntimeError) as error:
         asked = f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}"
         found = asked if coordinator else "--distributed found no other processes"
-        raise ValueError(f"{found}: {cli.one_line(error)}") from error
+        raise ValueError(f"{found}: {errors.one_line(error)}") from error
     _watches.append(Watch(lost_after, stuck_after))
     _watches[0].start()
 

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ist_jax.layout import Layout
+from ist_jax.exchange.layout import Layout
+from ist_jax.exchange.store import AXIS, fetch
 from ist_jax.models.sparse import Sparse
-from ist_jax.store import AXIS, fetch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ist_jax.layout import Layout, canonical, join, restore
+from ist_jax.exchange.layout import Layout, canonical, join, restore
 from ist_jax.masking import Tally, ordered_mean
 from ist_jax.partition import Assignment, Group
 

@@ -12,7 +12,7 @@ from bokeh.models import CDSView, ColumnDataSource, HoverTool, IndexFilter, Line
 from bokeh.palettes import viridis
 from bokeh.plotting import figure
 
-from ist_jax.trace import Curve, Deals, Series, Trace, modelled_seconds
+from ist_jax.report.runs import Curve, Deals, Series, Trace, modelled_seconds
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442", "#999999")
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "12 4", "4 2 1 2 1 2")

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from ist_jax import partition, results
+from ist_jax import partition
+from ist_jax.workdir import results
 
 
 class Trace(NamedTuple):

@@ -11,12 +11,13 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from ist_jax import data, devices, settings
+from ist_jax import data
 from ist_jax.data import augment, batches
 from ist_jax.data.encoded import EvalBatches, TrainBatches
 from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
 from ist_jax.data.images import Transform
 from ist_jax.data.stream import StreamingEvaluation, StreamingFeed, check_shared_memory
+from ist_jax.runtime import devices, settings
 from ist_jax.task import Task, classification, multi_label
 
 log = logging.getLogger(__name__)

@@ -9,9 +9,14 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from ist_jax import checkpoint, devices, evaluation, local_sgd, partition, store
-from ist_jax.layout import init_parts, split
+from ist_jax import partition
+from ist_jax.exchange import store
+from ist_jax.exchange.layout import init_parts, split
+from ist_jax.methods import local_sgd
+from ist_jax.runtime import devices
+from ist_jax.runtime import scoring as evaluation
 from ist_jax.task import Task
+from ist_jax.workdir import checkpoint
 
 
 class Programs(NamedTuple):

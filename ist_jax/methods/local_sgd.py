@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ist_jax import store
-from ist_jax.layout import Layout
-from ist_jax.store import Assignments, Shards
+from ist_jax.exchange import store
+from ist_jax.exchange.layout import Layout
+from ist_jax.exchange.store import Assignments, Shards
 
 Data = Mapping[str, jax.Array]
 Gates = Mapping[str, jax.Array]

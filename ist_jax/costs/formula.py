@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ist_jax import flops, local_sgd
-from ist_jax.layout import Layout, Leaf
-from ist_jax.local_sgd import Recipe
+from ist_jax.costs import traced as flops
+from ist_jax.exchange.layout import Layout, Leaf
+from ist_jax.methods import local_sgd
+from ist_jax.methods.local_sgd import Recipe
 from ist_jax.models.sparse import Sparse
 from ist_jax.task import Task
 

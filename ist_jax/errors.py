@@ -1,0 +1,14 @@
+"""Errors in the words of people: one line each."""
+
+import sys
+
+
+def fail(message: str) -> SystemExit:
+    """The exit of a user's mistake: one line on stderr, code 2."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    return SystemExit(2)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says; its type, where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
