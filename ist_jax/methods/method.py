@@ -1,0 +1,160 @@
+"""What a method of training is: how its state starts, what a round does, and how the state is scored.
+
+A method is a value of plain functions. Each is per device, with collectives over `layout.AXIS`, and holds no
+program, no clock and no count of bytes: the runtime compiles, times, meters and traces every phase by its
+name, and waits between them. A factory makes it from a `Recipe`:
+
+    def make(recipe: Recipe) -> Method: ...
+
+and is named in the table of `methods`, or given as `--config.method=FILE.py:NAME`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from ist_jax.exchange.layout import AXIS, Layout, Shards
+
+
+class Turn(NamedTuple):
+    """The only inputs of a round; on a device as `AXES` says.
+
+    Attributes:
+      draw: by group, who holds which unit: `partition.Assignment`s of int32 and bool [S, n].
+      gates: bool [W, n] by group, only of groups in which a worker may have empty slots.
+      present: bool [W], the workers that take part in the round; nobody hears of the others.
+      data: the training set on this device, or what a round needs of it.
+      indices: int32 [W, l, B], the examples of each batch.
+      rates: float32 [l], learning rates.
+      index: int scalar, the round, counted from 0.
+    """
+
+    draw: Any
+    gates: Any
+    present: Any
+    data: Any
+    indices: Any
+    rates: Any
+    index: Any
+
+
+AXES = Turn(None, 0, 0, 0, 0, None, None)  # 0: a slice per device; None: the same everywhere
+
+
+class State(NamedTuple):
+    """What is kept between rounds, by what happens to it.
+
+    Attributes:
+      params: this device's shards of the parameters.
+      travels: moments that go out and come back with their parameters; a pytree with `Shards` for nodes.
+        Scalars, such as a count of steps, stand in the tree that they belong to.
+      stays: what the owner of a slice keeps and never sends; such a pytree too.
+      own: what a worker keeps from round to round: arrays [W, ...].
+    """
+
+    params: Shards
+    travels: Any = ()
+    stays: Any = ()
+    own: Any = ()
+
+
+class Told(NamedTuple):
+    """What is heard of each worker of a device, [W]: means over the local steps, and whether all was finite."""
+
+    loss: Any
+    accuracy: Any
+    healthy: Any
+
+
+Phase = Callable[[State, Any, Turn], Any]
+
+
+class Method(NamedTuple):
+    """What a round does, as a value.
+
+    Attributes:
+      init: this device's shards of the parameters -> the state before the first round.
+      phases: by name, in order: (state, value, turn) -> value, where the first value is None; the last phase
+        returns (state, `Told`). One called 'local' is the computing, as modelled times take it.
+      score: (state, evaluation batches [n, B, ...]) -> sums [n, 2 + M], as `runtime.scoring` adds them up.
+    """
+
+    init: Callable[[Shards], State]
+    phases: Mapping[str, Phase]
+    score: Callable[[State, Any], jax.Array]
+
+
+class Policy(NamedTuple):
+    """What becomes of the optimizer's state between rounds.
+
+    Attributes:
+      init: (tx, params) -> what travels with the parameters.
+      start: (tx, params, travels) -> a worker's optimizer state at the start of a round.
+      end: its state after the round -> what travels.
+    """
+
+    init: Callable[..., Any]
+    start: Callable[..., Any]
+    end: Callable[[Any], Any]
+
+
+class Recipe(NamedTuple):
+    """What a method is made from.
+
+    Attributes:
+      layout: how the model is sharded, and its units.
+      tx: gradient transformation before the learning rate; it must not depend on it.
+      loss_fn: (flat params, inputs, labels, gates or None) -> (mean loss, mean of the first score).
+      batch_fn: (data, indices [B], key) -> (inputs, labels).
+      score_fn: (shards of the parameters, evaluation batches) -> sums, the `Method.score` of one model.
+      init_params: key -> the model's fresh parameters (nested), for methods with more than one model.
+      policy: of the optimizer's state.
+      seed: of the augmentation.
+      vmapped: a device's workers train together by `vmap` instead of one after another.
+      unroll: local steps per iteration of the compiled loop.
+    """
+
+    layout: Layout
+    tx: optax.GradientTransformation
+    loss_fn: Callable[..., tuple[jax.Array, jax.Array]]
+    batch_fn: Callable[..., tuple[jax.Array, jax.Array]]
+    score_fn: Callable[[Shards, Any], jax.Array]
+    init_params: Callable[[jax.Array], Any]
+    policy: Policy
+    seed: int = 0
+    vmapped: bool = False
+    unroll: int = 1
+
+
+class TracedPhase(NamedTuple):
+    """A phase on one device, before any compiler has seen it.
+
+    Attributes:
+      jaxpr: closed, of (state, value, turn).
+      inputs: shapes of (state, value, turn).
+      result: shapes of what it returns.
+    """
+
+    jaxpr: Any
+    inputs: tuple[Any, Any, Any]
+    result: Any
+
+
+def trace(method: Method, state: Any, turn: Turn, num_devices: int) -> dict[str, TracedPhase]:
+    """The phases of a round, chained by their shapes; nothing is compiled, no array is made.
+
+    Args:
+      method: of the round.
+      state: arrays or shapes of one device.
+      turn: the same.
+      num_devices: D.
+    """
+    traced, value = {}, None
+    for name, phase in method.phases.items():
+        make = jax.make_jaxpr(phase, axis_env=[(AXIS, num_devices)], return_shape=True)
+        jaxpr, result = make(state, value, turn)
+        traced[name] = TracedPhase(jaxpr, (state, value, turn), result)
+        value = result
+    return traced
