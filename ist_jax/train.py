@@ -1,6 +1,5 @@
 """The driver: from a config to a trained global model, its metrics and its summary."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -13,19 +12,13 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from ist_jax import partition
-from ist_jax.costs import ledger as audit
-from ist_jax.costs import sockets as wire
-from ist_jax.methods import local_sgd
-from ist_jax.runtime import devices, signals
-from ist_jax.runtime import processes as distributed
-from ist_jax.runtime import scoring as evaluation
-from ist_jax.runtime.observers import Watcher
-from ist_jax.runtime.setup import Run, set_up
+from ist_jax.costs import ledger
+from ist_jax.methods.method import State, Told
+from ist_jax.runtime import devices, observers, processes, record, scoring, signals
+from ist_jax.runtime.run import Run
+from ist_jax.runtime.setup import set_up
 from ist_jax.runtime.stopping import diverged, has_stopped
-from ist_jax.workdir import checkpoint, checkpoint_writer, results
-from ist_jax.workdir import files as metrics
-from ist_jax.workdir import lock as folder
+from ist_jax.workdir import checkpoint, checkpoint_writer, files, lock, resume
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +46,18 @@ def train(
       OSError: results could not be written.
     """
     workdir = Path(workdir)
-    if not results.report_if_finished(config, workdir, model):
-        with folder.claimed(workdir):
-            start = results.find_start(workdir, model)
+    if not resume.report_if_finished(config, workdir, model):
+        with lock.claimed(workdir):
+            start = resume.find_start(workdir, model)
             try:
                 run = set_up(config, model, start=start)
             except OSError as error:  # no result is written yet: the data's files
                 raise ValueError(str(error)) from error
-            results.open_workdir(config, workdir, start)
+            files.open_workdir(run.settings, workdir, start)
             if started is not None and start is None:
                 started(run)
             run_rounds(run, workdir, custom_model=model)
-    return json.loads((workdir / "summary.json").read_text())
+    return files.read_summary(workdir)
 
 
 class Diverged(RuntimeError):
@@ -72,7 +65,10 @@ class Diverged(RuntimeError):
 
 
 def run_rounds(
-    run: Run, workdir: Path, custom_model: nn.Module | None = None, watchers: Sequence[Watcher] = ()
+    run: Run,
+    workdir: Path,
+    custom_model: nn.Module | None = None,
+    watching: Sequence[observers.Observer] = (),
 ) -> dict[str, Any]:
     """Trains for the rounds that remain, writing metrics and checkpoints as they come, then the summary.
 
@@ -80,7 +76,7 @@ def run_rounds(
       run: from `set_up`; its state is used up.
       workdir: from `open_workdir`.
       custom_model: the model, where it is not the config's; recorded.
-      watchers: called with every record.
+      watching: called with every record.
 
     Returns:
       What summary.json holds.
@@ -89,205 +85,121 @@ def run_rounds(
       Interrupted: SIGINT or SIGTERM; the round was finished and a checkpoint written.
       Diverged: a worker was left out too many times in a row; a checkpoint was written.
     """
-    config, state, leads = run.config, run.state, distributed.number() == 0
+    schedule, state, leads = run.schedule, run.state, processes.number() == 0
     log.info("results: %s", workdir)
-    table, meter = audit.ledger_of(run) if leads else {}, wire.open_meter(distributed.count())
+    table = ledger.ledger_of(run) if leads else {}
     if leads:
-        metrics.write_json(workdir / "ledger.json", table)
-    records = metrics.read_records(workdir)
-    progress = metrics.Progress(run.num_rounds, config.method, done=run.first_round, quiet=not leads)
-    writer = checkpoint_writer.Writer(workdir, run.layout, keep=config.checkpoint.keep)
+        files.write_json(workdir / "ledger.json", table)
+    records = files.read_records(workdir)
+    model = resume.describe(custom_model)
+    progress = observers.Progress(schedule.rounds, run.name, done=schedule.first, quiet=not leads)
+    writer = checkpoint_writer.Writer(workdir, run.layout, keep=schedule.checkpoint_keep)
     stuck, signum = None, 0
     with signals.handled(deferred=True) as request, closing(writer), closing(progress), closing(run.feed):
-        for index in range(run.first_round, run.num_rounds):
-            if has_stopped(records, config.patience):  # in an earlier session
+        for index in range(schedule.first, schedule.rounds):
+            if has_stopped(records, schedule.patience):  # in an earlier session
                 break
-            state, record = train_round(run, state, index, records, meter)
+            state, entry = train_and_score(run, state, index, records)
             writer.wait()  # so that a kill never costs more than `checkpoint.every` recorded rounds
-            records.append(record)
+            records.append(entry)
             if leads:
-                metrics.append_record(workdir / "metrics.jsonl", record)
-            progress.update(record)
-            distributed.progress(f"round {index + 1}")
+                files.append_record(workdir / "metrics.jsonl", entry)
+            progress.update(entry)
+            processes.progress(f"round {index + 1}")
             signum = devices.agree(request.signum, run.devices)
-            for watch in watchers:
-                watch(record)
-            stuck = diverged(records, config.max_rounds_left_out)
-            finished = index + 1 == run.num_rounds or has_stopped(records, config.patience)
+            for observe in watching:
+                observe(entry)
+            stuck = diverged(records, schedule.max_left_out)
+            finished = schedule.is_last(index) or has_stopped(records, schedule.patience)
             leaving = finished or bool(signum) or stuck is not None
-            if leaving or (config.checkpoint.every and (index + 1) % config.checkpoint.every == 0):
-                about = {
-                    "round": index + 1,
-                    "examples": record["examples"],
-                    "test_accuracy": record.get("test_accuracy"),
-                    "validation_accuracy": record.get("validation_accuracy"),
-                    "custom_model": results.describe(custom_model),
-                    "config": config.to_dict(),
-                }
-                writer.save(state, about, records)
+            if leaving or schedule.saves(index):
+                writer.save(state, record.about_checkpoint(run, entry, model), records)
             if leaving:
                 break
-    safe = max(checkpoint.rounds(workdir), default=0)
-    if safe < len(records):
-        raise OSError(
-            f"the checkpoint of round {len(records)} could not be written to {workdir}; the same command "
-            f"goes on from round {safe}"
-        )
-    if stuck is not None:
-        raise Diverged(
-            f"round {len(records)}: worker {stuck} has been left out {config.max_rounds_left_out} times in a "
-            f"row (config.max_rounds_left_out); stopped, results so far are in {workdir}"
-        )
-    stopped = has_stopped(records, config.patience)
-    if len(records) < run.num_rounds and not stopped:
-        raise signals.Interrupted(
-            signum,
-            f"stopped after round {len(records)} of {run.num_rounds}; the same command goes on from there",
-            agreed=True,
-        )
+    _raise_if_cut_short(run, workdir, records, stuck, signum)
     if "test_accuracy" not in records[-1]:  # a run that was stopped, and is now wanted no longer than it is
-        evaluate_into(records[-1], run, state, "test")
-    if stopped:
-        log.info("the validation accuracy has not risen for %d evaluations: stopped", config.patience)
+        records[-1] |= score(run, state).figures("test")
+        seconds = run.clock.take()["evaluate"]
+        records[-1]["seconds_evaluate"] += seconds
+    if has_stopped(records, schedule.patience):
+        log.info("the validation accuracy has not risen for %d evaluations: stopped", schedule.patience)
     if leads:
-        if meter is not None:
-            table = audit.with_wire(table, meter, workers=config.num_workers // distributed.count())
-            metrics.write_json(workdir / "ledger.json", table)
-        metrics.write_records(workdir, records)
-        metrics.write_json(workdir / "summary.json", _summary(run, records, workdir, custom_model))
-        log.info("report: %s", results.write_report(workdir))
-    distributed.meet("the summary")
-    summary = results.read_summary(workdir)
-    log.info(results.last_line(summary))
+        if run.clock.meter is not None:
+            files.write_json(workdir / "ledger.json", ledger.with_wire(table, run.clock.meter, run))
+        files.write_records(workdir, records)
+        files.write_json(workdir / "summary.json", record.summarize(run, workdir, records, model))
+        log.info("report: %s", record.write_report(workdir))
+    processes.meet("the summary")
+    summary = files.read_summary(workdir)
+    log.info(record.last_line(summary))
     return summary
 
 
-def _summary(
-    run: Run, records: list[dict[str, Any]], workdir: Path, custom_model: nn.Module | None
-) -> dict[str, Any]:
-    leaves = checkpoint.open_round(workdir, len(records)).leaves("params")
-    return results.summarize(
-        run.config,
-        run.layout,
-        records,
-        trees=len(run.state.trees),
-        dataset=run.dataset.description,
-        device=run.devices[0],
-        custom_model=results.describe(custom_model),
-        seconds_compile=run.seconds_compile,
-        params_sha256=metrics.params_sha256(leaves),
-    )
+def train_round(run: Run, state: State, index: int) -> tuple[State, dict[str, Any]]:
+    """One round: the state after it, and its record.
+
+    The programs are waited for one after another: that is how the phases are timed, and CPU collectives must
+    not queue.
+    """
+    stage = run.stage(index)
+    turn, value = run.turn(stage, index), None
+    for name, program in stage.programs.items():
+        with run.clock.lap(name, metered=stage is run.stages[-1]):  # the ledger is of the last stage's rounds
+            value = jax.block_until_ready(program(state, value, turn))
+    state, told = value
+    heard = Told(*(x.reshape(-1) for x in devices.to_host(tuple(told))))
+    return state, record.round_record(run, stage, index, heard, turn.present.reshape(-1))
 
 
-def train_round(
-    run: Run,
-    state: local_sgd.State,
-    index: int,
-    before: Sequence[dict[str, Any]],
-    meter: wire.Meter | None = None,
-) -> tuple[local_sgd.State, dict[str, Any]]:
-    """One round and, when it is due, the evaluation: the state after it, and its record.
+def train_and_score(
+    run: Run, state: State, index: int, before: Sequence[dict[str, Any]] = ()
+) -> tuple[State, dict[str, Any]]:
+    """One round and, when it is due, the evaluation: the state after it, and its record with all times.
 
     Evaluated is the validation split, where there is one, and the test set then at the end alone; whether
     that is now also depends on the records `before`.
     """
-    config, (layout, _) = run.config, run.phase(index)
-    per_round = config.num_workers * config.local_steps * config.batch_size
-    started = time.perf_counter()
-    present = partition.sample_present(config.seed, index, config.num_workers, config.participation)
-    state, means, seconds = run_round(run, state, index, present, meter)
-    sick = np.flatnonzero(~means.healthy & present)
-    metrics.warn_left_out(index + 1, sick, "steps" if config.method == "data_parallel" else "round")
-    merged = means.healthy & present
-    record = {
-        "round": index + 1,
-        "examples": run.examples_before + (index + 1 - run.first_round) * per_round,
-        "train_loss": metrics.mean_where(merged, means.loss),
-        "train_accuracy": metrics.mean_where(merged, means.accuracy),
-        "lr": float(run.learning_rates[index, -1]),
-        **results.round_bytes(config, layout, trees=len(state.trees)),
-        **seconds,
-        "seconds_evaluate": 0.0,
-        "workers_left_out": len(sick),
-        "left_out": sick.tolist(),
-        "workers_absent": int((~present).sum()),
-        "partition": partition.fingerprint(tuple(layout.groups.values())),
-    }
-    last = index + 1 == run.num_rounds
-    if last or (config.eval_every and (index + 1) % config.eval_every == 0):
-        split = "validation" if run.validation_batches is not None else "test"
-        evaluate_into(record, run, state, split, meter)
-    if "test_accuracy" not in record and (last or has_stopped([*before, record], config.patience)):
-        evaluate_into(record, run, state, "test", meter)
-    record["seconds_round"] = time.perf_counter() - started
-    record["examples_per_second"] = per_round / record["seconds_round"]
-    return state, record
+    schedule, started = run.schedule, time.perf_counter()
+    state, entry = train_round(run, state, index)
+    if schedule.evaluates(index):
+        split = "validation" if "validation" in run.splits else "test"
+        entry |= score(run, state, split).figures(split)
+    ended = schedule.is_last(index) or has_stopped([*before, entry], schedule.patience)
+    if ended and "test_accuracy" not in entry:
+        entry |= score(run, state).figures("test")
+    entry |= {"seconds_evaluate": 0.0} | {f"seconds_{name}": s for name, s in run.clock.take().items()}
+    entry["seconds_round"] = time.perf_counter() - started
+    entry["examples_per_second"] = schedule.examples_per_round / entry["seconds_round"]
+    return state, entry
 
 
-def evaluate_into(
-    record: dict[str, Any], run: Run, state: local_sgd.State, split: str, meter: wire.Meter | None = None
+def score(run: Run, state: State, split: str = "test") -> scoring.Score:
+    """The score of a state on a split: 'test' or, where there is one, 'validation'."""
+    with run.clock.lap("evaluate", metered=split == "test"):
+        chunks, program = run.splits[split]
+        sums = [devices.to_host(jax.block_until_ready(program(state, chunk))) for chunk in chunks]
+    return scoring.total_score(run.inputs.task, np.concatenate(sums, axis=1))
+
+
+def _raise_if_cut_short(
+    run: Run, workdir: Path, records: Sequence[dict[str, Any]], stuck: int | None, signum: int
 ) -> None:
-    """Adds the figures of an evaluation to a record; a `meter` counts what one on the test set received."""
-    started = time.perf_counter()
-    with wire.metered(meter if split == "test" else None, "evaluation"):
-        record |= evaluate_state(run, state, split).figures(split)
-    record["seconds_evaluate"] += time.perf_counter() - started
-
-
-def run_round(
-    run: Run,
-    state: local_sgd.State,
-    index: int,
-    present: np.ndarray | None = None,
-    meter: wire.Meter | None = None,
-) -> tuple[local_sgd.State, local_sgd.Metrics, dict[str, float]]:
-    """One round: the state after it, the workers' metrics [S], and the seconds of its phases.
-
-    Workers that are not `present` (bool [S]; None: all are) train, but nobody hears of it. What arrives from
-    other processes is counted by the `meter`.
-
-    The programs are waited for one after another: that is how the phases are timed, and it keeps CPU
-    devices from meeting a collective too far apart.
-    """
-    config, (layout, programs) = run.config, run.phase(index)
-    meter = meter if programs is run.programs else None  # the ledger is of the rounds after a warm-up
-    grid = (layout.num_devices, layout.workers_per_device)
-    data, indices = run.feed(index)
-    feed = (indices, run.learning_rates[index], np.int32(index))
-    assignment = partition.sample(partition.round_rng(config.seed, index), layout.groups)
-    gates = {
-        name: np.asarray(a.gates).reshape(*grid, -1)
-        for name, a in assignment.items()
-        if not layout.groups[name].even
-    }
-    times = [time.perf_counter()] * 4
-    here = np.ones(grid, bool) if present is None else present.reshape(grid)
-    if programs.merge is None:
-        with wire.metered(meter, "round"):
-            state, means = jax.block_until_ready(programs.local(state, here, data, *feed))
-        means = devices.fetch(tuple(means))
-        times[2] = times[3] = time.perf_counter()
-    else:
-        units: Any = tuple({} for _ in state.trees)
-        if programs.gather is not None:
-            with wire.metered(meter, "round", "gather"):
-                units = jax.block_until_ready(programs.gather(state, assignment))
-            times[1] = time.perf_counter()
-        subnets, means = jax.block_until_ready(programs.local(state, units, gates, data, *feed))
-        means = devices.fetch(tuple(means))
-        times[2] = time.perf_counter()
-        with wire.metered(meter, "round"):
-            state = jax.block_until_ready(programs.merge(state, subnets, assignment, means[2] & here))
-        times[3] = time.perf_counter()
-    phases = dict(
-        zip(("seconds_gather", "seconds_local", "seconds_merge"), np.diff(times).tolist(), strict=True)
-    )
-    return state, local_sgd.Metrics(*(x.reshape(-1) for x in means)), phases
-
-
-def evaluate_state(run: Run, state: local_sgd.State, split: str = "test") -> evaluation.Score:
-    """The global model's score on the test set or, where there is one, the 'validation' split."""
-    program: Any = run.programs.evaluate if split == "test" else run.programs.validate
-    chunks: Any = run.test_batches if split == "test" else run.validation_batches
-    sums = [devices.fetch(jax.block_until_ready(program(state.trees[0], chunk))) for chunk in chunks]
-    return evaluation.total_score(run.task, np.concatenate(sums, axis=1))
+    """Raises what ended the run before its last round, if anything did."""
+    schedule, done = run.schedule, len(records)
+    safe = max(checkpoint.rounds(workdir), default=0)
+    if safe < done:
+        raise OSError(
+            f"the checkpoint of round {done} could not be written to {workdir}; the same command "
+            f"goes on from round {safe}"
+        )
+    if stuck is not None:
+        raise Diverged(
+            f"round {done}: worker {stuck} has been left out {schedule.max_left_out} times in a row "
+            f"(config.max_rounds_left_out); stopped, results so far are in {workdir}"
+        )
+    if done < schedule.rounds and not has_stopped(records, schedule.patience):
+        raise signals.Interrupted(
+            signum,
+            f"stopped after round {done} of {schedule.rounds}; the same command goes on from there",
+            agreed=True,
+        )

@@ -1,19 +1,15 @@
 """What a config means: checked values, and the objects they describe."""
 
 import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import traverse_util
 from ml_collections import config_dict
 
 from ist_jax import METHODS, partition
-from ist_jax.exchange import store
 from ist_jax.models.mlp import MLP
 from ist_jax.models.resnet import BLOCKS, STEMS, ResNet
 
@@ -154,8 +150,6 @@ def make_groups(
     config: config_dict.ConfigDict, model: nn.Module, shapes: Any, axes: partition.Axes
 ) -> dict[str, partition.Group]:
     """The unit groups that `config` partitions; none for the baselines."""
-    if config.method != "ist":
-        return {}
     if not any(name for names in axes.values() for name in names):
         raise ValueError(
             "method='ist' has nothing to partition: the model names no unit axes (partition.sections, for a "
@@ -215,8 +209,6 @@ def count_warmup_rounds(
 
     Not more than the `rounds` of the run; 0 for the methods in which they always do.
     """
-    if config.method != "ist":
-        return 0
     return min(rounds, _rounds_of(config, config.partition.warmup_epochs, num_examples, first, before))
 
 
@@ -254,25 +246,3 @@ def make_learning_rates(
     rates = optimizer.learning_rate * ramp * factors[optimizer.schedule]
     past = np.full(rounds * config.local_steps - left, np.nan)
     return np.concatenate([past, rates]).astype(np.float32).reshape(rounds, -1)
-
-
-def make_loss_fn(
-    model: nn.Module,
-    score_fn: Callable[..., tuple[jax.Array, jax.Array]],
-    scale: Mapping[str, float] | None = None,
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(flat params, inputs, labels, gates) -> (mean loss, mean of the first score) of a subnet.
-
-    Args:
-      model: the subnet.
-      score_fn: of the task.
-      scale: of its units' branches; None: as they are.
-    """
-
-    def loss_fn(params: store.Shards, inputs: Any, labels: jax.Array, gates: Any) -> tuple:
-        variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
-        logits: Any = model.apply(variables, inputs, gates=gates, scale=scale)
-        losses, scores = score_fn(logits, labels)
-        return losses.mean(), scores[:, 0].mean()
-
-    return loss_fn

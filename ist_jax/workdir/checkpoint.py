@@ -21,7 +21,8 @@ import tensorstore
 from flax import traverse_util
 
 from ist_jax import errors
-from ist_jax.exchange.layout import Leaf, restore, stored_shape
+from ist_jax.exchange.kinds import kind_of
+from ist_jax.exchange.layout import Leaf, restore
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +205,8 @@ def array_spec(folder: Path, name: str) -> dict[str, Any]:
 
 
 def shape_on_disk(entry: Mapping[str, Any]) -> tuple[int, ...]:
-    return stored_shape(Leaf(tuple(entry["shape"]), tuple(entry["unit_axes"]), ()))
+    leaf = Leaf(tuple(entry["shape"]), tuple(entry["unit_axes"]), ())
+    return kind_of(leaf).stored_shape(leaf)
 
 
 def region(ndim: int, axis: int, start: int, stop: int) -> tuple[slice, ...]:
