@@ -77,7 +77,7 @@ def ledger_of(subject: Subject) -> dict[str, Any]:
         expected=formula.slot_parameters(layout),
         hlo=numbers / trees / layout.dtype.itemsize,
     )  # fmt: skip
-    expected = round_traffic(subject.phases, devices)
+    expected = round_traffic(subject.phases, layout)
     compiled_bytes: Counter[str] = Counter()
     for name, phase in subject.phases.items():
         compiled_bytes.update(by_cause(phase.parts, texts[name].operands))

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ist_jax.costs.traced import collectives_of, operands, sent
+from ist_jax.exchange.layout import Layout
 from ist_jax.exchange.wire import Part
 from ist_jax.methods.method import TracedPhase
 
@@ -28,17 +29,17 @@ class Traffic(NamedTuple):
     sent: dict[str, float]  # by one device
 
 
-def round_traffic(phases: Mapping[str, TracedPhase], num_devices: int) -> Traffic:
+def round_traffic(phases: Mapping[str, TracedPhase], layout: Layout) -> Traffic:
     """The bytes of a round.
 
     Args:
-      phases: from `methods.method.trace`, on D devices.
-      num_devices: D.
+      phases: from `methods.method.trace`.
+      layout: that they were traced for.
     """
     paper: Counter[str] = Counter()
     leaving: Counter[str] = Counter()
     for phase in phases.values():
-        found = collectives_of(phase.jaxpr, num_devices)
+        found = collectives_of(phase.jaxpr, layout.num_devices)
         leaving.update(by_cause(phase.parts, operands(found)))
         paper.update(dict.fromkeys(leaving, 0.0))
         for part in phase.parts:
@@ -46,7 +47,7 @@ def round_traffic(phases: Mapping[str, TracedPhase], num_devices: int) -> Traffi
         exchanges = {part.kind for part in phase.parts}
         for other in found:
             if other.kind not in exchanges:
-                paper[_CAUSES.get(other.kind, other.kind)] += 2 * num_devices * other.floats
+                paper[_CAUSES.get(other.kind, other.kind)] += 2 * layout.num_workers * other.floats
     return Traffic(dict(paper), dict(leaving))
 
 

@@ -227,10 +227,10 @@ def _make_stage(
     data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), feed.spec)
     sizes = (data, config.local_steps, config.batch_size)
     method, phases = entry.make(recipe), trace_round(entry, recipe, *sizes)
-    here = apart = round_traffic(phases, layout.num_devices)
+    here = apart = round_traffic(phases, layout)
     if layout.num_devices < layout.num_workers:
         alone = recipe._replace(layout=layout._replace(num_devices=layout.num_workers))
-        apart = round_traffic(trace_round(entry, alone, *sizes), layout.num_workers)
+        apart = round_traffic(trace_round(entry, alone, *sizes), alone.layout)
     deal = partition.fingerprint(tuple(layout.groups.values()))
     compiled = programs.compile_phases(method, phases, chosen)
     return Stage(until, recipe, method, phases, compiled, here, apart, deal)
