@@ -18,8 +18,8 @@ COLUMNS = {
     "wherever they already are; a mean over the workers",
     "expected": "from shapes alone. Bytes that leave a device in the traced round, shared out among its "
     "workers; as many arrive. Empty slots and padding included, a worker's own part not; nothing on one "
-    "device. Memory: what must be kept. FLOPs: of matrix products and convolutions, forward and backward, all "
-    "slots filled",
+    "device. Memory: what must be kept. FLOPs: of matrix products and convolutions, forward and backward, "
+    "all slots filled",
     "hlo": "the same from the optimised HLO of the programs that run, loops counted as often as they run. "
     "Memory by the compiler's analysis; peak: arguments + results - what they share + temporaries. FLOPs: as "
     "compiled, so on CPU with the zeros of strided convolutions' gradients",

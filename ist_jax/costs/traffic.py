@@ -9,9 +9,9 @@ Two counts of bytes, which must not be mixed up:
          A device receives as many.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ist_jax.costs.traced import collectives_of, operands, sent
 from ist_jax.exchange.layout import Layout
@@ -36,11 +36,12 @@ def round_traffic(phases: Mapping[str, TracedPhase], layout: Layout) -> Traffic:
       phases: from `methods.method.trace`.
       layout: that they were traced for.
     """
-    paper: Counter[str] = Counter()
-    leaving: Counter[str] = Counter()
+    paper: dict[str, float] = defaultdict(float)
+    leaving: dict[str, float] = defaultdict(float)
     for phase in phases.values():
         found = collectives_of(phase.jaxpr, layout.num_devices)
-        leaving.update(by_cause(phase.parts, operands(found)))
+        for cause, size in by_cause(phase.parts, operands(found)).items():
+            leaving[cause] += size
         paper.update(dict.fromkeys(leaving, 0.0))
         for part in phase.parts:
             paper[part.cause] += part.paper
@@ -51,7 +52,7 @@ def round_traffic(phases: Mapping[str, TracedPhase], layout: Layout) -> Traffic:
     return Traffic(dict(paper), dict(leaving))
 
 
-def by_cause(parts: Sequence[Part], found: Mapping[tuple[str, float], float]) -> dict[str, float]:
+def by_cause(parts: Sequence[Part], found: Mapping[tuple[str, Any], float]) -> dict[str, float]:
     """Bytes that a device sends in a phase, told apart: the one all-to-all of a merge has several causes.
 
     Args:
@@ -59,15 +60,16 @@ def by_cause(parts: Sequence[Part], found: Mapping[tuple[str, float], float]) ->
       found: bytes of the operands of its collectives, by kind and number of devices, in its trace or in its
         optimised HLO; where they are fewer or more than the parts, so are the bytes of each cause.
     """
-    told: Counter[str] = Counter()
-    exchanged: Counter[str] = Counter()
+    told: dict[str, float] = {part.cause: 0.0 for part in parts}
+    exchanged: dict[str, float] = defaultdict(float)
     for part in parts:
         exchanged[part.kind] += part.operand
     for (kind, devices), operand in found.items():
         if kind not in exchanged:
-            told[_CAUSES.get(kind, kind)] += sent(kind, operand, devices)
+            cause = _CAUSES.get(kind, kind)
+            told[cause] = told.get(cause, 0.0) + sent(kind, operand, devices)
             continue
         for part in parts:
             if part.kind == kind:
                 told[part.cause] += sent(kind, operand * part.operand / exchanged[kind], devices)
-    return dict(told) | {part.cause: told[part.cause] for part in parts}
+    return told

@@ -119,14 +119,14 @@ def regroup(layout: Layout, groups: Mapping[str, Group]) -> Layout:
 
 
 def map_trees(layout: Layout, fn: Any, first: Any, *rest: Any, scalar: Any = lambda x, *_: x) -> Any:
-    """`fn` of the parameter-shaped trees in a pytree, such as an optimizer's state, `scalar` of its other leaves.
+    """`fn` of the parameter-shaped trees in a pytree, such as an optimizer's state.
 
     Args:
       layout: knows the paths.
       fn: (tree of `first`, what stands at its place in each of `rest`) -> anything.
       first: the pytree.
       *rest: pytrees of the same structure, down to the trees and the other leaves.
-      scalar: as `fn`, for the other leaves; None: they are left out.
+      scalar: as `fn`, for the other leaves.
     """
 
     def visit(x: Any, *others: Any) -> Any:

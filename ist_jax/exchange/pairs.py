@@ -1,8 +1,8 @@
 """Leaves with two unit axes, kept as [W, U_in / S, U_out, R].
 
 The first unit axis is cut into S contiguous strips, W per device. The draw is stratified
-(`partition.Group.strips`): a worker holds at most m units of each strip, so it pulls exactly m x n_out entries
-of each; 1 / S^2 of the matrix where S^2 divides U_in.
+(`partition.Group.strips`): a worker holds at most m units of each strip, so it pulls exactly m x n_out
+entries of each; 1 / S^2 of the matrix where S^2 divides U_in.
 """
 
 from typing import Any

@@ -6,6 +6,9 @@ bit, on any number of devices. Shapes are static, so any draw, with overlap and 
 same program. Empty slots are gathered as zeros and scattered nowhere.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -32,7 +35,7 @@ def gather(layout: Layout, shards: Shards, draw: Draw) -> Shards:
     return units
 
 
-def shared_leaves(layout: Layout, shards: Shards) -> Shards:
+def shared_leaves(layout: Layout, shards: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves without units."""
     return only(shared, layout, shards)
 

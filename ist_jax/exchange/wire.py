@@ -1,12 +1,12 @@
 """The collectives of an exchange: one all-to-all per direction, and the all-gather of shared leaves.
 
-Per device, over `layout.AXIS`. The parts of all leaves travel in one buffer. Evaluation has collectives of its
-own: inputs and results of products whose kernel stays where it is.
+Per device, over `layout.AXIS`. The parts of all leaves travel in one buffer. Evaluation has collectives of
+its own: inputs and results of products whose kernel stays where it is.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -55,13 +55,13 @@ def note(part: Part) -> None:
         parts.append(part)
 
 
-def encoded_bytes(layout: Layout, part: jax.Array) -> int:
+def encoded_bytes(layout: Layout, part: Any) -> int:
     """Bytes that a part [D, ...] takes on its way."""
     shape = jax.eval_shape(lambda x: _encode(layout, x), part)
     return shape.size * shape.dtype.itemsize
 
 
-def all_to_all(layout: Layout, parts: Shards, exact: Mapping[str, jax.Array]) -> Shards:
+def all_to_all(layout: Layout, parts: Shards, exact: Shards) -> Shards:
     """Exchanges arrays [D, ...], first axis: destination, then source.
 
     Args:
@@ -105,7 +105,7 @@ def _encode(layout: Layout, x: jax.Array) -> jax.Array:
 
 def _decode(layout: Layout, got: jax.Array, like: Any) -> jax.Array:
     flat = jax.ShapeDtypeStruct((len(got), math.prod(like.shape[1:])), like.dtype)
-    sent = jax.eval_shape(layout.codec.encode, flat)
+    sent = jax.eval_shape(layout.codec.encode, flat)  # type: ignore[arg-type]
     decoded = layout.codec.decode(_from_bytes(got, sent.shape, sent.dtype))  # type: ignore[misc]
     return decoded.astype(like.dtype).reshape(like.shape)
 

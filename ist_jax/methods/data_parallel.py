@@ -1,6 +1,6 @@
 """Data-parallel SGD: the gradients are averaged over the workers in every step.
 
-Every worker has the whole model, and the same one; the optimizer's state is the same everywhere and never sent.
+All workers have the same whole model; the optimizer's state is the same everywhere and never sent.
 """
 
 from typing import Any
@@ -27,10 +27,11 @@ def make(recipe: Recipe) -> Method:
         not finite is not taken.
         """
 
-        def step(carry: tuple, xs: tuple) -> tuple[tuple, tuple]:
+        def step(carry: tuple, xs: tuple) -> tuple[tuple, Told]:
             number, batches, rate = xs
-            grads, told, counts = mean_gradient(carry[0], number, batches)
-            stepped = update(recipe, *carry, grads, rate)
+            params, opt_state = carry
+            grads, told, counts = mean_gradient(params, number, batches)
+            stepped = update(recipe, params, opt_state, grads, rate)
             sound = all_finite(stepped[0])
             taken = sound & (counts > 0)
             kept = jax.tree.map(lambda new, old: jnp.where(taken, new, old), stepped, carry)

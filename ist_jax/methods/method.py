@@ -62,7 +62,7 @@ class State(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What is heard of each worker of a device, [W]: means over the local steps, and whether all was finite."""
+    """What is heard of each worker of a device, [W]: means over the steps, and whether all was finite."""
 
     loss: Any
     accuracy: Any

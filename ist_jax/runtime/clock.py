@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 
 from ist_jax.costs import sockets
@@ -20,7 +20,7 @@ class Clock:
 
     def __init__(self, num_processes: int) -> None:
         self.meter = sockets.open_meter(num_processes)
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def lap(self, name: str, *, metered: bool = True) -> Iterator[None]:
@@ -32,5 +32,6 @@ class Clock:
 
     def take(self) -> dict[str, float]:
         """Seconds by name since the last call."""
-        taken, self._seconds = dict(self._seconds), Counter()
+        taken = dict(self._seconds)
+        self._seconds.clear()
         return taken

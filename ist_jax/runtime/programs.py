@@ -30,7 +30,7 @@ def compile_phases(
       traced: from `methods.method.trace`.
       chosen: the devices.
     """
-    programs = {}
+    programs: dict[str, Any] = {}
     for name, phase in traced.items():
         last = len(programs) + 1 == len(traced)
         donate = [0] if last else [1] if _fits(phase.inputs[1], phase.result) else []

@@ -194,9 +194,8 @@ def turn_shapes(layout: Layout, data: Any, local_steps: int, batch_size: int) ->
         return jax.ShapeDtypeStruct(sizes, dtype)
 
     def dealt(group: partition.Group) -> partition.Assignment:
-        return partition.Assignment(
-            *(shape(group.num_workers, group.slots, dtype=x) for x in (np.int32, bool))
-        )  # type: ignore[arg-type]
+        size = (group.num_workers, group.slots)
+        return partition.Assignment(shape(*size), shape(*size, dtype=bool))  # type: ignore[arg-type]
 
     return Turn(
         draw={name: dealt(group) for name, group in layout.groups.items()},
