@@ -119,7 +119,7 @@ def plan(
       ValueError: a setting that cannot work; the message names the key.
     """
     from ist_jax.data import batches
-    from ist_jax.runtime import settings
+    from ist_jax.runtime import setup
 
     costs = {}
     for method in METHODS:
@@ -131,7 +131,7 @@ def plan(
     rounds = config.rounds
     if facts.num_train is not None:
         held_out = batches.count_held_out(facts.num_train, config.data.validation)
-        rounds = settings.count_rounds(config, facts.num_train - held_out, 0, 0)
+        rounds = setup.make_schedule(config, facts.num_train - held_out).rounds
 
     def seconds(cost: Cost, bandwidth: float) -> float:
         computing = config.local_steps * cost.flops_per_worker_per_step / flops

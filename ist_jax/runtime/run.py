@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import numpy as np
 
 from ist_jax.costs.traffic import Traffic
 from ist_jax.exchange.layout import Layout
 from ist_jax.methods.method import Method, Recipe, State, TracedPhase, Turn
 from ist_jax.runtime.clock import Clock
 from ist_jax.runtime.inputs import Inputs
+from ist_jax.runtime.schedule import Schedule
 
 
 class Stage(NamedTuple):
@@ -40,49 +40,6 @@ class Stage(NamedTuple):
     @property
     def layout(self) -> Layout:
         return self.recipe.layout
-
-
-class Schedule(NamedTuple):
-    """How long a run is, and what is due when; rounds are counted from 0.
-
-    Attributes:
-      first: the round to begin with: those before were done by earlier sessions.
-      rounds: of the whole run.
-      warmup: rounds, from the run's start, in which all workers train the whole model.
-      examples_before: seen in earlier sessions.
-      examples_per_round: of all workers.
-      learning_rates: float32 [rounds, l]; the rows before `first` are not used.
-      eval_every: rounds; 0: after the last only.
-      patience: evaluations without a better validation accuracy until the run stops; 0: never.
-      checkpoint_every: rounds; 0: at the end alone.
-      checkpoint_keep: the latest ones that are kept.
-      max_left_out: rounds in a row that a worker may be left out; 0: any number.
-    """
-
-    first: int
-    rounds: int
-    warmup: int
-    examples_before: int
-    examples_per_round: int
-    learning_rates: np.ndarray
-    eval_every: int
-    patience: int
-    checkpoint_every: int
-    checkpoint_keep: int
-    max_left_out: int
-
-    def examples_after(self, index: int) -> int:
-        """Seen by all workers when a round is done."""
-        return self.examples_before + (index + 1 - self.first) * self.examples_per_round
-
-    def is_last(self, index: int) -> bool:
-        return index + 1 == self.rounds
-
-    def evaluates(self, index: int) -> bool:
-        return self.is_last(index) or _due(index, self.eval_every)
-
-    def saves(self, index: int) -> bool:
-        return _due(index, self.checkpoint_every)
 
 
 class Split(NamedTuple):
@@ -134,7 +91,3 @@ class Run(NamedTuple):
     def stage(self, index: int) -> Stage:
         """What a round is run by."""
         return next(stage for stage in self.stages if index < stage.until)
-
-
-def _due(index: int, every: int) -> bool:
-    return every > 0 and (index + 1) % every == 0

@@ -5,8 +5,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
-import optax
 from ml_collections import config_dict
 
 from ist_jax import METHODS, partition
@@ -176,73 +174,3 @@ def make_groups(
                     "config.partition.min_units to at least 1"
                 )
     return groups
-
-
-def make_tx(optimizer: config_dict.ConfigDict) -> optax.GradientTransformation:
-    """SGD with weight decay and momentum, before the learning rate."""
-    parts = []
-    if optimizer.weight_decay:
-        parts.append(optax.add_decayed_weights(optimizer.weight_decay))
-    if optimizer.momentum:
-        parts.append(optax.trace(optimizer.momentum, nesterov=optimizer.nesterov))
-    return optax.chain(*parts) if parts else optax.identity()
-
-
-def count_rounds(config: config_dict.ConfigDict, num_examples: int, first: int, before: int) -> int:
-    """Rounds of the whole run: `rounds`, or as many as `epochs` of the training set take.
-
-    Args:
-      config: of the run.
-      num_examples: in the training set.
-      first: rounds done by earlier sessions, perhaps with another number of workers.
-      before: examples seen in them.
-    """
-    if config.rounds is not None:
-        return config.rounds
-    return _rounds_of(config, config.epochs, num_examples, first, before)
-
-
-def count_warmup_rounds(
-    config: config_dict.ConfigDict, num_examples: int, first: int, before: int, rounds: int
-) -> int:
-    """Rounds, from the run's start, in which all workers train the whole model; arguments as above.
-
-    Not more than the `rounds` of the run; 0 for the methods in which they always do.
-    """
-    return min(rounds, _rounds_of(config, config.partition.warmup_epochs, num_examples, first, before))
-
-
-def _rounds_of(
-    config: config_dict.ConfigDict, epochs: float, num_examples: int, first: int, before: int
-) -> int:
-    per_round = config.num_workers * config.local_steps * config.batch_size
-    left = (epochs * num_examples - before) / per_round
-    return first + max(0, math.ceil(left - 1e-9))
-
-
-def make_learning_rates(
-    config: config_dict.ConfigDict, rounds: int, first: int = 0, before: int = 0
-) -> np.ndarray:
-    """Learning rates float32 [rounds, l], by the fraction of all examples that all workers have seen.
-
-    Args:
-      config: of the run.
-      rounds: of the whole run.
-      first: rounds done by earlier sessions; their rows are NaN.
-      before: examples seen in them.
-    """
-    optimizer, left = config.optimizer, max(0, rounds - first) * config.local_steps
-    done = before / (config.num_workers * config.batch_size)  # in steps of today's workers
-    total, step = done + left, done + np.arange(left)
-    warmup = round(optimizer.warmup * total)
-    after = (step - warmup) / max(1, total - warmup)  # progress after the warm-up, 0 to 1
-    decays = sum((step >= at * total).astype(int) for at in optimizer.step_at)
-    factors = {
-        "constant": np.ones(left),
-        "cosine": (1 + np.cos(np.pi * np.clip(after, 0, 1))) / 2,
-        "step": optimizer.step_factor ** np.asarray(decays),
-    }
-    ramp = np.minimum(1, (step + 1) / max(1, warmup))
-    rates = optimizer.learning_rate * ramp * factors[optimizer.schedule]
-    past = np.full(rounds * config.local_steps - left, np.nan)
-    return np.concatenate([past, rates]).astype(np.float32).reshape(rounds, -1)

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 from ml_collections import config_dict
 
 from ist_jax import methods, partition
@@ -22,7 +23,8 @@ from ist_jax.methods.method import Method, Recipe, State, TracedPhase, Turn, tra
 from ist_jax.methods.steps import POLICIES
 from ist_jax.runtime import devices, inputs, processes, programs, scoring, settings
 from ist_jax.runtime.clock import Clock
-from ist_jax.runtime.run import Run, Schedule, Split, Stage
+from ist_jax.runtime.run import Run, Split, Stage
+from ist_jax.runtime.schedule import NOTHING_DONE, Progress, Rates, Schedule, count_rounds, learning_rates
 from ist_jax.task import Task
 from ist_jax.workdir import checkpoint
 
@@ -59,7 +61,8 @@ def set_up(
     scale = unit_scale(config, layout)
     started = time.perf_counter()
     state = _first_state(method, recipe, chosen, start, params)
-    schedule = make_schedule(config, opened.num_train, start)
+    done = Progress(start.round, start.about["examples"]) if start else NOTHING_DONE
+    schedule = make_schedule(config, opened.num_train, done)
     splits = _make_splits(config, opened, method, state, chosen)
     stages: tuple[Stage, ...] = ()
     feed: Any = None
@@ -69,8 +72,9 @@ def set_up(
     else:
         feed = inputs.feed_rounds(config, opened, chosen, schedule.rounds)
         recipes = [(schedule.rounds, recipe)]
-        if schedule.warmup > schedule.first:
-            recipes.insert(0, (schedule.warmup, warmup_recipe(recipe, model, opened.task, scale)))
+        warmup = count_warmup_rounds(config, opened.num_train, done, schedule.rounds)
+        if warmup > schedule.first:
+            recipes.insert(0, (warmup, warmup_recipe(recipe, model, opened.task, scale)))
         stages = tuple(_make_stage(config, until, recipe, feed, chosen) for until, recipe in recipes)
     run = Run(
         name=config.method,
@@ -118,7 +122,7 @@ def make_recipe(config: config_dict.ConfigDict, model: nn.Module, task: Task, nu
     subnet = model.subnet({name: group.slots for name, group in groups.items()}) if groups else model
     return Recipe(
         layout=layout,
-        tx=settings.make_tx(config.optimizer),
+        tx=make_tx(config.optimizer),
         loss_fn=scoring.make_loss_fn(subnet, task.score_fn),
         batch_fn=task.batch_fn,
         score_fn=partial(scoring.score_shards, layout, model, task, unit_scale(config, layout)),
@@ -143,40 +147,62 @@ def unit_scale(config: config_dict.ConfigDict, layout: Layout) -> dict[str, floa
     return {name: g.share for name, g in layout.groups.items() if config.partition.scale_at_evaluation}
 
 
-def make_schedule(config: config_dict.ConfigDict, num_train: int, start: checkpoint.Saved | None) -> Schedule:
+def make_tx(optimizer: config_dict.ConfigDict) -> optax.GradientTransformation:
+    """SGD with weight decay and momentum, before the learning rate."""
+    parts = []
+    if optimizer.weight_decay:
+        parts.append(optax.add_decayed_weights(optimizer.weight_decay))
+    if optimizer.momentum:
+        parts.append(optax.trace(optimizer.momentum, nesterov=optimizer.nesterov))
+    return optax.chain(*parts) if parts else optax.identity()
+
+
+def make_schedule(config: config_dict.ConfigDict, num_train: int, done: Progress = NOTHING_DONE) -> Schedule:
     """How long a run is.
 
     Args:
       config: of the run.
       num_train: examples to train on.
-      start: the checkpoint to go on from.
+      done: in earlier sessions.
 
     Raises:
       ValueError: it has more rounds already than the config asks for.
     """
-    first, before = (start.round, start.about["examples"]) if start else (0, 0)
-    rounds = settings.count_rounds(config, num_train, first, before)
-    if first > rounds:
+    per_step = config.num_workers * config.batch_size
+    per_round = per_step * config.local_steps
+    rounds = config.rounds
+    if rounds is None:
+        rounds = count_rounds(config.epochs, num_train, per_round, done)
+    if done.rounds > rounds:
         raise ValueError(
-            f"the run has {first} rounds already, more than the {rounds} that config.rounds or config.epochs "
-            "ask for"
+            f"the run has {done.rounds} rounds already, more than the {rounds} that config.rounds or "
+            "config.epochs ask for"
         )
-    warmup = 0
-    if method_of(config).deals_units:
-        warmup = settings.count_warmup_rounds(config, num_train, first, before, rounds)
+    optimizer = config.optimizer
+    rates = Rates(*(optimizer[field] for field in Rates._fields))
     return Schedule(
-        first=first,
+        first=done.rounds,
         rounds=rounds,
-        warmup=warmup,
-        examples_before=before,
-        examples_per_round=config.num_workers * config.local_steps * config.batch_size,
-        learning_rates=settings.make_learning_rates(config, rounds, first, before),
+        examples_before=done.examples,
+        examples_per_round=per_round,
+        learning_rates=learning_rates(rates, (rounds, config.local_steps), per_step, done),
         eval_every=config.eval_every,
         patience=config.patience,
         checkpoint_every=config.checkpoint.every,
         checkpoint_keep=config.checkpoint.keep,
         max_left_out=config.max_rounds_left_out,
     )
+
+
+def count_warmup_rounds(config: config_dict.ConfigDict, num_train: int, done: Progress, rounds: int) -> int:
+    """Rounds, from the run's start, in which all workers train the whole model; at most those of the run.
+
+    0 for methods in which they always do. Arguments as of `make_schedule`, and the rounds of the whole run.
+    """
+    if not method_of(config).deals_units:
+        return 0
+    per_round = config.num_workers * config.batch_size * config.local_steps
+    return min(rounds, count_rounds(config.partition.warmup_epochs, num_train, per_round, done))
 
 
 def turn_shapes(layout: Layout, data: Any, local_steps: int, batch_size: int) -> Turn:
