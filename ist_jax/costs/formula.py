@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from ist_jax.costs import traced as flops
+from ist_jax.costs.traced import sent
 from ist_jax.exchange.layout import Layout, Leaf
 from ist_jax.methods import local_sgd
 from ist_jax.methods.local_sgd import Recipe
@@ -51,24 +52,6 @@ def collective_operands(layout: Layout) -> Operands:
 
 
 # --- bytes that a device sends ---------------------------------------------------------------------
-
-
-def sent(kind: str, operand: float, devices: float) -> float:
-    """Bytes that a device sends in a collective over D devices, and receives.
-
-    Args:
-      kind: 'all-to-all', 'all-gather', 'all-reduce' (a ring), 'reduce-scatter' or 'collective-permute'.
-      operand: bytes of the device's operand.
-      devices: D.
-    """
-    parts = {
-        "all-to-all": 1,
-        "all-gather": devices,
-        "all-reduce": 2,
-        "reduce-scatter": 1,
-        "collective-permute": devices / max(1, devices - 1),
-    }
-    return operand * parts[kind] * (devices - 1) / devices
 
 
 def round_bytes(layout: Layout, *, trees: int = 1, averaged_steps: int = 0) -> dict[str, float]:
