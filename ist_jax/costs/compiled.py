@@ -35,22 +35,18 @@ class Program(NamedTuple):
       operands: bytes of the operands of its collectives, by kind ('all-to-all', 'all-gather', ...) and
         number of devices that take part.
       flops: of its matrix products and convolutions; of a conditional, the dearest branch's.
-      arguments: bytes of each of its arguments.
     """
 
     operands: dict[tuple[str, float], float]
     flops: float
-    arguments: list[int]
 
 
 def read(text: str) -> Program:
     """Reads the text of a compiled program, `jax.stages.Compiled.as_text()`."""
     computations, entry = _split(text)
-    lines = [line for line in computations[entry].splitlines() if " parameter(" in line]
-    arguments = {int(line.split(" parameter(")[1].split(")")[0]): _bytes(_type(line)) for line in lines}
     tally = _tally(computations, entry)
     flops = tally.pop(_FLOPS, 0.0)
-    return Program(tally, flops, [arguments[number] for number in sorted(arguments)])
+    return Program(tally, flops)
 
 
 def argument_bytes(program: jax.stages.Compiled) -> dict[str, int | None]:

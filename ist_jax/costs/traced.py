@@ -41,7 +41,7 @@ class Collective(NamedTuple):
         'collective-permute'.
       devices: that take part.
       operand: bytes of a device's operands, of all of its runs together.
-      floats: those of them that are floating numbers, and no counts or flags.
+      floats: those of them that are floating-point numbers, the only ones that papers count.
       scope: the `jax.named_scope`s around it, 'outer/inner'; 'jvp(...)' and the like in derivatives.
     """
 
@@ -92,11 +92,8 @@ def collectives_of(jaxpr: Any, num_devices: int) -> list[Collective]:
                 "data say; put it into a lax.scan, or a fori_loop with constant bounds"
             )
         once = _collective(cost.eqn, num_devices)
-        result.append(
-            once._replace(
-                operand=once.operand * cost.times, floats=once.floats * cost.times, scope=cost.scope
-            )
-        )
+        operand, floats = once.operand * cost.times, once.floats * cost.times
+        result.append(once._replace(operand=operand, floats=floats, scope=cost.scope))
     return result
 
 
@@ -137,13 +134,11 @@ def _collective(eqn: Any, num_devices: int) -> Collective:
     if eqn.primitive.name not in _KINDS:
         raise ValueError(f"how much {eqn.primitive.name} sends is not known; known are {', '.join(_KINDS)}")
     groups = eqn.params.get("axis_index_groups")
-    sizes = [
-        (x.aval.size * x.aval.dtype.itemsize, jnp.issubdtype(x.aval.dtype, jnp.floating)) for x in eqn.invars
-    ]
-    operand, floats = sum(size for size, _ in sizes), sum(size for size, floating in sizes if floating)
-    return Collective(
-        _KINDS[eqn.primitive.name], len(groups[0]) if groups else num_devices, operand, floats, scope=""
-    )
+    avals = [atom.aval for atom in eqn.invars]
+    sizes = [aval.size * aval.dtype.itemsize for aval in avals]
+    floats = sum(s for s, aval in zip(sizes, avals, strict=True) if jnp.issubdtype(aval.dtype, jnp.floating))
+    devices = len(groups[0]) if groups else num_devices
+    return Collective(_KINDS[eqn.primitive.name], devices, sum(sizes), floats, scope="")
 
 
 # --- FLOPs ----------------------------------------------------------------------------------------

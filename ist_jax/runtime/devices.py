@@ -177,6 +177,8 @@ class _SpanningProgram:
         )
         self.compiled = jax.jit(mapped, donate_argnums=tuple(donate)).lower(*like).compile()
         self.as_text, self.memory_analysis = self.compiled.as_text, self.compiled.memory_analysis
+        self.args_info, self.in_tree = self.compiled.args_info, self.compiled.in_tree
+        self.input_shardings = self.compiled.input_shardings
 
     def __call__(self, *args: Any) -> Any:
         return self.compiled(*jax.tree.map(_place_host, args, self._shardings))
