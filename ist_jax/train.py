@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from ist_jax import partition
+from ist_jax import deals, partition
 from ist_jax.costs import ledger as audit
 from ist_jax.costs import sockets as wire
 from ist_jax.methods import local_sgd
@@ -194,7 +194,7 @@ def train_round(
     config, (layout, _) = run.config, run.phase(index)
     per_round = config.num_workers * config.local_steps * config.batch_size
     started = time.perf_counter()
-    present = partition.sample_present(config.seed, index, config.num_workers, config.participation)
+    present = partition.draw_present(config.seed, index, config.num_workers, config.participation)
     state, means, seconds = run_round(run, state, index, present, meter)
     sick = np.flatnonzero(~means.healthy & present)
     metrics.warn_left_out(index + 1, sick, "steps" if config.method == "data_parallel" else "round")
@@ -211,7 +211,7 @@ def train_round(
         "workers_left_out": len(sick),
         "left_out": sick.tolist(),
         "workers_absent": int((~present).sum()),
-        "partition": partition.fingerprint(tuple(layout.groups.values())),
+        "partition": partition.fingerprint(tuple(layout.groups.values()), "random"),
     }
     last = index + 1 == run.num_rounds
     if last or (config.eval_every and (index + 1) % config.eval_every == 0):
@@ -254,7 +254,7 @@ def run_round(
     grid = (layout.num_devices, layout.workers_per_device)
     data, indices = run.feed(index)
     feed = (indices, run.learning_rates[index], np.int32(index))
-    assignment = partition.sample(partition.round_rng(config.seed, index), layout.groups)
+    assignment = partition.draw(config.seed, index, layout.groups, deals.random)
     gates = {
         name: np.asarray(a.gates).reshape(*grid, -1)
         for name, a in assignment.items()

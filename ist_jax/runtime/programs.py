@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from ist_jax import partition
+from ist_jax import deals, partition
 from ist_jax.exchange import store
 from ist_jax.exchange.layout import init_parts, split
 from ist_jax.methods import local_sgd
@@ -151,7 +151,7 @@ def compile_programs(
         )
         return Programs(None, local, None, *evaluations)
 
-    assignment = partition.sample(partition.round_rng(0, 0), layout.groups)
+    assignment = partition.draw(0, 0, layout.groups, deals.random)
     gather = merge = None
     units: Any = tuple({} for _ in state.trees)
     if layout.groups:
