@@ -12,6 +12,7 @@ from bokeh.document import Document
 from conftest import get_config
 
 from ist_jax import BANDWIDTHS, data, partition, plan, train
+from ist_jax.deals import DEALS
 from ist_jax.report import page as report
 from ist_jax.report import runs as trace
 from ist_jax.report.__main__ import main as report_main
@@ -61,7 +62,7 @@ def synthetic(*, rounds, units, workers, **changes):
     groups = make_groups(units, workers, config["partition.min_units"])
     same = {f"seconds_{p}": 0.01 for p in ("gather", "local", "merge", "evaluate", "round")}
     same |= {"test_accuracy": 0.5, "bytes_sent": 1e9, "workers_absent": 0, "workers_left_out": 0}
-    same |= {"left_out": [], "partition": partition.fingerprint(tuple(groups.values()))}
+    same |= {"left_out": [], "partition": partition.fingerprint(tuple(groups.values()), "random")}
     summary = {
         "units": units, "num_workers": workers, "num_devices": 1, "device_kind": "cpu", "custom_model": None,
         "rounds": rounds, "test_accuracy": 0.5, "examples": 64 * rounds, "parameters": 10,
@@ -74,7 +75,7 @@ def synthetic(*, rounds, units, workers, **changes):
 
 def make_groups(units, workers, min_units=0):
     return {
-        name: partition.make_group(name, u["size"], workers, u["strips"], min_units, ())
+        name: partition.Group(name, u["size"], workers, u["strips"], min_units)
         for name, u in sorted(units.items())
     }
 
@@ -184,7 +185,7 @@ def test_the_map_is_the_partition_that_was_trained(runs, page):
         shown = set(zip(cells["round"], cells["worker"], cells["unit"], strict=True))
         expected = set()
         for number in range(1, ROUNDS + 1):
-            held = partition.sample(partition.round_rng(0, number - 1), model)[name]
+            held = partition.draw(0, number - 1, model, DEALS["random"])[name]
             expected |= {(number, w, u) for w in range(2) for u in held.indices[w][held.gates[w]]}
         assert shown == expected
         bars = drawn[f"counts{index}"][0]
@@ -198,7 +199,7 @@ def test_units_of_several_workers_share_their_cells():
     units = {"block": {"size": 3, "strips": 1}}
     one = synthetic(rounds=5, units=units, workers=2, **{"partition.min_units": 2})
     cells = read_figures(report.render([one]))["map0"][0]
-    held = partition.sample(partition.round_rng(0, 0), make_groups(units, 2, 2))["block"].indices
+    held = partition.draw(0, 0, make_groups(units, 2, 2), DEALS["random"])["block"].indices
     holders = np.bincount(held.ravel(), minlength=3)
     assert holders.max() == 2
     for unit, count in enumerate(holders):
@@ -214,7 +215,7 @@ def test_workers_that_were_absent_or_left_out_have_trained_nothing():
     one = synthetic(rounds=40, units={"block": {"size": 8, "strips": 1}}, workers=2, participation=0.5)
     one.records[3]["left_out"] = [0, 1]
     (deals,) = trace.draw_deals(one, columns=40, rows=8, budget=10**6)
-    present = np.array([partition.sample_present(0, r, 2, 0.5) for r in range(40)])
+    present = np.array([partition.draw_present(0, r, 2, 0.5) for r in range(40)])
     present[3] = False
     assert 20 < present.sum() < 60
     np.testing.assert_array_equal(deals.trained.sum(2), 4 * present)
@@ -232,7 +233,9 @@ def test_rounds_of_another_number_of_workers_are_not_drawn_as_if_they_were_of_th
 def test_a_run_that_was_never_dealt_out_has_a_page_without_a_map():
     dealt = synthetic(rounds=3, units={"a": {"size": 4, "strips": 1}}, workers=2)
     warm = dealt._replace(config=dealt.config | {"partition.warmup_epochs": 9.0})
-    warm = warm._replace(records=[r | {"partition": partition.fingerprint(())} for r in dealt.records])
+    warm = warm._replace(
+        records=[r | {"partition": partition.fingerprint((), "random")} for r in dealt.records]
+    )
     page = report.render([warm])
     assert "There is no map: all rounds belonged to the warm-up" in page
     assert not any(name.startswith(("map", "counts")) for name in read_figures(page))

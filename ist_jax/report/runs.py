@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from ist_jax import partition
+from ist_jax import deals, partition
 from ist_jax.workdir import results
 
 
@@ -152,15 +152,15 @@ def draw_deals(trace: Trace, *, columns: int, rows: int, budget: int) -> list[De
     """
     config, workers = trace.config, trace.summary["num_workers"]
     groups = [
-        partition.make_group(
+        partition.Group(
             name, unit["size"], workers, unit["strips"],
-            config["partition.min_units"], config["partition.shares"],
+            config["partition.min_units"], tuple(config["partition.shares"]),
         )
         for name, unit in sorted(trace.summary["units"].items())
     ]  # fmt: skip
     if not groups:
         return []
-    by_name, same = {g.name: g for g in groups}, partition.fingerprint(tuple(groups))
+    by_name, same = {g.name: g for g in groups}, partition.fingerprint(tuple(groups), "random")
     records = [record for record in trace.records if record["partition"] == same]
     if not records:
         return []
@@ -169,8 +169,8 @@ def draw_deals(trace: Trace, *, columns: int, rows: int, budget: int) -> list[De
     draws, took_part = [], []
     for record in chosen:
         index = record["round"] - 1
-        draws.append(partition.sample(partition.round_rng(config["seed"], index), by_name))
-        present = partition.sample_present(config["seed"], index, workers, config["participation"])
+        draws.append(partition.draw(config["seed"], index, by_name, deals.random))
+        present = partition.draw_present(config["seed"], index, workers, config["participation"])
         took_part.append(present & ~np.isin(np.arange(workers), record["left_out"]))
     rounds = np.array([record["round"] for record in chosen])
     return [_deals(g, rounds, [d[g.name] for d in draws], took_part, columns, rows) for g in groups]
