@@ -19,7 +19,22 @@ from ist_jax.models import Fetch, streamed
 from ist_jax.models.conv import conv_general_dilated
 from ist_jax.models.norm import BatchNorm, at_least_float32
 
-_Conv = partial(nn.Conv, use_bias=False, conv_general_dilated=conv_general_dilated)
+
+def _conv(width: int, size: int, strides: int = 1, dtype: Any = None, name: str | None = None) -> nn.Conv:
+    """A size x size convolution that pads size // 2 pixels on each side, as PyTorch's nets do.
+
+    'SAME' is the same only where the stride is 1: of an even number of pixels at stride 2 it pads 0 and 1.
+    """
+    return nn.Conv(
+        width,
+        (size, size),
+        strides=strides,
+        padding=size // 2,
+        use_bias=False,
+        dtype=dtype,
+        conv_general_dilated=conv_general_dilated,
+        name=name,
+    )
 
 
 class Block(nn.Module):
@@ -40,11 +55,11 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         self.norm1 = BatchNorm()
-        self.conv1 = _Conv(self.width, (3, 3), strides=self.strides, dtype=self.dtype)
+        self.conv1 = _conv(self.width, 3, self.strides, self.dtype)
         self.norm2 = BatchNorm()
-        self.conv2 = _Conv(self.width, (3, 3), dtype=self.dtype)
+        self.conv2 = _conv(self.width, 3, dtype=self.dtype)
         if self.project:
-            self.shortcut = _Conv(self.width, (1, 1), strides=self.strides, dtype=self.dtype)
+            self.shortcut = _conv(self.width, 1, self.strides, self.dtype)
 
     def _residual(self, x: jax.Array, scale: jax.Array | float) -> jax.Array:
         y = nn.relu(self.norm1(x))
@@ -79,13 +94,13 @@ class Bottleneck(Block):
 
     def setup(self) -> None:
         self.norm1 = BatchNorm()
-        self.conv1 = _Conv(self.width, (1, 1), dtype=self.dtype)
+        self.conv1 = _conv(self.width, 1, dtype=self.dtype)
         self.norm2 = BatchNorm()
-        self.conv2 = _Conv(self.width, (3, 3), strides=self.strides, dtype=self.dtype)
+        self.conv2 = _conv(self.width, 3, self.strides, self.dtype)
         self.norm3 = BatchNorm()
-        self.conv3 = _Conv(self.expansion * self.width, (1, 1), dtype=self.dtype)
+        self.conv3 = _conv(self.expansion * self.width, 1, dtype=self.dtype)
         if self.project:
-            self.shortcut = _Conv(self.expansion * self.width, (1, 1), strides=self.strides, dtype=self.dtype)
+            self.shortcut = _conv(self.expansion * self.width, 1, self.strides, self.dtype)
 
     def _residual(self, x: jax.Array, scale: jax.Array | float) -> jax.Array:
         y = nn.relu(self.norm1(x))
@@ -167,11 +182,10 @@ class ResNet(nn.Module):
     ) -> jax.Array:
         """Args: x [N, H, W, C], normalised; gates and scale: see `models`. Returns: [N, classes]."""
         if self.stem == "imagenet":
-            pads = ((3, 3), (3, 3))
-            x = _Conv(self.width, (7, 7), strides=2, padding=pads, dtype=self.dtype, name="stem")(x)
+            x = _conv(self.width, 7, 2, self.dtype, name="stem")(x)
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         else:
-            x = _Conv(self.width, (3, 3), dtype=self.dtype, name="stem")(x)
+            x = _conv(self.width, 3, dtype=self.dtype, name="stem")(x)
         gates, scale = gates or {}, scale or {}
         for i, count in enumerate(self.sections, 1):
             own = {
