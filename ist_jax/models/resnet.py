@@ -76,14 +76,15 @@ class Block(nn.Module):
         """
         if gate is None:
             return self._residual(x, scale), None
-        return nn.cond(gate, type(self)._residual, type(self)._pass_on, self, x, scale), None
 
-    def _pass_on(self, x: jax.Array, _: jax.Array | float) -> jax.Array:
-        return pass_on(x, self.strides, self.expansion * self.width)
+        def skip(block: "Block", x: jax.Array, _: jax.Array | float) -> jax.Array:
+            return _pass_on(x, block.strides, block.expansion * block.width)
+
+        return nn.cond(gate, type(self)._residual, skip, self, x, scale), None
 
 
-def pass_on(x: jax.Array, strides: int, channels: int) -> jax.Array:
-    """What skips a block: every `strides`-th pixel, with channels of zeros where more come out."""
+def _pass_on(x: jax.Array, strides: int, channels: int) -> jax.Array:
+    """What skips a block, [N, H, W, C] -> [N, H', W', channels]: every `strides`-th pixel, new channels 0."""
     return jnp.pad(x[:, ::strides, ::strides], ((0, 0),) * 3 + ((0, channels - x.shape[-1]),))
 
 
@@ -188,9 +189,7 @@ class ResNet(nn.Module):
             x = _conv(self.width, 3, dtype=self.dtype, name="stem")(x)
         gates, scale = gates or {}, scale or {}
         for i, count in enumerate(self.sections, 1):
-            own = {
-                name: (gates.get(name), scale.get(name, 1.0)) for name in (f"section{i}", f"section{i}_first")
-            }
+            uses = [(gates.get(name), scale.get(name, 1.0)) for name in (f"section{i}", f"section{i}_first")]
             x = _Section(
                 name=f"section{i}",
                 block=BLOCKS[self.block],
@@ -201,11 +200,13 @@ class ResNet(nn.Module):
                 dtype=self.dtype,
                 fetch=self.fetch,
                 unroll=self.unroll,
-            )(x, *own.values())
+            )(x, *uses)
         return at_least_float32(nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x.mean((1, 2))))
 
 
 class _Section(nn.Module):
+    """The first block, then count - 1 stacked ones: [N, H, W, C] -> [N, H / strides, W / strides, C']."""
+
     block: type[Block]
     count: int
     width: int
@@ -225,8 +226,8 @@ class _Section(nn.Module):
         gate = None if gates is None else gates[0]
         y, _ = block(self.width, self.strides, project, self.dtype, name="first")(x, gate)
         if self.dealt and gate is None:  # what x + scale * branch is to the blocks that keep the shape
-            y = scale * y + (1 - scale) * pass_on(x, self.strides, y.shape[-1])
-        x, (gates, scale) = y, rest
+            y = scale * y + (1 - scale) * _pass_on(x, self.strides, y.shape[-1])
+        gates, scale = rest
         if self.count > 1:
             blocks = nn.scan(
                 streamed(self.block, f"{self.name}/blocks", self.fetch),
@@ -236,11 +237,11 @@ class _Section(nn.Module):
                 length=self.count - 1,
                 unroll=self.unroll,
             )
-            x, _ = blocks(self.width, dtype=self.dtype, name="blocks")(x, gates, scale)
-        return x
+            y, _ = blocks(self.width, dtype=self.dtype, name="blocks")(y, gates, scale)
+        return y
 
 
-_Use = tuple[jax.Array | None, jax.Array | float]  # gates and scale of a group
+_Use = tuple[jax.Array | None, jax.Array | float]  # gates [units] and scale of a group
 
 
 def _with_unit_axis(block: type[Block], init: bool) -> type[Block]:
