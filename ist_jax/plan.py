@@ -60,18 +60,18 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
       ValueError: a setting that cannot work, or facts that lack; the message names the key.
     """
     from ist_jax import task
+    from ist_jax.config import build_model, check
     from ist_jax.costs import formula as ledger
-    from ist_jax.runtime import settings
     from ist_jax.runtime import setup as experiment
 
-    settings.check(config)
+    check(config)
     if facts.example is None or facts.num_classes is None:
         raise ValueError(f"what data.name={config.data.name!r} holds is not known before it is opened")
     if facts.sparse:
         shown = task.multi_label(facts.example[0])
     else:
         shown = task.classification(lambda x: x, facts.example, pad=0, flip=False)
-    model = settings.build_model(config, facts.num_classes)
+    model = build_model(config, facts.num_classes)
     recipe = experiment.make_recipe(config, model, shown, config.num_devices or config.num_workers)
     layout, averaged = recipe.layout, config.method == "data_parallel"
     count = {"trees": ledger.exchanged_trees(recipe), "averaged_steps": averaged * config.local_steps}
@@ -211,25 +211,24 @@ def _positive(flag: str, texts: Sequence[Any]) -> list[float]:
 def _facts(config: config_dict.ConfigDict, example: Sequence[int], classes: int) -> "data.Facts":
     """What is known of the config's data set; what the flags say comes first."""
     from ist_jax import data
-    from ist_jax.runtime import settings
+    from ist_jax.config import build_model, check, options
+    from ist_jax.runtime import inputs
 
-    name = settings.get(config, "data.name")
-    known = data.FACTS.get(name, data.Facts())
-    if "size" in config.data:  # images that are cut to squares
-        known = known._replace(example=(config.data.size, config.data.size, 3))
-    if "words" in data.OPTIONS.get(name, ()) and (words := settings.get_tuple(config, "data.words", str)):
-        known = known._replace(
-            num_classes=len(set(words)), num_train=None
-        )  # how many clips they have is not known
+    check(config)
+    known = data.facts(config.data.name, options(config, data.options()))
+    if known.encoded:
+        inputs.make_transform(config)  # refuses what training refuses
     shape, num_classes = tuple(example) or known.example, classes or known.num_classes
     if shape is None or num_classes is None:
         flag = "--classes" if shape else "--example and --classes"
-        raise ValueError(f"what data.name={name!r} holds is not known before it is opened; give {flag}")
-    if config.model.name == "resnet" and len(shape) != 3:
         raise ValueError(
-            f"an example of shape {','.join(map(str, shape))} is no image for a ResNet; give "
-            "--example=HEIGHT,WIDTH,CHANNELS"
+            f"what data.name={config.data.name!r} holds is not known before it is opened; give {flag}"
         )
+    if check_example := getattr(build_model(config, num_classes), "check_example", None):
+        try:
+            check_example(shape)
+        except ValueError as error:
+            raise ValueError(f"{error}; give --example=HEIGHT,WIDTH,CHANNELS") from None
     num_train = None if example or classes else known.num_train
     return known._replace(example=shape, num_classes=num_classes, num_train=num_train)
 

@@ -15,6 +15,7 @@ from jax import lax
 from test_distributed import finish, launch
 
 from ist_jax import partition
+from ist_jax.config import build_model
 from ist_jax.costs import compiled as hlo
 from ist_jax.costs import formula as ledger
 from ist_jax.costs import ledger as audit
@@ -30,7 +31,7 @@ from ist_jax.runtime import setup as experiment
 
 def layout_of(name, num_workers, **overrides):
     config = get_config(name, num_workers=num_workers, **overrides)
-    model = settings.build_model(config, 10)
+    model = build_model(config, 10)
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))["params"]
     axes = partition.resolve_axes(shapes, model.unit_axes())
     groups = settings.make_groups(config, model, shapes, axes)

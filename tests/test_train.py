@@ -14,7 +14,9 @@ from conftest import ROOT, get_config
 from PIL import Image
 
 from ist_jax import data, evaluate, partition, train
+from ist_jax.config import build_model
 from ist_jax.exchange.layout import iter_leaves
+from ist_jax.models.mlp import MLP
 from ist_jax.runtime import settings
 from ist_jax.runtime import setup as experiment
 from ist_jax.workdir import checkpoint, results
@@ -117,8 +119,8 @@ def test_plain_sgd_without_momentum_or_decay_trains(method, optimizer_state, tmp
 def test_bfloat16_trains_and_keeps_float32_parameters(name, tmp_path):
     sizes = {"mlp": {}, "resnet": {"model.width": 8}}[name]
     config = get_config(name, compute_dtype="bfloat16", rounds=12, local_steps=5, batch_size=16, **sizes)
-    assert settings.build_model(config, 10).dtype == jnp.bfloat16
-    assert settings.build_model(get_config(name), 10).dtype is None
+    assert build_model(config, 10).dtype == jnp.bfloat16
+    assert build_model(get_config(name), 10).dtype is None
     train.train(config, tmp_path)
     records = read_metrics(tmp_path)
     assert records[-1]["train_loss"] < 0.8 * records[0]["train_loss"]
@@ -246,11 +248,11 @@ def test_the_readmes_own_model_runs(tmp_path, monkeypatch):
 
 def test_the_readmes_own_data_are_trained_on(tmp_path, monkeypatch):
     readme = (ROOT / "README.md").read_text()
-    example = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "OPENERS" in b)
+    example = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "SETS" in b)
     example = example.replace("mlp.get_config()", 'mlp.get_config("smoke")')
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.setattr(data, "OPENERS", dict(data.OPENERS))
+    monkeypatch.setattr(data, "SETS", dict(data.SETS))
     images = np.random.default_rng(0).integers(0, 256, (2, 60, 5, 5, 1), dtype=np.uint8)
     labels = np.arange(60) % 2
     sets = {"x_train": images[0], "y_train": labels, "x_test": images[1], "y_test": labels}
@@ -263,6 +265,6 @@ def test_the_readmes_own_data_are_trained_on(tmp_path, monkeypatch):
 def test_loaded_parameters_go_into_apply(tmp_path):
     train.train(get_config("mlp"), tmp_path)
     params = checkpoint.load_params(tmp_path)
-    logits = settings.MLP((32, 32), 10).apply({"params": params}, jnp.zeros((4, 8, 8, 1)))
+    logits = MLP((32, 32), 10).apply({"params": params}, jnp.zeros((4, 8, 8, 1)))
     assert logits.shape == (4, 10)
     assert jax.tree.all(jax.tree.map(lambda x: isinstance(x, np.ndarray), params))

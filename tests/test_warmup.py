@@ -10,6 +10,7 @@ import reference
 from conftest import get_config
 
 from ist_jax import partition, train
+from ist_jax.config import build_model
 from ist_jax.costs import formula as ledger
 from ist_jax.exchange.layout import make_layout, regroup, to_params
 from ist_jax.runtime import settings
@@ -61,7 +62,7 @@ def test_after_the_warmup_the_rounds_are_those_of_ist():
 
 
 def layout_of(config):
-    model = settings.build_model(config, 10)
+    model = build_model(config, 10)
     shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 8, 8, 1)))["params"]
     axes = partition.resolve_axes(shapes, model.unit_axes() if config.method == "ist" else {})
     groups = settings.make_groups(config, model, shapes, axes)

@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from ist_jax import data, partition
+from ist_jax.config import build_model, check
 from ist_jax.costs import formula as ledger
 from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
 from ist_jax.data.stream import StreamingEvaluation, StreamingFeed
@@ -105,10 +106,10 @@ def set_up(
     Raises:
       ValueError: a setting that cannot work; the message names the key.
     """
-    settings.check(config)
+    check(config)
     devices.prepare(-(-(config.num_devices or config.num_workers) // distributed.count()))
     opened = inputs.open_inputs(config)
-    model = model or settings.build_model(config, len(opened.dataset.classes))
+    model = model or build_model(config, len(opened.dataset.classes))
     task = opened.task
     chosen = devices.choose(config.num_workers, config.num_devices)
     recipe = make_recipe(config, model, task, len(chosen))
