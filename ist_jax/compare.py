@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from ist_jax import METHODS, cli, errors
+from ist_jax import cli, errors
+from ist_jax.key import FILE
+from ist_jax.methods import METHODS
 
 if TYPE_CHECKING:
     import flax.linen as nn
@@ -75,7 +77,7 @@ def compare(
         for method in methods:
             own = config.copy_and_resolve_references()
             own.method, own.seed = method, seed
-            folder = workdir / f"{method}-{seed}"
+            folder = workdir / f"{Path(method).name.replace('.py:', '-')}-{seed}"
             log.info("compare: %s, seed %d", method, seed)
             summaries[method].append(train.train(own, folder, model, started=_note_start(folder)))
             folders[method].append(folder)
@@ -165,9 +167,11 @@ def main(argv: list[str]) -> int:
     rest = cli.parse(values, argv, USAGE, required=["config"])
     if rest:
         raise errors.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
-    unknown = [method for method in values.methods if method not in METHODS]
+    unknown = [method for method in values.methods if method not in METHODS and not FILE.fullmatch(method)]
     if unknown or not values.methods:
-        raise errors.fail(f"--methods={','.join(values.methods)}; give some of {', '.join(METHODS)}")
+        raise errors.fail(
+            f"--methods={','.join(values.methods)}; give some of {', '.join(METHODS)}, or FILE.py:NAME"
+        )
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("ist_jax").setLevel(logging.INFO)
 

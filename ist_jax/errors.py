@@ -1,6 +1,8 @@
 """Errors in the words of people: one line each."""
 
+import difflib
 import sys
+from collections.abc import Iterable
 
 
 def fail(message: str) -> SystemExit:
@@ -12,3 +14,14 @@ def fail(message: str) -> SystemExit:
 def one_line(error: BaseException) -> str:
     """The first line of what an error says; its type, where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of what an error in the user's own file says; its type, where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """A hint such as "did you mean 'seed'? "; '' where no word is close."""
+    close = difflib.get_close_matches(word, words, 1)
+    return f"did you mean {close[0]!r}? " if close else ""

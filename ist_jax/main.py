@@ -98,11 +98,11 @@ def main(argv: list[str]) -> int:
 
 def connect(config: config_dict.ConfigDict, several: list) -> None:
     """Joins the other processes of a run."""
+    from ist_jax.config import check
     from ist_jax.runtime import processes as distributed
-    from ist_jax.runtime import settings
 
     with cli.errors():
-        settings.check(config)
+        check(config)
         distributed.start(*several, lost_after=config.lost_after, stuck_after=config.stuck_after)
 
 

@@ -57,13 +57,13 @@ def rolling(rng, group, round_index):
         held[group.deck[start:stop], units] = True
     return assign(held, group)
 '''
-CODEC = '''\
+CODEC = """\
 import jax.numpy as jnp
 
 from ist_jax.exchange.codec import Codec
 
 half = Codec(lambda x: x.astype(jnp.bfloat16), lambda y: y.astype(jnp.float32))
-'''
+"""
 FILES = {"own_method.py": METHOD, "own_deal.py": DEAL, "own_codec.py": CODEC}
 OWN = {
     "method": "own_method.py:slowmo",

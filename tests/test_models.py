@@ -12,6 +12,7 @@ from flax import traverse_util
 from jax import lax
 
 from ist_jax import partition
+from ist_jax.config import build_model
 from ist_jax.costs import formula as ledger
 from ist_jax.exchange.layout import make_layout
 from ist_jax.models.conv import conv_general_dilated
@@ -296,7 +297,7 @@ def test_batch_norm_uses_the_batch_or_what_it_is_given():
 @pytest.mark.parametrize(("num_workers", "blocks"), [(2, 11), (4, 10)])
 def test_the_imagenet_config_deals_out_the_blocks_of_section_3(num_workers, blocks):
     config = get_config("resnet", "imagenet", num_workers=num_workers)
-    model = settings.build_model(config, 1000)
+    model = build_model(config, 1000)
     params = shapes(model, config.data.size, config.data.size, 3)
     assert count(params) == 44_549_160 - 11_776  # ResNet101, as above
     axes = partition.resolve_axes(params, model.unit_axes())

@@ -304,7 +304,7 @@ def test_the_bytes_sent_are_those_of_the_plan(method):
     run = experiment.set_up(config, evaluation_only=True)
     recorded = results.round_bytes(config, run.layout, trees=len(run.state.trees))
     config.num_devices = 4
-    planned = plan.predict(config, data.FACTS["digits"])
+    planned = plan.predict(config, data.facts("digits"))
     assert recorded["bytes_sent"] == planned.wire_bytes_per_worker_per_round > 0
     assert not recorded["wire_bytes_per_device"]
 

@@ -15,8 +15,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ist_jax.models import Fetch, streamed
+from ist_jax.key import Key
 from ist_jax.models.conv import conv_general_dilated
+from ist_jax.models.interface import Entry, Fetch, streamed
 from ist_jax.models.norm import BatchNorm, at_least_float32
 
 
@@ -112,7 +113,24 @@ class Bottleneck(Block):
 
 
 BLOCKS = {"basic": Block, "bottleneck": Bottleneck}
-STEMS = ("small", "imagenet")
+OPTIONS = {
+    "model.sections": Key(
+        (1, 1, 9, 1), "blocks per section; the first of each is shared by all workers", kind=int, least=1
+    ),
+    "model.width": Key(16, "channels of section 1, doubled in each", least=1),
+    "model.block": Key(
+        "basic", "kind of block; 'bottleneck': 4 x width channels between blocks", choices=tuple(BLOCKS)
+    ),
+    "model.stem": Key(
+        "small",
+        "first layer; 'small': 3x3, 'imagenet': 7x7 and max-pool, both of stride 2",
+        choices=("small", "imagenet"),
+    ),
+    "partition.sections": Key((3,), "sections whose blocks are dealt out, counted from 1", kind=int),
+    "partition.deal_strided": Key(
+        False, "deal out the strided blocks of those sections too: one worker has it, the others skip it"
+    ),
+}
 
 
 class ResNet(nn.Module):
@@ -173,6 +191,20 @@ class ResNet(nn.Module):
                 sizes[n] + 1 if n in sizes else s for n, s in zip(names, self.sections, strict=True)
             )
         )
+
+    def check_groups(self, groups: Mapping[str, Any]) -> None:
+        """Raises ValueError where every worker would hold a dealt block. groups: of `partition`, by name."""
+        least = max((group.min_units for group in groups.values()), default=0)
+        if self.deal_strided and least:
+            raise ValueError(
+                f"partition.min_units={least} gives every worker the strided blocks that "
+                "partition.deal_strided=True deals out; set config.partition.min_units to 0"
+            )
+
+    def check_example(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError for examples that are no images [H, W, C]."""
+        if len(shape) != 3:
+            raise ValueError(f"an example of shape {','.join(map(str, shape))} is no image for a ResNet")
 
     @nn.compact
     def __call__(
@@ -253,3 +285,22 @@ def _with_unit_axis(block: type[Block], init: bool) -> type[Block]:
         trans_out_fn=partial(jax.tree.map, lambda x: x[None]),
         init=init,
     )
+
+
+def build(options: Mapping[str, Any], num_classes: int, dtype: Any) -> ResNet:
+    """The net that the values of `OPTIONS` describe; dtype: as for `ResNet`."""
+    if not options["model.sections"]:
+        raise ValueError("model.sections=(); set config.model.sections to one or more positive numbers")
+    return ResNet(
+        sections=options["model.sections"],
+        width=options["model.width"],
+        num_classes=num_classes,
+        partitioned=options["partition.sections"],
+        deal_strided=options["partition.deal_strided"],
+        dtype=dtype,
+        block=options["model.block"],
+        stem=options["model.stem"],
+    )
+
+
+RESNET = Entry(build, OPTIONS)

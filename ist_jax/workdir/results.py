@@ -15,20 +15,13 @@ from flax import traverse_util
 from ml_collections import config_dict
 
 from ist_jax import __version__
+from ist_jax.config import complete, extends, may_change
 from ist_jax.costs import formula as ledger
 from ist_jax.exchange.layout import Layout
 from ist_jax.workdir import checkpoint
 from ist_jax.workdir import files as metrics
 
 log = logging.getLogger(__name__)
-
-# Settings with which a run may go on: they change how long or on what it trains, not what was trained so far.
-_MAY_CHANGE = (
-    "rounds", "epochs", "num_workers", "num_devices", "workers_on_device", "partition.shares",
-    "partition.min_units", "eval_every", "data.dir", "checkpoint.every", "checkpoint.keep",
-    "max_rounds_left_out", "lost_after", "stuck_after", "patience", "data.processes",
-)  # fmt: skip
-_LENGTH = ("rounds", "epochs", "patience")
 
 
 def report_if_finished(config: config_dict.ConfigDict, workdir: Path, model: nn.Module | None = None) -> bool:
@@ -44,10 +37,10 @@ def report_if_finished(config: config_dict.ConfigDict, workdir: Path, model: nn.
     """
     if not _is_file(workdir / "config.json"):
         return False
-    before, now = _read_json(workdir / "config.json"), json.loads(_to_json(config))
+    before, now = complete(_read_json(workdir / "config.json")), json.loads(_to_json(config))
     before, now = (traverse_util.flatten_dict(x, sep=".") for x in (before, now))
     differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-    refused = [k for k in differing if k not in _MAY_CHANGE]
+    refused = [k for k in differing if not may_change(k)]
     if refused:
         raise ValueError(
             f"{workdir} holds a run with other settings: "
@@ -58,7 +51,7 @@ def report_if_finished(config: config_dict.ConfigDict, workdir: Path, model: nn.
         return False
     summary = read_summary(workdir)
     check_model(workdir, summary["custom_model"], model)
-    if any(k in _LENGTH for k in differing):
+    if any(map(extends, differing)):
         return False
     log.info("%s is finished already; nothing to do", workdir)
     log.info(last_line(summary))
@@ -158,7 +151,7 @@ def read_config(workdir: Path) -> config_dict.ConfigDict:
     path = workdir / "config.json"
     if not _is_file(path):
         raise ValueError(f"--workdir={workdir} holds no config.json, so no run")
-    return config_dict.ConfigDict(_read_json(path))
+    return config_dict.ConfigDict(complete(_read_json(path)))
 
 
 def _to_json(config: config_dict.ConfigDict) -> str:
