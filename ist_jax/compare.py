@@ -65,8 +65,8 @@ def compare(
       OSError: results could not be written.
     """
     from ist_jax import train
-    from ist_jax.report import page as report
-    from ist_jax.workdir import files as metrics
+    from ist_jax.report import page
+    from ist_jax.workdir import files
 
     folders: dict[str, list[Path]] = {method: [] for method in methods}
     summaries: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
@@ -88,8 +88,8 @@ def compare(
         },
         "start": starts,
     }
-    metrics.write_json(workdir / "compare.json", result)
-    report.write_report([folder for method in methods for folder in folders[method]], workdir / "report.html")
+    files.write_json(workdir / "compare.json", result)
+    page.write_report([folder for method in methods for folder in folders[method]], workdir / "report.html")
     return result
 
 
@@ -99,14 +99,14 @@ def start_of(run: "Run") -> dict[str, str]:
 
     from ist_jax.data import batches
     from ist_jax.exchange.layout import iter_leaves
-    from ist_jax.workdir import files as metrics
+    from ist_jax.workdir import files
 
     config, digest = run.config, hashlib.sha256()
     size = {"local_steps": config.local_steps, "batch_size": config.batch_size}
     for index in (0, run.num_rounds - 1):
         digest.update(batches.train_indices(config.seed, index, run.feed.shards, **size).tobytes())
     return {
-        "params_sha256": metrics.params_sha256(iter_leaves(run.layout, run.state.trees[0])),
+        "params_sha256": files.params_sha256(iter_leaves(run.layout, run.state.trees[0])),
         "examples_sha256": digest.hexdigest(),
     }
 
@@ -134,9 +134,9 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def _note_start(folder: Path) -> Any:
     def note(run: "Run") -> None:
-        from ist_jax.workdir import files as metrics
+        from ist_jax.workdir import files
 
-        metrics.write_json(folder / "start.json", start_of(run))
+        files.write_json(folder / "start.json", start_of(run))
 
     return note
 

@@ -1,10 +1,9 @@
 """The driver: from a config to a trained global model, its metrics and its summary."""
 
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,28 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from ist_jax import partition
+from ist_jax import errors, partition
+from ist_jax.costs import formula
 from ist_jax.costs import ledger as audit
 from ist_jax.costs import sockets as wire
 from ist_jax.methods import local_sgd
 from ist_jax.runtime import devices, signals
 from ist_jax.runtime import processes as distributed
 from ist_jax.runtime import scoring as evaluation
-from ist_jax.runtime.observers import Watcher
+from ist_jax.runtime.observers import Observer, show_progress
+from ist_jax.runtime.programs import to_save
+from ist_jax.runtime.record import (
+    Provenance,
+    last_line,
+    record_workers,
+    round_bytes,
+    summarize,
+    warn_left_out,
+    write_report,
+)
 from ist_jax.runtime.setup import Run, set_up
 from ist_jax.runtime.stopping import diverged, has_stopped
-from ist_jax.workdir import checkpoint, checkpoint_writer, results
-from ist_jax.workdir import files as metrics
-from ist_jax.workdir import lock as folder
+from ist_jax.workdir import checkpoint, checkpoint_writer, files, lock, resume
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +61,17 @@ def train(
       OSError: results could not be written.
     """
     workdir = Path(workdir)
-    if not results.report_if_finished(config, workdir, model):
-        with folder.claimed(workdir):
-            start = results.find_start(workdir, model)
-            try:
-                run = set_up(config, model, start=start)
-            except OSError as error:  # no result is written yet: the data's files
-                raise ValueError(str(error)) from error
-            results.open_workdir(config, workdir, start)
-            if started is not None and start is None:
-                started(run)
-            run_rounds(run, workdir, custom_model=model)
-    return json.loads((workdir / "summary.json").read_text())
+    if (summary := resume.find_finished(config.to_dict(), workdir, model)) is not None:
+        log.info(last_line(summary))
+        return summary
+    with lock.claimed(workdir):
+        with errors.reading():
+            start = resume.find_start(workdir, model)
+            run = set_up(config, model, start=start)
+        resume.open_workdir(config.to_dict(), workdir, start)
+        if started is not None and start is None:
+            started(run)
+        return run_rounds(run, workdir, custom_model=model)
 
 
 class Diverged(RuntimeError):
@@ -72,7 +79,7 @@ class Diverged(RuntimeError):
 
 
 def run_rounds(
-    run: Run, workdir: Path, custom_model: nn.Module | None = None, watchers: Sequence[Watcher] = ()
+    run: Run, workdir: Path, custom_model: nn.Module | None = None, observers: Sequence[Observer] = ()
 ) -> dict[str, Any]:
     """Trains for the rounds that remain, writing metrics and checkpoints as they come, then the summary.
 
@@ -80,7 +87,7 @@ def run_rounds(
       run: from `set_up`; its state is used up.
       workdir: from `open_workdir`.
       custom_model: the model, where it is not the config's; recorded.
-      watchers: called with every record.
+      observers: called with every record.
 
     Returns:
       What summary.json holds.
@@ -93,12 +100,12 @@ def run_rounds(
     log.info("results: %s", workdir)
     table, meter = audit.ledger_of(run) if leads else {}, wire.open_meter(distributed.count())
     if leads:
-        metrics.write_json(workdir / "ledger.json", table)
-    records = metrics.read_records(workdir)
-    progress = metrics.Progress(run.num_rounds, config.method, done=run.first_round, quiet=not leads)
+        files.write_json(workdir / "ledger.json", table)
+    records = files.read_records(workdir)
+    progress = show_progress(run.num_rounds, config.method, run.first_round) if leads else nullcontext()
     writer = checkpoint_writer.Writer(workdir, run.layout, keep=config.checkpoint.keep)
     stuck, signum = None, 0
-    with signals.handled(deferred=True) as request, closing(writer), closing(progress), closing(run.feed):
+    with signals.handled(deferred=True) as request, closing(writer), progress as bar, closing(run.feed):
         for index in range(run.first_round, run.num_rounds):
             if has_stopped(records, config.patience):  # in an earlier session
                 break
@@ -106,12 +113,13 @@ def run_rounds(
             writer.wait()  # so that a kill never costs more than `checkpoint.every` recorded rounds
             records.append(record)
             if leads:
-                metrics.append_record(workdir / "metrics.jsonl", record)
-            progress.update(record)
+                files.append_record(workdir, record)
+            if bar is not None:
+                bar(record)
             distributed.progress(f"round {index + 1}")
             signum = devices.agree(request.signum, run.devices)
-            for watch in watchers:
-                watch(record)
+            for observe in observers:
+                observe(record)
             stuck = diverged(records, config.max_rounds_left_out)
             finished = index + 1 == run.num_rounds or has_stopped(records, config.patience)
             leaving = finished or bool(signum) or stuck is not None
@@ -121,10 +129,10 @@ def run_rounds(
                     "examples": record["examples"],
                     "test_accuracy": record.get("test_accuracy"),
                     "validation_accuracy": record.get("validation_accuracy"),
-                    "custom_model": results.describe(custom_model),
+                    "custom_model": resume.describe(custom_model),
                     "config": config.to_dict(),
                 }
-                writer.save(state, about, records)
+                writer.save(to_save(state), about, records)
             if leaving:
                 break
     safe = max(checkpoint.rounds(workdir), default=0)
@@ -152,31 +160,33 @@ def run_rounds(
     if leads:
         if meter is not None:
             table = audit.with_wire(table, meter, workers=config.num_workers // distributed.count())
-            metrics.write_json(workdir / "ledger.json", table)
-        metrics.write_records(workdir, records)
-        metrics.write_json(workdir / "summary.json", _summary(run, records, workdir, custom_model))
-        log.info("report: %s", results.write_report(workdir))
+            files.write_json(workdir / "ledger.json", table)
+        files.write_records(workdir, records)
+        files.write_json(workdir / "summary.json", _summary(run, records, workdir, custom_model))
+        log.info("report: %s", write_report(workdir))
     distributed.meet("the summary")
-    summary = results.read_summary(workdir)
-    log.info(results.last_line(summary))
+    summary = files.read_summary(workdir)
+    log.info(last_line(summary))
     return summary
 
 
 def _summary(
     run: Run, records: list[dict[str, Any]], workdir: Path, custom_model: nn.Module | None
 ) -> dict[str, Any]:
-    leaves = checkpoint.open_round(workdir, len(records)).leaves("params")
-    return results.summarize(
-        run.config,
-        run.layout,
-        records,
-        trees=len(run.state.trees),
-        dataset=run.dataset.description,
+    config, layout = run.config, run.layout
+    times = 1 if config.method == "data_parallel" else len(run.state.trees)
+    provenance = Provenance(
+        method=config.method,
+        seed=config.seed,
+        layout=layout,
+        data=run.dataset.description,
+        custom_model=resume.describe(custom_model),
         device=run.devices[0],
-        custom_model=results.describe(custom_model),
         seconds_compile=run.seconds_compile,
-        params_sha256=metrics.params_sha256(leaves),
+        bytes_local_sgd=times * formula.full_model_bytes(layout) / config.num_workers,
     )
+    params = checkpoint.open_round(workdir, len(records)).params()
+    return summarize(provenance, records, files.params_sha256(params))
 
 
 def train_round(
@@ -196,23 +206,18 @@ def train_round(
     started = time.perf_counter()
     present = partition.sample_present(config.seed, index, config.num_workers, config.participation)
     state, means, seconds = run_round(run, state, index, present, meter)
-    sick = np.flatnonzero(~means.healthy & present)
-    metrics.warn_left_out(index + 1, sick, "steps" if config.method == "data_parallel" else "round")
-    merged = means.healthy & present
+    told = {"train_loss": means.loss, "train_accuracy": means.accuracy}
     record = {
         "round": index + 1,
         "examples": run.examples_before + (index + 1 - run.first_round) * per_round,
-        "train_loss": metrics.mean_where(merged, means.loss),
-        "train_accuracy": metrics.mean_where(merged, means.accuracy),
+        **record_workers(means.healthy, present, told),
         "lr": float(run.learning_rates[index, -1]),
-        **results.round_bytes(config, layout, trees=len(state.trees)),
+        **round_bytes(config, layout, trees=len(state.trees)),
         **seconds,
         "seconds_evaluate": 0.0,
-        "workers_left_out": len(sick),
-        "left_out": sick.tolist(),
-        "workers_absent": int((~present).sum()),
         "partition": partition.fingerprint(tuple(layout.groups.values())),
     }
+    warn_left_out(index + 1, record["left_out"], "steps" if config.method == "data_parallel" else "round")
     last = index + 1 == run.num_rounds
     if last or (config.eval_every and (index + 1) % config.eval_every == 0):
         split = "validation" if run.validation_batches is not None else "test"

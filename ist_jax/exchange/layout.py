@@ -15,12 +15,15 @@ Per device k of D, hosting W = S / D workers, a leaf is kept as
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from ist_jax.partition import Axes, Group
 
+AXIS = "devices"  # the name that collectives go by
+Shards = dict[str, jax.Array]  # what a device keeps of every leaf, by path
 _INIT_PARTS = 2
 
 

@@ -13,12 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ist_jax.exchange.layout import Layout, canonical, join, restore
+from ist_jax.exchange.layout import AXIS, Layout, Shards, canonical, join, restore
 from ist_jax.masking import Tally, ordered_mean
 from ist_jax.partition import Assignment, Group
 
-AXIS = "devices"
-Shards = dict[str, jax.Array]
 Assignments = Mapping[str, Assignment]
 
 

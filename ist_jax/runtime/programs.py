@@ -13,6 +13,7 @@ from ist_jax import partition
 from ist_jax.exchange import store
 from ist_jax.exchange.layout import init_parts, split
 from ist_jax.methods import local_sgd
+from ist_jax.methods.method import State
 from ist_jax.runtime import devices
 from ist_jax.runtime import scoring as evaluation
 from ist_jax.task import Task
@@ -53,26 +54,27 @@ def init_state(
 def restore_state(
     recipe: local_sgd.Recipe, saved: checkpoint.Saved, chosen: Sequence[jax.Device]
 ) -> local_sgd.State:
-    """The state of a checkpoint, placed leaf by leaf: no process ever holds the whole model.
+    """The state of a checkpoint, placed array by array: no process ever holds the whole model.
 
     Raises:
       ValueError: the checkpoint is not of this model or optimizer, or damaged.
     """
     layout = recipe.layout
+    shards = {
+        path: jax.eval_shape(
+            partial(split, leaf=leaf, num_devices=1), jax.ShapeDtypeStruct(leaf.shape, layout.dtype)
+        )
+        for path, leaf in layout.leaves.items()
+    }
+    like = to_save(jax.eval_shape(partial(local_sgd.init_state, recipe), shards))
+    state = saved.restore(layout, like, partial(devices.put, devices=chosen))
+    trees, rest = state.travels
+    return local_sgd.State((state.params, *trees), rest)
 
-    def place(tree: str) -> store.Shards:
-        parts = {
-            path: devices.put(split(x, layout.leaves[path], layout.num_devices), chosen)
-            for path, x in saved.leaves(tree)
-            if path in layout.leaves and x.shape == layout.leaves[path].shape
-        }
-        if parts.keys() != layout.leaves.keys():
-            raise ValueError(f"{saved.folder} is of another model; choose another --workdir")
-        return {path: parts[path] for path in layout.leaves}
 
-    trees = tuple(place(tree) for tree in (saved.trees() if recipe.carry else saved.trees()[:1]))
-    rest = [saved.read(name) for name in saved.arrays if name.startswith("rest/")]
-    return local_sgd.State(trees, tuple(devices.replicate(x, chosen) for x in rest))
+def to_save(state: local_sgd.State) -> State:
+    """The state as checkpoints name its fields."""
+    return State(params=state.trees[0], travels=(state.trees[1:], state.rest))
 
 
 def _init_leaves(init_params: Callable[[jax.Array], Any], paths: tuple[str, ...], key: jax.Array) -> dict:
