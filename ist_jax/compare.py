@@ -98,15 +98,15 @@ def start_of(run: "Run") -> dict[str, str]:
     import hashlib
 
     from ist_jax.data import batches
-    from ist_jax.exchange.layout import iter_leaves
+    from ist_jax.exchange.kinds import iter_leaves
     from ist_jax.workdir import files
 
-    config, digest = run.config, hashlib.sha256()
-    size = {"local_steps": config.local_steps, "batch_size": config.batch_size}
-    for index in (0, run.num_rounds - 1):
-        digest.update(batches.train_indices(config.seed, index, run.feed.shards, **size).tobytes())
+    settings, digest = run.settings, hashlib.sha256()
+    size = {"local_steps": settings["local_steps"], "batch_size": settings["batch_size"]}
+    for index in (0, run.schedule.rounds - 1):
+        digest.update(batches.train_indices(settings["seed"], index, run.feed.shards, **size).tobytes())
     return {
-        "params_sha256": files.params_sha256(iter_leaves(run.layout, run.state.trees[0])),
+        "params_sha256": files.params_sha256(iter_leaves(run.layout, run.state.params)),
         "examples_sha256": digest.hexdigest(),
     }
 

@@ -79,40 +79,42 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
     params = checkpoint.load_params(workdir)
     pictures = [read_image(name) for name in images]  # before the wait, so that a typo costs none
     run = experiment.set_up(config, params=params, evaluation_only=True)
-    encoded = run.dataset.encoded
-    if images and not encoded and getattr(run.test.get("image"), "dtype", None) != np.uint8:
+    encoded = run.inputs.dataset.encoded
+    if images and not encoded and getattr(run.inputs.test.get("image"), "dtype", None) != np.uint8:
         raise ValueError(f"the examples of data.name={config.data.name!r} are no images: nothing to classify")
-    score = train.evaluate_state(run, run.state)
+    score = train.score(run, run.state)
     print(f"test {score}, loss {score.loss:.4f} ({score.examples} examples, batch statistics)")
 
     chosen = inputs.calibration_batches(config, run.inputs, _CALIBRATION_BATCHES)
-    shown = (run.task.eval_fn(batch)[0] for batch in chosen)
+    shown = (run.inputs.task.eval_fn(batch)[0] for batch in chosen)
     variables = {
         "params": params,
         "batch_stats": evaluation.estimate_batch_stats(run.model, params, shown, run.scale),
     }
 
-    score_fn = jax.jit(functools.partial(evaluation.score_batch, run.model, run.task, run.scale))
+    score_fn = jax.jit(functools.partial(evaluation.score_batch, run.model, run.inputs.task, run.scale))
     sums = []
-    for chunk in run.test_batches:
+    for chunk in run.splits["test"].chunks:
         flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), chunk)
         for number in range(len(flat["weight"])):
             sums.append(score_fn(variables, jax.tree.map(itemgetter(number), flat)))
-    score = evaluation.total_score(run.task, np.stack(sums))
+    score = evaluation.total_score(run.inputs.task, np.stack(sums))
     print(f"test {score} with BatchNorm statistics re-estimated on training batches")
 
     @jax.jit
     def predict(variables: Any, batch: Any) -> jax.Array:
-        logits: Any = run.model.apply(variables, run.task.eval_fn(batch)[0], scale=run.scale)
+        logits: Any = run.model.apply(variables, run.inputs.task.eval_fn(batch)[0], scale=run.scale)
         return jax.nn.softmax(logits)
 
-    shape = run.task.example.shape[1:] if images else ()
+    shape = run.inputs.task.example.shape[1:] if images else ()
     for name, picture in zip(images, pictures, strict=True):
         example = inputs.make_transform(config).centre(picture) if encoded else to_example(picture, shape)
         batch = {"image": example[None], "label": np.zeros(1, np.int32)}
         probabilities = np.asarray(predict(variables, batch))[0]
         best = probabilities.argsort()[::-1][:3]
-        print(f"{name}: " + ", ".join(f"{run.dataset.classes[k]} {probabilities[k]:.1%}" for k in best))
+        print(
+            f"{name}: " + ", ".join(f"{run.inputs.dataset.classes[k]} {probabilities[k]:.1%}" for k in best)
+        )
 
 
 def main(argv: list[str]) -> int:

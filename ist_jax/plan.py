@@ -38,7 +38,7 @@ class Cost(NamedTuple):
       wire_bytes_per_worker_per_round: bytes that leave a device, shared out among its workers; as many
         arrive. Empty slots and padding included, evaluation not.
       state_bytes_per_worker: parameters and optimizer state that a device keeps while its workers train,
-        shared out among them: `ledger.Memory`.
+        shared out among them: `formula.Memory`.
       flops_per_worker_per_step: of the largest subnet, as `flops` counts.
     """
 
@@ -60,9 +60,9 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
       ValueError: a setting that cannot work, or facts that lack; the message names the key.
     """
     from ist_jax import task
-    from ist_jax.costs import formula as ledger
-    from ist_jax.runtime import settings
-    from ist_jax.runtime import setup as experiment
+    from ist_jax.costs import formula
+    from ist_jax.costs.traffic import round_traffic
+    from ist_jax.runtime import settings, setup
 
     settings.check(config)
     if facts.example is None or facts.num_classes is None:
@@ -70,19 +70,38 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
     if facts.sparse:
         shown = task.multi_label(facts.example[0])
     else:
-        shown = task.classification(lambda x: x, facts.example, pad=0, flip=False)
+        shown = task.classification(lambda x: x.astype("float32"), facts.example, pad=0, flip=False)
     model = settings.build_model(config, facts.num_classes)
-    recipe = experiment.make_recipe(config, model, shown, config.num_devices or config.num_workers)
-    layout, averaged = recipe.layout, config.method == "data_parallel"
-    count = {"trees": ledger.exchanged_trees(recipe), "averaged_steps": averaged * config.local_steps}
-    workers = layout.workers_per_device
+    recipe = setup.make_recipe(config, model, shown, config.num_devices or config.num_workers)
+    layout, entry = recipe.layout, setup.method_of(config)
+    phases = setup.trace_round(entry, recipe, _one_example(facts), config.local_steps, config.batch_size)
+    traffic, workers = round_traffic(phases, layout), layout.workers_per_device
     return Cost(
-        params_per_worker=ledger.largest_subnet(layout),
-        paper_gigabytes_per_round=sum(ledger.paper_bytes(layout, **count).values()) / 1e9,
-        wire_bytes_per_worker_per_round=sum(ledger.round_bytes(layout, **count).values()) / workers,
-        state_bytes_per_worker=sum(ledger.memory(recipe, in_place=averaged)) / workers,
-        flops_per_worker_per_step=ledger.step_flops(recipe, shown, config.batch_size),
+        params_per_worker=formula.largest_subnet(layout),
+        paper_gigabytes_per_round=sum(traffic.paper.values()) / 1e9,
+        wire_bytes_per_worker_per_round=sum(traffic.sent.values()) / workers,
+        state_bytes_per_worker=sum(formula.memory(recipe, phases)) / workers,
+        flops_per_worker_per_step=formula.step_flops(recipe, shown.example, config.batch_size),
     )
+
+
+def _one_example(facts: "data.Facts") -> Any:
+    """Shapes of a training set of one example."""
+    import jax
+    import numpy as np
+
+    from ist_jax.data.sparse import Rows
+
+    def shape(*sizes: int, dtype: Any = np.int32) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    if not facts.sparse:
+        return {"image": shape(1, *facts.example, dtype=np.uint8), "label": shape(1)}  # type: ignore[misc]
+    features, classes = facts.example[0], facts.num_classes  # type: ignore[index]
+    return {
+        "feature": Rows(shape(2), shape(1), shape(1, dtype=np.float32), features, longest=1),
+        "label": Rows(shape(2), shape(1), None, classes, longest=1),  # type: ignore[arg-type]
+    }
 
 
 def plan(
@@ -100,7 +119,7 @@ def plan(
       ValueError: a setting that cannot work; the message names the key.
     """
     from ist_jax.data import batches
-    from ist_jax.runtime import settings
+    from ist_jax.runtime import setup
 
     costs = {}
     for method in METHODS:
@@ -112,7 +131,7 @@ def plan(
     rounds = config.rounds
     if facts.num_train is not None:
         held_out = batches.count_held_out(facts.num_train, config.data.validation)
-        rounds = settings.count_rounds(config, facts.num_train - held_out, 0, 0)
+        rounds = setup.make_schedule(config, facts.num_train - held_out).rounds
 
     def seconds(cost: Cost, bandwidth: float) -> float:
         computing = config.local_steps * cost.flops_per_worker_per_step / flops

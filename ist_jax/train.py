@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,13 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from ist_jax import errors, partition
-from ist_jax.costs import formula
-from ist_jax.costs import ledger as audit
-from ist_jax.costs import sockets as wire
-from ist_jax.methods import local_sgd
-from ist_jax.runtime import devices, signals
-from ist_jax.runtime import processes as distributed
-from ist_jax.runtime import scoring as evaluation
+from ist_jax import errors
+from ist_jax.costs import ledger
+from ist_jax.methods.method import State, Told
+from ist_jax.runtime import devices, processes, record, scoring, signals
 from ist_jax.runtime.observers import Observer, show_progress
-from ist_jax.runtime.programs import to_save
-from ist_jax.runtime.record import (
-    Provenance,
-    last_line,
-    record_workers,
-    round_bytes,
-    summarize,
-    warn_left_out,
-    write_report,
-)
-from ist_jax.runtime.setup import Run, set_up
+from ist_jax.runtime.run import Run
+from ist_jax.runtime.setup import set_up
 from ist_jax.runtime.stopping import diverged, has_stopped
 from ist_jax.workdir import checkpoint, checkpoint_writer, files, lock, resume
 
@@ -62,13 +49,13 @@ def train(
     """
     workdir = Path(workdir)
     if (summary := resume.find_finished(config.to_dict(), workdir, model)) is not None:
-        log.info(last_line(summary))
+        log.info(record.last_line(summary))
         return summary
     with lock.claimed(workdir):
         with errors.reading():
             start = resume.find_start(workdir, model)
             run = set_up(config, model, start=start)
-        resume.open_workdir(config.to_dict(), workdir, start)
+        resume.open_workdir(run.settings, workdir, start)
         if started is not None and start is None:
             started(run)
         return run_rounds(run, workdir, custom_model=model)
@@ -79,7 +66,10 @@ class Diverged(RuntimeError):
 
 
 def run_rounds(
-    run: Run, workdir: Path, custom_model: nn.Module | None = None, observers: Sequence[Observer] = ()
+    run: Run,
+    workdir: Path,
+    custom_model: nn.Module | None = None,
+    observers: Sequence[Observer] = (),
 ) -> dict[str, Any]:
     """Trains for the rounds that remain, writing metrics and checkpoints as they come, then the summary.
 
@@ -96,203 +86,134 @@ def run_rounds(
       Interrupted: SIGINT or SIGTERM; the round was finished and a checkpoint written.
       Diverged: a worker was left out too many times in a row; a checkpoint was written.
     """
-    config, state, leads = run.config, run.state, distributed.number() == 0
+    schedule, state, leads = run.schedule, run.state, processes.number() == 0
     log.info("results: %s", workdir)
-    table, meter = audit.ledger_of(run) if leads else {}, wire.open_meter(distributed.count())
+    table = record.make_ledger(run) if leads else {}
     if leads:
         files.write_json(workdir / "ledger.json", table)
     records = files.read_records(workdir)
-    progress = show_progress(run.num_rounds, config.method, run.first_round) if leads else nullcontext()
-    writer = checkpoint_writer.Writer(workdir, run.layout, keep=config.checkpoint.keep)
+    model = resume.describe(custom_model)
+    writer = checkpoint_writer.Writer(workdir, run.layout, keep=schedule.checkpoint_keep)
     stuck, signum = None, 0
-    with signals.handled(deferred=True) as request, closing(writer), progress as bar, closing(run.feed):
-        for index in range(run.first_round, run.num_rounds):
-            if has_stopped(records, config.patience):  # in an earlier session
+    with ExitStack() as stack:
+        request = stack.enter_context(signals.handled(deferred=True))
+        for opened in (writer, run.feed):
+            stack.enter_context(closing(opened))
+        if leads:
+            bar = show_progress(schedule.rounds, run.name, done=schedule.first)
+            observers = [stack.enter_context(bar), *observers]
+        for index in range(schedule.first, schedule.rounds):
+            if has_stopped(records, schedule.patience):  # in an earlier session
                 break
-            state, record = train_round(run, state, index, records, meter)
+            state, entry = train_and_score(run, state, index, records)
             writer.wait()  # so that a kill never costs more than `checkpoint.every` recorded rounds
-            records.append(record)
+            records.append(entry)
             if leads:
-                files.append_record(workdir, record)
-            if bar is not None:
-                bar(record)
-            distributed.progress(f"round {index + 1}")
+                files.append_record(workdir, entry)
+            processes.progress(f"round {index + 1}")
             signum = devices.agree(request.signum, run.devices)
             for observe in observers:
-                observe(record)
-            stuck = diverged(records, config.max_rounds_left_out)
-            finished = index + 1 == run.num_rounds or has_stopped(records, config.patience)
+                observe(entry)
+            stuck = diverged(records, schedule.max_left_out)
+            finished = schedule.is_last(index) or has_stopped(records, schedule.patience)
             leaving = finished or bool(signum) or stuck is not None
-            if leaving or (config.checkpoint.every and (index + 1) % config.checkpoint.every == 0):
-                about = {
-                    "round": index + 1,
-                    "examples": record["examples"],
-                    "test_accuracy": record.get("test_accuracy"),
-                    "validation_accuracy": record.get("validation_accuracy"),
-                    "custom_model": resume.describe(custom_model),
-                    "config": config.to_dict(),
-                }
-                writer.save(to_save(state), about, records)
+            if leaving or schedule.saves(index):
+                writer.save(state, record.about_checkpoint(run, entry, model), records)
             if leaving:
                 break
-    safe = max(checkpoint.rounds(workdir), default=0)
-    if safe < len(records):
-        raise OSError(
-            f"the checkpoint of round {len(records)} could not be written to {workdir}; the same command "
-            f"goes on from round {safe}"
-        )
-    if stuck is not None:
-        raise Diverged(
-            f"round {len(records)}: worker {stuck} has been left out {config.max_rounds_left_out} times in a "
-            f"row (config.max_rounds_left_out); stopped, results so far are in {workdir}"
-        )
-    stopped = has_stopped(records, config.patience)
-    if len(records) < run.num_rounds and not stopped:
-        raise signals.Interrupted(
-            signum,
-            f"stopped after round {len(records)} of {run.num_rounds}; the same command goes on from there",
-            agreed=True,
-        )
+    _raise_if_cut_short(run, workdir, records, stuck, signum)
     if "test_accuracy" not in records[-1]:  # a run that was stopped, and is now wanted no longer than it is
-        evaluate_into(records[-1], run, state, "test")
-    if stopped:
-        log.info("the validation accuracy has not risen for %d evaluations: stopped", config.patience)
+        records[-1] |= score(run, state).figures("test")
+        seconds = run.clock.take()["evaluate"]
+        records[-1]["seconds_evaluate"] += seconds
+    if has_stopped(records, schedule.patience):
+        log.info("the validation accuracy has not risen for %d evaluations: stopped", schedule.patience)
     if leads:
-        if meter is not None:
-            table = audit.with_wire(table, meter, workers=config.num_workers // distributed.count())
-            files.write_json(workdir / "ledger.json", table)
+        if run.clock.meter is not None:
+            here = run.layout.num_workers // processes.count()
+            measured = ledger.with_wire(table, run.clock.meter, phases=[*run.stages[-1].phases], workers=here)
+            files.write_json(workdir / "ledger.json", measured)
         files.write_records(workdir, records)
-        files.write_json(workdir / "summary.json", _summary(run, records, workdir, custom_model))
-        log.info("report: %s", write_report(workdir))
-    distributed.meet("the summary")
+        files.write_json(workdir / "summary.json", _summary(run, workdir, records, model))
+        log.info("report: %s", record.write_report(workdir))
+    processes.meet("the summary")
     summary = files.read_summary(workdir)
-    log.info(last_line(summary))
+    log.info(record.last_line(summary))
     return summary
 
 
 def _summary(
-    run: Run, records: list[dict[str, Any]], workdir: Path, custom_model: nn.Module | None
+    run: Run, workdir: Path, records: Sequence[dict[str, Any]], custom_model: str | None
 ) -> dict[str, Any]:
-    config, layout = run.config, run.layout
-    times = 1 if config.method == "data_parallel" else len(run.state.trees)
-    provenance = Provenance(
-        method=config.method,
-        seed=config.seed,
-        layout=layout,
-        data=run.dataset.description,
-        custom_model=resume.describe(custom_model),
-        device=run.devices[0],
-        seconds_compile=run.seconds_compile,
-        bytes_local_sgd=times * formula.full_model_bytes(layout) / config.num_workers,
-    )
     params = checkpoint.open_round(workdir, len(records)).params()
-    return summarize(provenance, records, files.params_sha256(params))
+    return record.summarize(run, records, custom_model, files.params_sha256(params))
 
 
-def train_round(
-    run: Run,
-    state: local_sgd.State,
-    index: int,
-    before: Sequence[dict[str, Any]],
-    meter: wire.Meter | None = None,
-) -> tuple[local_sgd.State, dict[str, Any]]:
-    """One round and, when it is due, the evaluation: the state after it, and its record.
+def train_round(run: Run, state: State, index: int) -> tuple[State, dict[str, Any]]:
+    """One round: the state after it, and its record.
+
+    The programs are waited for one after another: that is how the phases are timed, and CPU collectives must
+    not queue.
+    """
+    stage = run.stage(index)
+    turn, value = run.turn(stage, index), None
+    for name, program in stage.programs.items():
+        with run.clock.lap(name, metered=stage is run.stages[-1]):  # the ledger is of the last stage's rounds
+            value = jax.block_until_ready(program(state, value, turn))
+    state, told = value
+    heard = Told(*(x.reshape(-1) for x in devices.to_host(tuple(told))))
+    return state, record.round_record(run, stage, index, heard, turn.present.reshape(-1))
+
+
+def train_and_score(
+    run: Run, state: State, index: int, before: Sequence[dict[str, Any]] = ()
+) -> tuple[State, dict[str, Any]]:
+    """One round and, when it is due, the evaluation: the state after it, and its record with all times.
 
     Evaluated is the validation split, where there is one, and the test set then at the end alone; whether
     that is now also depends on the records `before`.
     """
-    config, (layout, _) = run.config, run.phase(index)
-    per_round = config.num_workers * config.local_steps * config.batch_size
-    started = time.perf_counter()
-    present = partition.sample_present(config.seed, index, config.num_workers, config.participation)
-    state, means, seconds = run_round(run, state, index, present, meter)
-    told = {"train_loss": means.loss, "train_accuracy": means.accuracy}
-    record = {
-        "round": index + 1,
-        "examples": run.examples_before + (index + 1 - run.first_round) * per_round,
-        **record_workers(means.healthy, present, told),
-        "lr": float(run.learning_rates[index, -1]),
-        **round_bytes(config, layout, trees=len(state.trees)),
-        **seconds,
-        "seconds_evaluate": 0.0,
-        "partition": partition.fingerprint(tuple(layout.groups.values())),
-    }
-    warn_left_out(index + 1, record["left_out"], "steps" if config.method == "data_parallel" else "round")
-    last = index + 1 == run.num_rounds
-    if last or (config.eval_every and (index + 1) % config.eval_every == 0):
-        split = "validation" if run.validation_batches is not None else "test"
-        evaluate_into(record, run, state, split, meter)
-    if "test_accuracy" not in record and (last or has_stopped([*before, record], config.patience)):
-        evaluate_into(record, run, state, "test", meter)
-    record["seconds_round"] = time.perf_counter() - started
-    record["examples_per_second"] = per_round / record["seconds_round"]
-    return state, record
+    schedule, started = run.schedule, time.perf_counter()
+    state, entry = train_round(run, state, index)
+    if schedule.evaluates(index):
+        split = "validation" if "validation" in run.splits else "test"
+        entry |= score(run, state, split).figures(split)
+    ended = schedule.is_last(index) or has_stopped([*before, entry], schedule.patience)
+    if ended and "test_accuracy" not in entry:
+        entry |= score(run, state).figures("test")
+    entry |= {"seconds_evaluate": 0.0} | {f"seconds_{name}": s for name, s in run.clock.take().items()}
+    entry["seconds_round"] = time.perf_counter() - started
+    entry["examples_per_second"] = schedule.examples_per_round / entry["seconds_round"]
+    return state, entry
 
 
-def evaluate_into(
-    record: dict[str, Any], run: Run, state: local_sgd.State, split: str, meter: wire.Meter | None = None
+def score(run: Run, state: State, split: str = "test") -> scoring.Score:
+    """The score of a state on a split: 'test' or, where there is one, 'validation'."""
+    with run.clock.lap("evaluate", metered=split == "test"):
+        chunks, program = run.splits[split]
+        sums = [devices.to_host(jax.block_until_ready(program(state, chunk))) for chunk in chunks]
+    return scoring.total_score(run.inputs.task, np.concatenate(sums, axis=1))
+
+
+def _raise_if_cut_short(
+    run: Run, workdir: Path, records: Sequence[dict[str, Any]], stuck: int | None, signum: int
 ) -> None:
-    """Adds the figures of an evaluation to a record; a `meter` counts what one on the test set received."""
-    started = time.perf_counter()
-    with wire.metered(meter if split == "test" else None, "evaluation"):
-        record |= evaluate_state(run, state, split).figures(split)
-    record["seconds_evaluate"] += time.perf_counter() - started
-
-
-def run_round(
-    run: Run,
-    state: local_sgd.State,
-    index: int,
-    present: np.ndarray | None = None,
-    meter: wire.Meter | None = None,
-) -> tuple[local_sgd.State, local_sgd.Metrics, dict[str, float]]:
-    """One round: the state after it, the workers' metrics [S], and the seconds of its phases.
-
-    Workers that are not `present` (bool [S]; None: all are) train, but nobody hears of it. What arrives from
-    other processes is counted by the `meter`.
-
-    The programs are waited for one after another: that is how the phases are timed, and it keeps CPU
-    devices from meeting a collective too far apart.
-    """
-    config, (layout, programs) = run.config, run.phase(index)
-    meter = meter if programs is run.programs else None  # the ledger is of the rounds after a warm-up
-    grid = (layout.num_devices, layout.workers_per_device)
-    data, indices = run.feed(index)
-    feed = (indices, run.learning_rates[index], np.int32(index))
-    assignment = partition.sample(partition.round_rng(config.seed, index), layout.groups)
-    gates = {
-        name: np.asarray(a.gates).reshape(*grid, -1)
-        for name, a in assignment.items()
-        if not layout.groups[name].even
-    }
-    times = [time.perf_counter()] * 4
-    here = np.ones(grid, bool) if present is None else present.reshape(grid)
-    if programs.merge is None:
-        with wire.metered(meter, "round"):
-            state, means = jax.block_until_ready(programs.local(state, here, data, *feed))
-        means = devices.fetch(tuple(means))
-        times[2] = times[3] = time.perf_counter()
-    else:
-        units: Any = tuple({} for _ in state.trees)
-        if programs.gather is not None:
-            with wire.metered(meter, "round", "gather"):
-                units = jax.block_until_ready(programs.gather(state, assignment))
-            times[1] = time.perf_counter()
-        subnets, means = jax.block_until_ready(programs.local(state, units, gates, data, *feed))
-        means = devices.fetch(tuple(means))
-        times[2] = time.perf_counter()
-        with wire.metered(meter, "round"):
-            state = jax.block_until_ready(programs.merge(state, subnets, assignment, means[2] & here))
-        times[3] = time.perf_counter()
-    phases = dict(
-        zip(("seconds_gather", "seconds_local", "seconds_merge"), np.diff(times).tolist(), strict=True)
-    )
-    return state, local_sgd.Metrics(*(x.reshape(-1) for x in means)), phases
-
-
-def evaluate_state(run: Run, state: local_sgd.State, split: str = "test") -> evaluation.Score:
-    """The global model's score on the test set or, where there is one, the 'validation' split."""
-    program: Any = run.programs.evaluate if split == "test" else run.programs.validate
-    chunks: Any = run.test_batches if split == "test" else run.validation_batches
-    sums = [devices.fetch(jax.block_until_ready(program(state.trees[0], chunk))) for chunk in chunks]
-    return evaluation.total_score(run.task, np.concatenate(sums, axis=1))
+    """Raises what ended the run before its last round, if anything did."""
+    schedule, done = run.schedule, len(records)
+    safe = max(checkpoint.rounds(workdir), default=0)
+    if safe < done:
+        raise OSError(
+            f"the checkpoint of round {done} could not be written to {workdir}; the same command "
+            f"goes on from round {safe}"
+        )
+    if stuck is not None:
+        raise Diverged(
+            f"round {done}: worker {stuck} has been left out {schedule.max_left_out} times in a row "
+            f"(config.max_rounds_left_out); stopped, results so far are in {workdir}"
+        )
+    if done < schedule.rounds and not has_stopped(records, schedule.patience):
+        raise signals.Interrupted(
+            signum,
+            f"stopped after round {done} of {schedule.rounds}; the same command goes on from there",
+            agreed=True,
+        )

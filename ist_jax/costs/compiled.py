@@ -10,7 +10,9 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jax
 
 from ist_jax.costs.traced import Window, conv_flops
 
@@ -33,22 +35,38 @@ class Program(NamedTuple):
       operands: bytes of the operands of its collectives, by kind ('all-to-all', 'all-gather', ...) and
         number of devices that take part.
       flops: of its matrix products and convolutions; of a conditional, the dearest branch's.
-      arguments: bytes of each of its arguments.
     """
 
     operands: dict[tuple[str, float], float]
     flops: float
-    arguments: list[int]
 
 
 def read(text: str) -> Program:
     """Reads the text of a compiled program, `jax.stages.Compiled.as_text()`."""
     computations, entry = _split(text)
-    lines = [line for line in computations[entry].splitlines() if " parameter(" in line]
-    arguments = {int(line.split(" parameter(")[1].split(")")[0]): _bytes(_type(line)) for line in lines}
     tally = _tally(computations, entry)
     flops = tally.pop(_FLOPS, 0.0)
-    return Program(tally, flops, [arguments[number] for number in sorted(arguments)])
+    return Program(tally, flops)
+
+
+def argument_bytes(program: jax.stages.Compiled) -> dict[str, int | None]:
+    """Bytes of each argument on one device, by its place in the call's tree, such as "[0].params['w']".
+
+    All of them are there: what the program does not read, and was therefore compiled without, is None; the
+    programs that do read it tell its size.
+
+    Args:
+      program: of `devices.compile_program`.
+    """
+    found: dict[str, int | None] = {}
+
+    def note(path: tuple, argument: Any, sharding: jax.sharding.Sharding | None) -> None:
+        shape = argument.shape if sharding is None else sharding.shard_shape(argument.shape)
+        size = math.prod(shape) * argument.dtype.itemsize
+        found[jax.tree_util.keystr(path)] = None if sharding is None else size
+
+    jax.tree_util.tree_map_with_path(note, program.args_info[0], program.input_shardings[0])
+    return found
 
 
 def _split(text: str) -> tuple[dict[str, str], str]:

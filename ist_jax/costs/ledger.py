@@ -1,28 +1,25 @@
-"""The ledger of a run: what it costs by formula, beside what its compiled programs and its sockets say."""
+"""The ledger of a run: what it should cost, beside what its compiled programs and its sockets say."""
 
-import dataclasses
-from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from flax import traverse_util
 
-from ist_jax.costs import compiled as hlo
-from ist_jax.costs import formula as ledger
+from ist_jax.costs import compiled, formula
 from ist_jax.costs.sockets import Meter
-from ist_jax.exchange import streaming as fetch
-from ist_jax.exchange.layout import Layout
-from ist_jax.runtime import scoring as evaluation
-from ist_jax.runtime.setup import Run
+from ist_jax.costs.traced import Collective, collectives, sent
+from ist_jax.costs.traffic import by_cause, round_traffic
+from ist_jax.exchange.layout import AXIS
+from ist_jax.methods.method import Method, Recipe, Told, TracedPhase
 
 COLUMNS = {
     "paper": "the papers' count: 4 bytes x 2 directions x the parameters of the slots that are assigned, "
     "wherever they already are; a mean over the workers",
-    "formula": "bytes that leave a device, shared out among its workers; as many arrive. Empty slots and "
-    "padding included, a worker's own part not; nothing on one device. Memory: what must be kept. FLOPs: of "
-    "matrix products and convolutions, forward and backward, all slots filled",
+    "expected": "from shapes alone. Bytes that leave a device in the traced round, shared out among its "
+    "workers; as many arrive. Empty slots and padding included, a worker's own part not; nothing on one "
+    "device. Memory: what must be kept. FLOPs: of matrix products and convolutions, forward and backward, "
+    "all slots filled",
     "hlo": "the same from the optimised HLO of the programs that run, loops counted as often as they run. "
     "Memory by the compiler's analysis; peak: arguments + results - what they share + temporaries. FLOPs: as "
     "compiled, so on CPU with the zeros of strided convolutions' gradients",
@@ -31,69 +28,109 @@ COLUMNS = {
 }
 
 
-def ledger_of(run: Run) -> dict[str, Any]:
+class Subject(NamedTuple):
+    """What a ledger is of.
+
+    Attributes:
+      name: of the method.
+      recipe: that it is made from.
+      method: made from it.
+      phases: traced.
+      programs: compiled, by the names of the phases.
+      score: the compiled evaluation.
+      batches: shapes of the evaluation batches on all devices, [D, n, B, ...], of one call.
+      chunks: calls per evaluation.
+      example: of the task.
+      steps: (l, B), local steps and the examples of each.
+      paper: by cause, bytes of a round as the papers count them, of all workers.
+    """
+
+    name: str
+    recipe: Recipe
+    method: Method
+    phases: Mapping[str, TracedPhase]
+    programs: Mapping[str, Any]
+    score: Any
+    batches: Any
+    chunks: int
+    example: Any
+    steps: tuple[int, int]
+    paper: Mapping[str, float]
+
+    @property
+    def state(self) -> Any:
+        """Shapes on one device."""
+        return next(iter(self.phases.values())).inputs[0]
+
+
+def ledger_of(subject: Subject) -> dict[str, Any]:
     """What ledger.json holds: a row per cause with its unit, and columns, None where nothing is known."""
-    config, layout = run.config, run.layout
-    programs = {name: hlo.read(p.as_text()) for name, p in run.programs._asdict().items() if p is not None}
-    trees, workers = len(run.state.trees), layout.workers_per_device
-    averaged_steps = config.local_steps if config.method == "data_parallel" else 0
-    kept = ledger.memory(run.recipe, in_place=averaged_steps > 0)._asdict()
-    found = _kept(run, programs)
+    layout, (local_steps, batch_size) = subject.recipe.layout, subject.steps
+    workers, devices = layout.workers_per_device, layout.num_devices
+    texts = {name: compiled.read(program.as_text()) for name, program in subject.programs.items()}
+    kept, found = formula.memory(subject.recipe, subject.phases)._asdict(), _held(subject.programs)
+    trees = sum(map(layout.is_tree, jax.tree.leaves(subject.state, is_leaf=layout.is_tree)))
     numbers = found["subnets"] / workers if found["subnets"] else found["store"]
     parameters = _row(
         "parameters held", "parameters", "worker",
-        paper=ledger.subnet_parameters(layout) / config.num_workers, formula=ledger.slot_parameters(layout),
+        paper=formula.subnet_parameters(layout) / layout.num_workers,
+        expected=formula.slot_parameters(layout),
         hlo=numbers / trees / layout.dtype.itemsize,
     )  # fmt: skip
-    paper = ledger.paper_bytes(layout, trees=trees, averaged_steps=averaged_steps)
-    formula = ledger.round_bytes(layout, trees=trees, averaged_steps=averaged_steps)
-    sent = sent_bytes(layout, programs, trees=trees)
+    expected = round_traffic(subject.phases, layout)
+    compiled_bytes: Counter[str] = Counter()
+    for name, phase in subject.phases.items():
+        compiled_bytes.update(by_cause(phase.parts, texts[name].operands))
     traffic = [
         _row(
-            cause, "bytes", "worker and round", paper=paper[cause] / config.num_workers,
-            formula=formula[cause] / workers, hlo=sent[cause] / workers,
+            cause, "bytes", "worker and round", paper=subject.paper.get(cause, 0) / layout.num_workers,
+            expected=expected.sent.get(cause, 0) / workers, hlo=compiled_bytes[cause] / workers,
         )
-        for cause in formula
+        for cause in dict.fromkeys([*subject.paper, *expected.sent, *compiled_bytes])
     ]  # fmt: skip
-    total = {name: sum(row[name] for row in traffic) for name in ("paper", "formula", "hlo")}
+    total = {name: sum(row[name] for row in traffic) for name in ("paper", "expected", "hlo")}
     traffic.append(_row("round", "bytes", "worker and round", **total))
+    score = compiled.read(subject.score.as_text())
     scoring = _row(
         "evaluation", "bytes", "worker and evaluation",
-        formula=_evaluation_bytes(run, programs["evaluate"]) / workers,
-        hlo=len(run.test_batches) * sent["evaluation"] / workers,
+        expected=subject.chunks * sum(c.sent for c in _score_collectives(subject)) / workers,
+        hlo=subject.chunks * sum(sent(kind, x, n) for (kind, n), x in score.operands.items()) / workers,
     )  # fmt: skip
-    memory = [_row(x, "bytes", "device", formula=kept[x], hlo=found.get(x)) for x in kept]
-    for name, program in run.programs._asdict().items():
-        if program is not None:
-            memory.append(_row(f"peak of {name}", "bytes", "device", hlo=_peak(program)))
+    memory = [_row(x, "bytes", "device", expected=kept[x], hlo=found.get(x)) for x in kept]
+    for name, program in (*subject.programs.items(), ("evaluate", subject.score)):
+        memory.append(_row(f"peak of {name}", "bytes", "device", hlo=_peak(program)))
     step = _row(
         "training step", "FLOPs", "worker and step",
-        formula=ledger.step_flops(run.recipe, run.task, config.batch_size),
-        hlo=programs["local"].flops / (workers * config.local_steps),
+        expected=formula.step_flops(subject.recipe, subject.example, batch_size),
+        hlo=sum(text.flops for text in texts.values()) / (workers * local_steps),
     )  # fmt: skip
     return {
-        "method": config.method,
-        "num_workers": config.num_workers,
-        "num_devices": layout.num_devices,
+        "method": subject.name,
+        "num_workers": layout.num_workers,
+        "num_devices": devices,
         "columns": COLUMNS,
         "rows": [parameters, *traffic, scoring, *memory, step],
     }
 
 
-def with_wire(table: Mapping[str, Any], meter: Meter, *, workers: int) -> dict[str, Any]:
+def with_wire(
+    table: Mapping[str, Any], meter: Meter, *, phases: Sequence[str], workers: int
+) -> dict[str, Any]:
     """The ledger with its last column filled in.
 
     Args:
       table: from `ledger_of`.
-      meter: of a process; in every round it has measured 'gather' and 'round', then 'round' once more for the
-        rest of it, and 'evaluation' in each.
+      meter: of a process: by phase, and 'evaluate'.
+      phases: of a round.
       workers: of the process.
     """
-    rounds = meter.times["round"] - meter.times["gather"]
-    times = {"evaluation": meter.times["evaluation"]}
-    measured = {cause: x / times.get(cause, rounds) / workers for cause, x in meter.bytes.items()}
-    rows = [row | {"wire": measured.get(row["cause"])} for row in table["rows"]]
-    return dict(table) | {"rows": rows}
+    rounds = meter.times[phases[-1]]
+    measured = {name: meter.bytes[name] / rounds for name in phases if rounds}
+    measured["round"] = sum(measured.values())
+    if meter.times["evaluate"]:
+        measured["evaluation"] = meter.bytes["evaluate"] / meter.times["evaluate"]
+    wire = {cause: x / workers for cause, x in measured.items()}
+    return dict(table) | {"rows": [row | {"wire": wire.get(row["cause"])} for row in table["rows"]]}
 
 
 def _row(cause: str, unit: str, per: str, **columns: float | None) -> dict[str, Any]:
@@ -101,45 +138,21 @@ def _row(cause: str, unit: str, per: str, **columns: float | None) -> dict[str, 
     return {"cause": cause, "unit": unit, "per": per} | {name: whole.get(name) for name in COLUMNS}
 
 
-def sent_bytes(layout: Layout, programs: Mapping[str, hlo.Program], *, trees: int) -> dict[str, float]:
-    """Bytes that a device sends by the collectives of its programs, by cause.
-
-    The one all-to-all of a merge is told apart by its all-gather: what that one collects, every worker sent
-    slices of. There is a flag per worker and tree, too; the rest are the units.
-    """
-
-    def by_kind(name: str) -> dict[str, float]:
-        kinds: dict[str, float] = {}
-        for (kind, devices), operand in programs[name].operands.items() if name in programs else ():
-            kinds[kind] = kinds.get(kind, 0) + ledger.sent(kind, operand, devices)
-        return kinds
-
-    gather, local, merge, evaluation = map(by_kind, ("gather", "local", "merge", "evaluate"))
-    causes = {"evaluation": sum(evaluation.values())}
-    if "merge" not in programs:
-        return causes | {"gradients": sum(local.values())}
-    flags = trees * (layout.num_devices - 1) * layout.dtype.itemsize
-    slices = (merge.get("all-gather", 0) + flags) * layout.workers_per_device
-    units = merge.get("all-to-all", 0) - slices
-    shared = sum(merge.values()) - units + sum(local.values())
-    return causes | {"gather": sum(gather.values()), "merge_units": units, "merge_shared": shared}
+def _held(programs: Mapping[str, Any]) -> dict[str, int]:
+    """What a device keeps, from the arguments (state, value, turn) of the phases' programs, read or not."""
+    arguments = [compiled.argument_bytes(program) for program in programs.values()]
+    state: dict[str, int] = {}
+    for own in arguments:
+        state |= {path: size for path, size in own.items() if path.startswith("[0]") and size is not None}
+    told = tuple(f".{field}" for field in Told._fields)
+    subnets = [
+        sum(size or 0 for path, size in own.items() if path.startswith("[1]") and not path.endswith(told))
+        for own in arguments
+    ]
+    return {"store": sum(state.values()), "subnets": max(subnets)}
 
 
-def _kept(run: Run, programs: Mapping[str, hlo.Program]) -> dict[str, int]:
-    """What a device keeps, from the arguments of the programs.
-
-    Those of a merge begin with the state (its trees, then the rest) and the subnets; data-parallel steps have
-    no subnets.
-    """
-    leaves = len(run.state.trees) * len(run.layout.leaves)
-    if "merge" not in programs:
-        return {"store": sum(programs["local"].arguments[:leaves]), "subnets": 0}
-    arguments = programs["merge"].arguments
-    after = leaves + len(run.state.rest)
-    return {"store": sum(arguments[:leaves]), "subnets": sum(arguments[after : after + leaves])}
-
-
-def _peak(program: jax.stages.Compiled) -> int | None:
+def _peak(program: Any) -> int | None:
     """Bytes of a device's memory that a program needs; None where the backend does not say."""
     m = program.memory_analysis()
     if m is None:
@@ -147,44 +160,8 @@ def _peak(program: jax.stages.Compiled) -> int | None:
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
-def _evaluation_bytes(run: Run, program: hlo.Program) -> float:
-    batches = len(run.test_batches) * run.test_batches.spec["weight"].shape[1]
-    streamed = evaluation.is_streamable(run.model)
-    sends_products = any(kind == "all-to-all" for kind, _ in program.operands)  # else a trace is spared
-    products = _products(run) if streamed and sends_products else {}
-    return ledger.evaluation_bytes(run.layout, batches, streamed=streamed, products=products)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Notes:
-    """A `models.Fetch` that notes what is multiplied by the leaves that stay where they are."""
-
-    layout: Layout
-    products: list[tuple[str, tuple[int, int]]]
-
-    def __call__(self, path: str, shard: jax.Array) -> jax.Array:
-        leaf = self.layout.leaves[path]
-        if leaf.kind == "shared":
-            return shard
-        return jnp.zeros(leaf.rest if leaf.kind == "rows" and shard.ndim == 1 else leaf.shape, shard.dtype)
-
-    def product(self, path: str, x: Any, shard: jax.Array) -> jax.Array:
-        self.products.append((path, fetch.operands(self.layout, path, x)))
-        return jnp.zeros((len(jax.tree.leaves(x)[0]), self.layout.leaves[path].shape[1]), shard.dtype)
-
-
-def _products(run: Run) -> dict[str, tuple[int, int]]:
-    """`fetch.operands` of the products of an evaluation batch."""
-    notes = _Notes(run.layout, [])
-
-    def logits(shards: Any, batch: Any) -> Any:
-        params = traverse_util.unflatten_dict(shards, sep="/")
-        model: Any = run.model.clone(fetch=notes)
-        return model.apply({"params": params}, run.task.eval_fn(batch)[0], scale=run.scale)
-
-    def without(x: Any, axes: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape[axes:], x.dtype)
-
-    shards = jax.tree.map(partial(without, axes=1), run.state.trees[0])
-    jax.eval_shape(logits, shards, jax.tree.map(partial(without, axes=2), run.test_batches.spec))
-    return dict(notes.products)
+def _score_collectives(subject: Subject) -> list[Collective]:
+    """Those of the evaluation of one call."""
+    batches = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), subject.batches)
+    score, devices = subject.method.score, subject.recipe.layout.num_devices
+    return collectives(score, subject.state, batches, axis_name=AXIS, num_devices=devices)

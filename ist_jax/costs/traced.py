@@ -1,18 +1,147 @@
-"""FLOPs of a training step, from its trace alone: nothing is compiled, no array is made.
+"""FLOPs and bytes sent, from a function's trace alone: nothing is compiled, no array is made.
 
-Counted are the multiplications and additions of matrix products and convolutions, which are nearly all of
+FLOPs are the multiplications and additions of matrix products and convolutions, which are nearly all of
 a net's; not normalisation, activations or the update. Products with the zeros of padding and dilation are
 left out, as XLA's own count does. The gradient by either factor of a product costs what the product cost, and
 is there where that factor depends on a parameter: so the forward pass tells the whole step, and the count is
-that of ordinary backpropagation, whatever a backend makes of it. Loops count as often as they run.
+that of ordinary backpropagation, whatever a backend makes of it.
+
+Bytes are those of the collectives that stand in the trace; a compiler may drop or merge some. In both, loops
+count as often as they run, and of a conditional the dearest branch.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
+
+_KINDS = {
+    "all_gather": "all-gather",
+    "all_gather_invariant": "all-gather",
+    "all_to_all": "all-to-all",
+    "pmax": "all-reduce",
+    "pmin": "all-reduce",
+    "ppermute": "collective-permute",
+    "psum": "all-reduce",
+    "psum_invariant": "all-reduce",
+    "reduce_scatter": "reduce-scatter",
+}
+_SILENT = ("axis_index", "pvary")  # primitives with a named axis that send nothing
+
+
+class Collective(NamedTuple):
+    """A collective of a traced function.
+
+    Attributes:
+      kind: as in optimised HLO: 'all-to-all', 'all-gather', 'all-reduce', 'reduce-scatter' or
+        'collective-permute'.
+      devices: that take part.
+      operand: bytes of a device's operands, of all of its runs together.
+      floats: those of them that are floating-point numbers, the only ones that papers count.
+      scope: the `jax.named_scope`s around it, 'outer/inner'; 'jvp(...)' and the like in derivatives.
+    """
+
+    kind: str
+    devices: int
+    operand: float
+    floats: float
+    scope: str
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in it, and receives."""
+        return sent(self.kind, self.operand, self.devices)
+
+
+def collectives(fn: Callable[..., Any], *args: Any, axis_name: str, num_devices: int) -> list[Collective]:
+    """The collectives of a per-device function; returns and raises as `collectives_of`.
+
+    Args:
+      fn: plain JAX with collectives over `axis_name`.
+      *args: what one device is given: pytrees of arrays or `jax.ShapeDtypeStruct`s.
+      axis_name: of the devices.
+      num_devices: D.
+    """
+    return collectives_of(jax.make_jaxpr(fn, axis_env=[(axis_name, num_devices)])(*args), num_devices)
+
+
+def collectives_of(jaxpr: Any, num_devices: int) -> list[Collective]:
+    """The collectives of a traced per-device function that send anything: none on one device.
+
+    Args:
+      jaxpr: closed, as from `jax.make_jaxpr(fn, axis_env=[(axis_name, num_devices)])`.
+      num_devices: D, of the only named axis.
+
+    Raises:
+      ValueError: a collective stands in a `while` loop, so nobody knows how often it runs, or it is of a
+        kind whose bytes are not known here.
+    """
+
+    def weigh(eqn: Any, _: Sequence[bool]) -> float:
+        return _collective(eqn, num_devices).sent if _is_collective(eqn) else 0
+
+    result = []
+    for cost in _walk(jaxpr.jaxpr, [False] * len(jaxpr.jaxpr.invars), weigh)[0]:
+        if math.isnan(cost.times):
+            raise ValueError(
+                f"{cost.eqn.primitive.name} (scope {cost.scope!r}) runs in a while loop, as often as the "
+                "data say; put it into a lax.scan, or a fori_loop with constant bounds"
+            )
+        once = _collective(cost.eqn, num_devices)
+        operand, floats = once.operand * cost.times, once.floats * cost.times
+        result.append(once._replace(operand=operand, floats=floats, scope=cost.scope))
+    return result
+
+
+def operands(found: Iterable[Collective]) -> dict[tuple[str, int], float]:
+    """Bytes of a device's operands by kind and number of devices, as `compiled.Program.operands`."""
+    total: dict[tuple[str, int], float] = {}
+    for c in found:
+        total[c.kind, c.devices] = total.get((c.kind, c.devices), 0) + c.operand
+    return total
+
+
+def sent(kind: str, operand: float, devices: float) -> float:
+    """Bytes that a device sends in a collective over D devices, and receives.
+
+    Args:
+      kind: 'all-to-all', 'all-gather', 'all-reduce' (a ring), 'reduce-scatter' or 'collective-permute'.
+      operand: bytes of the device's operand.
+      devices: D.
+    """
+    parts = {
+        "all-to-all": 1,
+        "all-gather": devices,
+        "all-reduce": 2,
+        "reduce-scatter": 1,
+        "collective-permute": devices / max(1, devices - 1),
+    }
+    return operand * parts[kind] * (devices - 1) / devices
+
+
+def _is_collective(eqn: Any) -> bool:
+    axes = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+    named = any(isinstance(axis, str) for axis in (axes if isinstance(axes, tuple) else (axes,)))
+    return named and eqn.primitive.name not in _SILENT
+
+
+def _collective(eqn: Any, num_devices: int) -> Collective:
+    """One run of a collective; its scope is left to the caller."""
+    if eqn.primitive.name not in _KINDS:
+        raise ValueError(f"how much {eqn.primitive.name} sends is not known; known are {', '.join(_KINDS)}")
+    groups = eqn.params.get("axis_index_groups")
+    avals = [atom.aval for atom in eqn.invars]
+    sizes = [aval.size * aval.dtype.itemsize for aval in avals]
+    floats = sum(s for s, aval in zip(sizes, avals, strict=True) if jnp.issubdtype(aval.dtype, jnp.floating))
+    devices = len(groups[0]) if groups else num_devices
+    return Collective(_KINDS[eqn.primitive.name], devices, sum(sizes), floats, scope="")
+
+
+# --- FLOPs ----------------------------------------------------------------------------------------
 
 
 class Window(NamedTuple):
@@ -47,63 +176,15 @@ def step_flops(loss_fn: Callable[..., Any], params: Any, *args: Any) -> float:
     """
     traced = jax.make_jaxpr(loss_fn)(params, *args)
     trained = len(jax.tree.leaves(params))
-    flops, _ = _count(traced.jaxpr, [i < trained for i in range(len(traced.jaxpr.invars))])
-    return flops
+    found, _ = _walk(traced.jaxpr, [i < trained for i in range(len(traced.jaxpr.invars))], _products)
+    return sum(cost.once * cost.times for cost in found)
 
 
-def _count(jaxpr: Any, trained: Sequence[bool]) -> tuple[float, list[bool]]:
-    """(FLOPs forward and backward, which results depend on a parameter), from which arguments do."""
-    known = {var for var, flag in zip(jaxpr.invars, trained, strict=True) if flag}
-    total = 0.0
-
-    def depends(atom: Any) -> bool:
-        return not hasattr(atom, "val") and atom in known
-
-    for eqn in jaxpr.eqns:
-        flags = [depends(atom) for atom in eqn.invars]
-        flops, results = _count_equation(eqn, flags)
-        total += flops
-        known |= {var for var, flag in zip(eqn.outvars, results, strict=True) if flag}
-    return total, [depends(atom) for atom in jaxpr.outvars]
-
-
-def _count_equation(eqn: Any, flags: list[bool]) -> tuple[float, list[bool]]:
-    name, params = eqn.primitive.name, eqn.params
-    every = [any(flags)] * len(eqn.outvars)
-    if name == "dot_general":
-        return _dot(eqn) * (1 + sum(flags)), every
-    if name == "conv_general_dilated":
-        return _conv(eqn) * (1 + sum(flags)), every
-    if name == "scan":
-        return _count_scan(eqn, flags)
-    if name == "while":
-        body = params["body_jaxpr"].jaxpr
-        flops, _ = _count(body, [any(flags)] * len(body.invars))
-        return flops and math.nan, every
-    if name == "cond":
-        branches = [_count(branch.jaxpr, flags[1:]) for branch in params["branches"]]
-        return max(flops for flops, _ in branches), every
-    for inner in (params[key] for key in ("jaxpr", "call_jaxpr") if key in params):
-        return _count(getattr(inner, "jaxpr", inner), flags)
-    return 0.0, every
-
-
-def _count_scan(eqn: Any, flags: list[bool]) -> tuple[float, list[bool]]:
-    body = eqn.params["jaxpr"].jaxpr
-    carry = sum(_same_rank(*pair) for pair in zip(eqn.outvars, body.outvars, strict=True))
-    whole = sum(_same_rank(*pair) for pair in zip(eqn.invars, body.invars, strict=True))
-    consts = whole - carry  # arguments: constants, what is carried, what is scanned over
-    while True:  # until what depends on a parameter after a step does so before it
-        flops, results = _count(body, flags)
-        carried = [a or b for a, b in zip(flags[consts:whole], results[:carry], strict=True)]
-        if carried == flags[consts:whole]:
-            return flops * eqn.params["length"], results
-        flags = flags[:consts] + carried + flags[whole:]
-
-
-def _same_rank(outside: Any, inside: Any) -> bool:
-    """Whether a variable of a loop is not cut into one piece per step."""
-    return outside.aval.ndim == inside.aval.ndim
+def _products(eqn: Any, trained: Sequence[bool]) -> int:
+    """FLOPs of a product, forward and backward."""
+    name = eqn.primitive.name
+    once = _dot(eqn) if name == "dot_general" else _conv(eqn) if name == "conv_general_dilated" else 0
+    return once * (1 + sum(trained))
 
 
 def _dot(eqn: Any) -> int:
@@ -142,3 +223,79 @@ def conv_flops(windows: Sequence[Window], features: int, batch: int, output_feat
       output_features: of the output.
     """
     return 2 * features * batch * output_features * math.prod(window.products() for window in windows)
+
+
+# --- one walk over a trace --------------------------------------------------------------------------
+
+
+class _Cost(NamedTuple):
+    """An equation that costs something."""
+
+    eqn: Any
+    once: float
+    times: float  # NaN: as often as the data say
+    scope: str
+
+
+_Weigh = Callable[[Any, Sequence[bool]], float]  # (equation, which arguments depend on a parameter) -> cost
+
+
+def _walk(jaxpr: Any, trained: Sequence[bool], weigh: _Weigh) -> tuple[list[_Cost], list[bool]]:
+    """(what costs something, which results depend on a parameter), from which arguments do."""
+    known = {var for var, flag in zip(jaxpr.invars, trained, strict=True) if flag}
+    found: list[_Cost] = []
+
+    def depends(atom: Any) -> bool:
+        return not hasattr(atom, "val") and atom in known
+
+    for eqn in jaxpr.eqns:
+        costs, results = _enter(eqn, [depends(atom) for atom in eqn.invars], weigh)
+        for cost in costs:  # an inner trace does not know the scopes around it
+            scope = f"{eqn.source_info.name_stack}/{cost.scope}"
+            found.append(cost._replace(scope=scope.strip("/")))
+        known |= {var for var, flag in zip(eqn.outvars, results, strict=True) if flag}
+    return found, [depends(atom) for atom in jaxpr.outvars]
+
+
+def _enter(eqn: Any, flags: list[bool], weigh: _Weigh) -> tuple[list[_Cost], list[bool]]:
+    """`_walk` of an equation."""
+    name, every = eqn.primitive.name, [any(flags)] * len(eqn.outvars)
+    if once := weigh(eqn, flags):
+        return [_Cost(eqn, once, 1, "")], every
+    bodies = list(jaxprs_in_params(eqn.params))
+    if name == "scan":
+        return _enter_scan(eqn, bodies[0], flags, weigh)
+    flags = flags[1:] if name == "cond" else flags
+    inner = [
+        _walk(body, flags if len(flags) == len(body.invars) else [any(flags)] * len(body.invars), weigh)
+        for body in bodies
+    ]
+    if name == "cond":
+        return max((costs for costs, _ in inner), key=_total), every
+    times = math.nan if name == "while" else 1
+    found = [cost._replace(times=cost.times * times) for costs, _ in inner for cost in costs]
+    is_call = len(inner) == 1 and len(inner[0][1]) == len(every)
+    return found, inner[0][1] if is_call else every
+
+
+def _enter_scan(eqn: Any, body: Any, flags: list[bool], weigh: _Weigh) -> tuple[list[_Cost], list[bool]]:
+    carry = sum(_same_rank(*pair) for pair in zip(eqn.outvars, body.outvars, strict=True))
+    whole = sum(_same_rank(*pair) for pair in zip(eqn.invars, body.invars, strict=True))
+    consts = whole - carry  # arguments: constants, what is carried, what is scanned over
+    while True:  # until what depends on a parameter after a step does so before it
+        found, results = _walk(body, flags, weigh)
+        carried = [a or b for a, b in zip(flags[consts:whole], results[:carry], strict=True)]
+        if carried == flags[consts:whole]:
+            return [cost._replace(times=cost.times * eqn.params["length"]) for cost in found], results
+        flags = flags[:consts] + carried + flags[whole:]
+
+
+def _same_rank(outside: Any, inside: Any) -> bool:
+    """Whether a variable of a loop is not cut into one piece per step."""
+    return outside.aval.ndim == inside.aval.ndim
+
+
+def _total(found: list[_Cost]) -> float:
+    """Of a branch; what runs nobody knows how often is dearest."""
+    total = sum(cost.once * cost.times for cost in found)
+    return math.inf if math.isnan(total) else total

@@ -1,18 +1,10 @@
-"""How a model is cut up over the devices: the static description, and one leaf's split and join.
+"""How a model is cut up over the devices: the static description that `gather` and `merge` are compiled for.
 
-Per device k of D, hosting W = S / D workers, a leaf is kept as
-
-  shared  [...]                     the whole leaf, on every device; no unit axis.
-  rows    [U, ceil(p / D)]          one unit axis. A unit's p numbers are a row, and a device keeps a
-                                    slice of *every* row, so that whatever units a worker draws, it
-                                    pulls exactly n slices from each device.
-  pairs   [W, U_in / S, U_out, R]   two unit axes. The first is cut into S contiguous strips, W per
-                                    device. The draw is stratified (`partition.Group.strips`): a worker
-                                    holds at most m units of each strip, so it pulls exactly m x n_out
-                                    entries of each; 1 / S^2 of the matrix where S^2 divides U_in.
+A leaf is of one of three kinds, by how many of its axes run over units: `shared` (none), `rows` (one) and
+`pairs` (two). Each kind is a file that says what a device keeps of such a leaf and how it is exchanged.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ist_jax.partition import Axes, Group
+from ist_jax.exchange.codec import NONE, Codec
+from ist_jax.partition import Assignment, Axes, Group
 
 AXIS = "devices"  # the name that collectives go by
 Shards = dict[str, jax.Array]  # what a device keeps of every leaf, by path
-_INIT_PARTS = 2
+Draw = Mapping[str, Assignment]  # who holds which unit, by group
 
 
 class Leaf(NamedTuple):
@@ -33,10 +26,6 @@ class Leaf(NamedTuple):
     shape: tuple[int, ...]
     unit_axes: tuple[int, ...]
     groups: tuple[Group, ...]
-
-    @property
-    def kind(self) -> str:
-        return ("shared", "rows", "pairs")[len(self.unit_axes)]
 
     @property
     def rest(self) -> tuple[int, ...]:
@@ -48,36 +37,58 @@ class Leaf(NamedTuple):
         """p: the numbers per unit (rows) or per pair of units (pairs)."""
         return int(np.prod(self.rest, dtype=int))
 
+    @property
+    def subnet_shape(self) -> tuple[int, ...]:
+        """The shape in a worker's subnet: n slots, those of the largest subnet, in place of the units."""
+        slots = dict(zip(self.unit_axes, (group.slots for group in self.groups), strict=True))
+        return tuple(slots.get(axis, size) for axis, size in enumerate(self.shape))
+
 
 class Layout(NamedTuple):
-    """The static description of a sharded model: what `gather` and `merge` are compiled for."""
+    """The static description of a sharded model.
+
+    Attributes:
+      leaves: by path, in the order of the paths.
+      groups: by name; none for methods that deal out no units.
+      dtype: of all leaves.
+      num_workers: S.
+      num_devices: D, a divisor of S.
+      codec: what becomes of the numbers on their way.
+    """
 
     leaves: dict[str, Leaf]
     groups: dict[str, Group]
     dtype: np.dtype
     num_workers: int
     num_devices: int
+    codec: Codec = NONE
 
     @property
     def workers_per_device(self) -> int:
         return self.num_workers // self.num_devices
 
-    def slice_size(self, path: str) -> int:
-        """Numbers of a row that one device keeps, padding included."""
-        return -(-self.leaves[path].row_size // self.num_devices)
+    def is_tree(self, x: Any) -> bool:
+        """Whether x is shaped like the parameters: a flat dict of the same paths."""
+        return isinstance(x, dict) and x.keys() == self.leaves.keys()
 
 
 def make_layout(
-    params: Any, axes: Axes, groups: Mapping[str, Group], num_workers: int, num_devices: int
+    params: Any,
+    axes: Axes,
+    groups: Mapping[str, Group],
+    num_workers: int,
+    num_devices: int,
+    codec: Codec = NONE,
 ) -> Layout:
     """Describes how a model is sharded.
 
     Args:
       params: nested dict of arrays or shapes, all of one floating dtype.
       axes: from `partition.resolve_axes`; a leaf's axes of groups not in `groups` are shared.
-      groups: from `partition.make_groups`; empty for local SGD and data-parallel SGD.
+      groups: from `partition.make_groups`; empty where no units are dealt out.
       num_workers: S.
       num_devices: D, a divisor of S.
+      codec: of the exchange.
 
     Raises:
       ValueError: D does not divide S, or the leaves differ in dtype.
@@ -95,7 +106,7 @@ def make_layout(
     for path, x in sorted(flat.items()):
         where = tuple(a for a, name in enumerate(axes[path]) if name in groups)
         leaves[path] = Leaf(tuple(x.shape), where, tuple(groups[axes[path][a]] for a in where))  # type: ignore[index]
-    return Layout(leaves, dict(groups), np.dtype(dtypes[0]), num_workers, num_devices)
+    return Layout(leaves, dict(groups), np.dtype(dtypes[0]), num_workers, num_devices, codec)
 
 
 def regroup(layout: Layout, groups: Mapping[str, Group]) -> Layout:
@@ -107,7 +118,24 @@ def regroup(layout: Layout, groups: Mapping[str, Group]) -> Layout:
     return layout._replace(leaves=leaves, groups=dict(groups))
 
 
-# --- one leaf: its canonical form, and the form split over the devices ---------------------------
+def map_trees(layout: Layout, fn: Any, first: Any, *rest: Any, scalar: Any = lambda x, *_: x) -> Any:
+    """`fn` of the parameter-shaped trees in a pytree, such as an optimizer's state.
+
+    Args:
+      layout: knows the paths.
+      fn: (tree of `first`, what stands at its place in each of `rest`) -> anything.
+      first: the pytree.
+      *rest: pytrees of the same structure, down to the trees and the other leaves.
+      scalar: as `fn`, for the other leaves.
+    """
+
+    def visit(x: Any, *others: Any) -> Any:
+        return fn(x, *others) if layout.is_tree(x) else scalar(x, *others)
+
+    return jax.tree.map(visit, first, *rest, is_leaf=layout.is_tree)
+
+
+# --- one leaf in the form that the kinds cut up ------------------------------------------------------------
 
 
 def canonical(x: Any, leaf: Leaf) -> Any:
@@ -130,102 +158,13 @@ def restore(x: Any, leaf: Leaf) -> Any:
     )
 
 
-def split(x: Any, leaf: Leaf, num_devices: int) -> Any:
-    """What each device keeps of a whole leaf (NumPy or JAX), stacked: [D, ...]."""
-    pad = np.pad if isinstance(x, np.ndarray) else jnp.pad
-    if leaf.kind == "shared":
-        wide = np.broadcast_to if isinstance(x, np.ndarray) else jnp.broadcast_to
-        return wide(x, (num_devices, *x.shape))
-    x = canonical(x, leaf)
-    if leaf.kind == "rows":
-        x = pad(x, ((0, 0), (0, -x.shape[1] % num_devices)))
-        return x.reshape(len(x), num_devices, -1).swapaxes(0, 1)
-    group = leaf.groups[0]
-    x = pad(x, ((0, group.strips * group.strip_size - len(x)), (0, 0), (0, 0)))
-    return x.reshape(num_devices, -1, group.strip_size, *x.shape[1:])
+def pad(x: Any, *widths: tuple[int, int]) -> Any:
+    """x, of NumPy or JAX, with zeros around its first axes."""
+    module: Any = np if isinstance(x, np.ndarray) else jnp
+    return module.pad(x, (*widths, *((0, 0),) * (x.ndim - len(widths))))
 
 
-def join(x: Any, leaf: Leaf) -> Any:
-    """The inverse of `split`: the whole leaf from [D, ...]."""
-    if leaf.kind == "shared":
-        return x[0]
-    if leaf.kind == "rows":
-        x = x.swapaxes(0, 1)
-        return restore(x.reshape(len(x), -1)[:, : leaf.row_size], leaf)
-    return restore(x.reshape(-1, *x.shape[3:])[: leaf.groups[0].size], leaf)
-
-
-# --- one leaf on disk: its canonical form without padding, whatever the devices ---------------------
-
-
-def stored_shape(leaf: Leaf) -> tuple[int, ...]:
-    """The shape of `canonical` (that of the leaf itself, where it is shared)."""
-    if leaf.kind == "shared":
-        return leaf.shape
-    return (*(leaf.shape[a] for a in leaf.unit_axes), leaf.row_size)
-
-
-def stored_piece(leaf: Leaf, device: int, num_devices: int) -> tuple[int, int, int]:
-    """(axis, start, stop): the part of the stored form that a device keeps; shared leaves are device 0's."""
-    if leaf.kind == "shared":
-        return 0, 0, (leaf.shape or (1,))[0] if device == 0 else 0
-    if leaf.kind == "rows":
-        axis, size, step = 1, leaf.row_size, -(-leaf.row_size // num_devices)
-    else:
-        axis, size = 0, leaf.groups[0].size
-        step = leaf.groups[0].strip_size * leaf.groups[0].strips // num_devices
-    return axis, min(device * step, size), min((device + 1) * step, size)
-
-
-def to_stored(shard: np.ndarray, leaf: Leaf, device: int, num_devices: int) -> np.ndarray:
-    """That part, from what the device keeps."""
-    if leaf.kind == "shared":
-        return shard
-    _, start, stop = stored_piece(leaf, device, num_devices)
-    if leaf.kind == "rows":
-        return shard[:, : stop - start]
-    return shard.reshape(-1, *shard.shape[2:])[: stop - start]
-
-
-# --- the whole model ------------------------------------------------------------------------------
-
-
-def init_parts(layout: Layout) -> list[list[str]]:
-    """Leaves to initialise together, so that the whole model is never made at once.
-
-    Every part holds at most half of the parameters, or one leaf.
-    """
-    sizes = {path: int(np.prod(leaf.shape)) for path, leaf in layout.leaves.items()}
-    limit = sum(sizes.values()) / _INIT_PARTS
-    parts: list[list[str]] = []
-    for path in sorted(sizes, key=lambda path: -sizes[path]):
-        fits = [part for part in parts if sum(sizes[p] for p in part) + sizes[path] <= limit]
-        if fits:
-            fits[0].append(path)
-        else:
-            parts.append([path])
-    return parts
-
-
-def from_params(layout: Layout, params: Any) -> dict[str, np.ndarray]:
-    """Shards of given parameters (host arrays) on all devices, stacked: [D, ...] by path.
-
-    Raises:
-      ValueError: `params` are not those of the layout.
-    """
-    flat = traverse_util.flatten_dict(params, sep="/")
-    shapes = {path: tuple(x.shape) for path, x in flat.items()}
-    if shapes != {path: leaf.shape for path, leaf in layout.leaves.items()}:
-        raise ValueError("the parameters' names or shapes are not those of the model")
-    return {p: split(np.asarray(flat[p]), leaf, layout.num_devices) for p, leaf in layout.leaves.items()}
-
-
-def iter_leaves(layout: Layout, shards: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, whole leaf) on the host, one leaf at a time, in the order of the paths."""
-    for path, leaf in layout.leaves.items():
-        yield path, join(np.asarray(shards[path]), leaf)
-
-
-def to_params(layout: Layout, shards: Mapping[str, Any]) -> Any:
-    """The global parameters as a nested dict of host arrays, from shards stacked on axis 0."""
-    return traverse_util.unflatten_dict(dict(iter_leaves(layout, shards)), sep="/")
+def cut(x: jax.Array, devices: int) -> jax.Array:
+    """[..., D, q] from [..., p]: the last axis padded and cut into a slice per device."""
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % devices)])
+    return x.reshape(*x.shape[:-1], devices, -1)

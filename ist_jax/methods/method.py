@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from ist_jax.exchange import wire
 from ist_jax.exchange.layout import AXIS, Layout, Shards
 
 
@@ -61,7 +62,7 @@ class State(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What is heard of each worker of a device, [W]: means over the local steps, and whether all was finite."""
+    """What is heard of each worker of a device, [W]: means over the steps, and whether all was finite."""
 
     loss: Any
     accuracy: Any
@@ -135,11 +136,13 @@ class TracedPhase(NamedTuple):
       jaxpr: closed, of (state, value, turn).
       inputs: shapes of (state, value, turn).
       result: shapes of what it returns.
+      parts: of the exchanges in it.
     """
 
     jaxpr: Any
     inputs: tuple[Any, Any, Any]
     result: Any
+    parts: list[wire.Part]
 
 
 def trace(method: Method, state: Any, turn: Turn, num_devices: int) -> dict[str, TracedPhase]:
@@ -154,7 +157,8 @@ def trace(method: Method, state: Any, turn: Turn, num_devices: int) -> dict[str,
     traced, value = {}, None
     for name, phase in method.phases.items():
         make = jax.make_jaxpr(phase, axis_env=[(AXIS, num_devices)], return_shape=True)
-        jaxpr, result = make(state, value, turn)
-        traced[name] = TracedPhase(jaxpr, (state, value, turn), result)
+        with wire.noting() as parts:
+            jaxpr, result = make(state, value, turn)
+        traced[name] = TracedPhase(jaxpr, (state, value, turn), result, parts)
         value = result
     return traced

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ist_jax.exchange.store import AXIS
+from ist_jax.exchange.layout import AXIS
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
     return put(jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *np.shape(x))), tree), devices)
 
 
-def fetch(tree: Any) -> Any:
+def to_host(tree: Any) -> Any:
     """Host arrays [D, ...] of small results, whole in every process."""
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, tree)
@@ -104,7 +105,7 @@ def agree(value: int, devices: Sequence[jax.Device]) -> int:
     """The largest value of all processes."""
     if jax.process_count() == 1:
         return value
-    return int(fetch(put(np.full(len(devices), value, np.int32), devices)).max())
+    return int(to_host(put(np.full(len(devices), value, np.int32), devices)).max())
 
 
 def compile_program(
@@ -112,16 +113,16 @@ def compile_program(
     args: Sequence[Any],
     devices: Sequence[jax.Device],
     *,
-    in_axes: Sequence[int | None],
+    in_axes: Sequence[Any],
     donate: Sequence[int] = (),
 ) -> Any:
     """Compiles a per-device function for all devices.
 
     Args:
-      fn: plain JAX with collectives over `store.AXIS`.
+      fn: plain JAX with collectives over `layout.AXIS`.
       args: example arguments; arrays or `jax.ShapeDtypeStruct`s.
       devices: from `choose`.
-      in_axes: per argument 0 (one slice per device) or None (the same on all).
+      in_axes: per argument 0 (one slice per device), None (the same on all), or a tree of them.
       donate: numbers of the arguments whose memory the program may reuse.
 
     Returns:
@@ -149,39 +150,42 @@ class _SpanningProgram:
         fn: Callable[..., Any],
         args: Sequence[Any],
         devices: Sequence[jax.Device],
-        in_axes: Sequence[int | None],
+        in_axes: Sequence[Any],
         donate: Sequence[int],
     ):
-        self._shardings = [_sharding(devices, axis) for axis in in_axes]
+        def spread(axis: int | None, arg: Any, leaf: Callable[[int | None, Any], Any]) -> Any:
+            return jax.tree.map(lambda x: leaf(axis, x), arg)
+
+        def per_leaf(leaf: Callable[[int | None, Any], Any], args: Sequence[Any]) -> tuple:
+            each = partial(spread, leaf=leaf)
+            return jax.tree.map(each, tuple(in_axes), tuple(args), is_leaf=lambda axis: axis is None)
 
         def per_device(*slices: Any) -> Any:
-            own = (
-                jax.tree.map(lambda x: x[0], x) if axis == 0 else x
-                for x, axis in zip(slices, in_axes, strict=True)
-            )
+            own = per_leaf(lambda axis, x: x[0] if axis == 0 else x, slices)
             return jax.tree.map(lambda x: x[None], fn(*own))
 
-        specs = tuple(s.spec for s in self._shardings)
+        self._shardings = per_leaf(lambda axis, _: _sharding(devices, axis), args)
         mapped = jax.shard_map(
             per_device,
-            mesh=self._shardings[0].mesh,
-            in_specs=specs,
+            mesh=_sharding(devices).mesh,
+            in_specs=jax.tree.map(lambda s: s.spec, self._shardings),
             out_specs=PartitionSpec(AXIS),
             check_vma=False,
         )
-        like = [
-            jax.tree.map(lambda x, s=s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), arg)
-            for arg, s in zip(args, self._shardings, strict=True)
-        ]
+        like = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tuple(args), self._shardings
+        )
         self.compiled = jax.jit(mapped, donate_argnums=tuple(donate)).lower(*like).compile()
         self.as_text, self.memory_analysis = self.compiled.as_text, self.compiled.memory_analysis
+        self.args_info, self.in_tree = self.compiled.args_info, self.compiled.in_tree
+        self.input_shardings = self.compiled.input_shardings
 
     def __call__(self, *args: Any) -> Any:
-        return self.compiled(*(_place_all(x, s) for x, s in zip(args, self._shardings, strict=True)))
+        return self.compiled(*jax.tree.map(_place_host, args, self._shardings))
 
 
-def _place_all(tree: Any, sharding: NamedSharding) -> Any:
-    return jax.tree.map(lambda x: x if isinstance(x, jax.Array) else _place(np.asarray(x), sharding), tree)
+def _place_host(x: Any, sharding: NamedSharding) -> jax.Array:
+    return x if isinstance(x, jax.Array) else _place(np.asarray(x), sharding)
 
 
 def _place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:

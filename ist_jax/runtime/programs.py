@@ -2,79 +2,90 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from flax import traverse_util
 
-from ist_jax import partition
-from ist_jax.exchange import store
-from ist_jax.exchange.layout import init_parts, split
-from ist_jax.methods import local_sgd
-from ist_jax.methods.method import State
+from ist_jax.exchange.kinds import init_parts, shard_shapes, split_leaf
+from ist_jax.exchange.layout import Layout, Shards
+from ist_jax.methods.method import AXES, Method, State, TracedPhase
 from ist_jax.runtime import devices
-from ist_jax.runtime import scoring as evaluation
-from ist_jax.task import Task
 from ist_jax.workdir import checkpoint
 
-
-class Programs(NamedTuple):
-    """The compiled programs of a run; a phase that a method does not have is None."""
-
-    gather: jax.stages.Compiled | None
-    local: Any
-    merge: jax.stages.Compiled | None
-    evaluate: Any
-    validate: jax.stages.Compiled | None = None  # the same for the batches of a validation split
+_IN_AXES = (0, 0, AXES)  # of (state, value, turn)
 
 
-def init_state(
-    recipe: local_sgd.Recipe, init_params: Callable[[jax.Array], Any], seed: int, chosen: Sequence[jax.Device]
-) -> local_sgd.State:
-    """The state of freshly initialised parameters.
+def compile_phases(
+    method: Method, traced: Mapping[str, TracedPhase], chosen: Sequence[jax.Device]
+) -> dict[str, Any]:
+    """The phases of a round, each compiled once for the whole run.
+
+    The last one may reuse the memory of the state, the others that of their value where all of it fits what
+    they return.
+
+    Args:
+      method: of the round.
+      traced: from `methods.method.trace`.
+      chosen: the devices.
+    """
+    programs: dict[str, Any] = {}
+    for name, phase in traced.items():
+        last = len(programs) + 1 == len(traced)
+        donate = [0] if last else [1] if _fits(phase.inputs[1], phase.result) else []
+        args = with_axes(phase.inputs, len(chosen))
+        programs[name] = devices.compile_program(
+            method.phases[name], args, chosen, in_axes=_IN_AXES, donate=donate
+        )
+    return programs
+
+
+def compile_score(method: Method, state: State, batches: Any, chosen: Sequence[jax.Device]) -> Any:
+    """The evaluation of the state on the batches [D, ...] of one call."""
+    return devices.compile_program(method.score, (state, batches), chosen, in_axes=(0, 0))
+
+
+def with_axes(inputs: tuple[Any, Any, Any], num_devices: int) -> Any:
+    """The shapes of (state, value, turn) on all devices, from those on one."""
+
+    def spread(axis: int | None, arg: Any) -> Any:
+        lead = (num_devices,) if axis == 0 else ()
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), arg)
+
+    return jax.tree.map(spread, _IN_AXES, inputs, is_leaf=lambda axis: axis is None)
+
+
+def _fits(value: Any, result: Any) -> bool:
+    """Whether every array of `value` has one of the same shape and dtype to itself in `result`."""
+    free = [(x.shape, x.dtype) for x in jax.tree.leaves(result)]
+    for x in jax.tree.leaves(value):
+        if (x.shape, x.dtype) not in free:
+            return False
+        free.remove((x.shape, x.dtype))
+    return True
+
+
+# --- the state ----------------------------------------------------------------------------------------------
+
+
+def init_shards(
+    layout: Layout, init_params: Callable[[jax.Array], Any], seed: int, chosen: Sequence[jax.Device]
+) -> Shards:
+    """Freshly initialised parameters.
 
     Made part by part in the host's memory and placed in shards: no accelerator ever holds more than its
     share, and the values do not depend on the devices.
     """
-    shards: store.Shards = {}
+    shards: Shards = {}
     with jax.default_device(devices.host()):
         key = jax.random.key(seed)
-        for paths in init_parts(recipe.layout):
+        for paths in init_parts(layout):
             lowered = jax.jit(partial(_init_leaves, init_params, tuple(paths))).lower(key)
             leaves = lowered.compile({"xla_backend_optimization_level": "0"})(key)  # it runs once
             for path in paths:
-                whole = np.asarray(leaves.pop(path))
-                parts = split(whole, recipe.layout.leaves[path], recipe.layout.num_devices)
-                shards[path] = devices.put(parts, chosen)
-    return build_state(recipe, {path: shards[path] for path in recipe.layout.leaves}, chosen)
-
-
-def restore_state(
-    recipe: local_sgd.Recipe, saved: checkpoint.Saved, chosen: Sequence[jax.Device]
-) -> local_sgd.State:
-    """The state of a checkpoint, placed array by array: no process ever holds the whole model.
-
-    Raises:
-      ValueError: the checkpoint is not of this model or optimizer, or damaged.
-    """
-    layout = recipe.layout
-    shards = {
-        path: jax.eval_shape(
-            partial(split, leaf=leaf, num_devices=1), jax.ShapeDtypeStruct(leaf.shape, layout.dtype)
-        )
-        for path, leaf in layout.leaves.items()
-    }
-    like = to_save(jax.eval_shape(partial(local_sgd.init_state, recipe), shards))
-    state = saved.restore(layout, like, partial(devices.put, devices=chosen))
-    trees, rest = state.travels
-    return local_sgd.State((state.params, *trees), rest)
-
-
-def to_save(state: local_sgd.State) -> State:
-    """The state as checkpoints name its fields."""
-    return State(params=state.trees[0], travels=(state.trees[1:], state.rest))
+                shards[path] = devices.put(split_leaf(layout, path, np.asarray(leaves.pop(path))), chosen)
+    return {path: shards[path] for path in layout.leaves}
 
 
 def _init_leaves(init_params: Callable[[jax.Array], Any], paths: tuple[str, ...], key: jax.Array) -> dict:
@@ -83,93 +94,28 @@ def _init_leaves(init_params: Callable[[jax.Array], Any], paths: tuple[str, ...]
     return {path: flat[path] for path in paths}
 
 
-def build_state(
-    recipe: local_sgd.Recipe, shards: store.Shards, chosen: Sequence[jax.Device]
-) -> local_sgd.State:
+def init_state(method: Method, shards: Shards, chosen: Sequence[jax.Device]) -> State:
     """The state before the first round, from the parameters' shards on the devices."""
-    if not recipe.carry:
-        return local_sgd.State((shards,), ())
-    start = partial(local_sgd.init_state, recipe)
-    return jax.block_until_ready(devices.compile_program(start, (shards,), chosen, in_axes=[0])(shards))
+    like = jax.eval_shape(method.init, _on_one_device(shards))
+    if not jax.tree.leaves(like._replace(params={})):
+        return like._replace(params=shards)
+    return jax.block_until_ready(
+        devices.compile_program(method.init, (shards,), chosen, in_axes=(0,))(shards)
+    )
 
 
-def compile_programs(
-    recipe: local_sgd.Recipe,
-    model: nn.Module,
-    task: Task,
-    state: local_sgd.State,
-    train_data: Any,
-    test_batches: Any,
-    chosen: Sequence[jax.Device],
-    *,
-    local_steps: int,
-    batch_size: int,
-    scale: Mapping[str, float],
-    average_gradients: bool,
-    validation_batches: Any = None,
-    evaluation_only: bool = False,
-) -> Programs:
-    """Compiles the phases of a round and the evaluation, each once for the whole run.
+def restore_state(
+    method: Method, layout: Layout, saved: checkpoint.Saved, chosen: Sequence[jax.Device]
+) -> State:
+    """The state of a checkpoint, placed array by array: no process ever holds the whole model.
 
-    Args:
-      recipe: what every worker does.
-      model: the global model.
-      task: what is learned.
-      state: from `init_state`.
-      train_data: what the rounds are fed, [D, ...]; arrays or `jax.ShapeDtypeStruct`s, as below.
-      test_batches: the evaluation batches of one call, [D, ...]; None: leave the evaluation out.
-      chosen: the devices.
-      local_steps: l.
-      batch_size: per worker.
-      scale: of the units at evaluation, from `evaluation.unit_scale`; {}: none.
-      average_gradients: data-parallel SGD instead of a gather, local steps and a merge.
-      validation_batches: as `test_batches`; None: there is no validation split.
-      evaluation_only: leave the phases of a round out.
+    Raises:
+      ValueError: the checkpoint is not of this model or method, or damaged.
     """
-    layout = recipe.layout
-    build = partial(devices.compile_program, devices=chosen)
-    score_shards = partial(evaluation.evaluate_shards, layout, model, task, scale)
-    evaluations: Any = tuple(
-        None if batches is None else build(score_shards, (state.trees[0], batches), in_axes=[0, 0])
-        for batches in (test_batches, validation_batches)
-    )
-    if evaluation_only:
-        return Programs(None, None, None, *evaluations)
+    like = jax.eval_shape(method.init, shard_shapes(layout))
+    return saved.restore(layout, like, partial(devices.put, devices=chosen))
 
-    def per_device(*shape: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((layout.num_devices, layout.workers_per_device, *shape), dtype)
 
-    indices = per_device(local_steps, batch_size)
-    feed = (
-        indices,
-        jax.ShapeDtypeStruct((local_steps,), np.float32),
-        jax.ShapeDtypeStruct((), np.int32),
-    )
-    if average_gradients:
-        steps = partial(local_sgd.data_parallel_steps, recipe)
-        present = per_device(dtype=bool)
-        local = build(
-            steps, (state, present, train_data, *feed), in_axes=[0, 0, 0, 0, None, None], donate=[0]
-        )
-        return Programs(None, local, None, *evaluations)
-
-    assignment = partition.sample(partition.round_rng(0, 0), layout.groups)
-    gather = merge = None
-    units: Any = tuple({} for _ in state.trees)
-    if layout.groups:
-        gather_fn = partial(local_sgd.gather, recipe)
-        gather = build(gather_fn, (state, assignment), in_axes=[0, None])
-        units = jax.eval_shape(jax.vmap(gather_fn, (0, None), axis_name=store.AXIS), state, assignment)
-    gates = {n: per_device(g.slots, dtype=bool) for n, g in layout.groups.items() if not g.even}
-    steps = partial(local_sgd.local_steps, recipe)
-    args = (state, units, gates, train_data, *feed)
-    in_axes = [0, 0, 0, 0, 0, None, None]
-    local = build(steps, args, in_axes=in_axes, donate=[1])
-    subnets, _ = jax.eval_shape(jax.vmap(steps, in_axes, axis_name=store.AXIS), *args)
-    merge = build(
-        partial(local_sgd.merge, recipe),
-        (state, subnets, assignment, per_device(dtype=bool)),
-        in_axes=[0, 0, None, 0],
-        donate=[0],
-    )
-    return Programs(gather, local, merge, *evaluations)
+def _on_one_device(tree: Any) -> Any:
+    """Shapes on one device of arrays [D, ...]."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)

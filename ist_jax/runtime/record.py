@@ -1,4 +1,4 @@
-"""What a run leaves behind in words and figures: a record per round, the summary, the page."""
+"""What a run leaves behind in figures and words: a record per round, the summary, the page."""
 
 import datetime
 import logging
@@ -6,145 +6,127 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
-from ml_collections import config_dict
 
 from ist_jax import __version__
-from ist_jax.costs import formula as ledger
-from ist_jax.exchange.layout import Layout
+from ist_jax.costs import formula, ledger
+from ist_jax.methods.method import Told
 from ist_jax.partition import Group
+from ist_jax.runtime.run import Run, Stage
 
 log = logging.getLogger(__name__)
 
 
-class Provenance(NamedTuple):
-    """What the results of a run are of.
-
-    Attributes:
-      method: its name.
-      seed: of the run.
-      layout: of the model, after a warm-up.
-      data: the data set's description.
-      custom_model: from `workdir.resume.describe`.
-      device: one of those used.
-      seconds_compile: of set-up.
-      bytes_local_sgd: what a worker would exchange in a round of local SGD with the same state.
-    """
-
-    method: str
-    seed: int
-    layout: Layout
-    data: str
-    custom_model: str | None
-    device: jax.Device
-    seconds_compile: float
-    bytes_local_sgd: float
-
-
-def record_workers(
-    healthy: np.ndarray, present: np.ndarray, told: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-    """What a round's record says of the workers.
+def round_record(run: Run, stage: Stage, index: int, told: Told, present: np.ndarray) -> dict[str, Any]:
+    """The record of a round, but for its times; says which workers were left out.
 
     Args:
-      healthy: bool [S], whose losses and updates were finite.
+      run: of which it is a round.
+      stage: that it was run by.
+      index: its number, counted from 0.
+      told: by the workers, [S].
       present: bool [S], who took part.
-      told: by key, float [S]; the mean over those who were both is recorded, NaN where there is none.
     """
-    merged, sick = healthy & present, np.flatnonzero(~healthy & present)
+    schedule, workers = run.schedule, stage.layout.num_workers
+    merged, sick = told.healthy & present, np.flatnonzero(~told.healthy & present)
+    for worker in sick:
+        log.warning(
+            "round %d: worker %d had a non-finite loss or update, which is left out", index + 1, worker
+        )
     return {
-        **{
-            key: float(values[merged].mean()) if merged.any() else float("nan")
-            for key, values in told.items()
-        },
+        "round": index + 1,
+        "examples": schedule.examples_after(index),
+        "train_loss": _mean_where(merged, told.loss),
+        "train_accuracy": _mean_where(merged, told.accuracy),
+        "lr": float(schedule.learning_rates[index, -1]),
+        "bytes_per_worker": sum(stage.apart.paper.values()) / workers,
+        "bytes_sent": sum(stage.apart.sent.values()),
+        "wire_bytes_per_device": sum(stage.traffic.sent.values()),
         "workers_left_out": len(sick),
         "left_out": sick.tolist(),
         "workers_absent": int((~present).sum()),
+        "partition": stage.deal,
     }
 
 
-def warn_left_out(round_number: int, workers: Sequence[int], what: str) -> None:
-    """Says which workers' rounds (or, data-parallel, single steps) were left out."""
-    for worker in workers:
-        log.warning(
-            "round %d: worker %d had a non-finite loss or update; its %s left out",
-            round_number, worker, "round is" if what == "round" else "steps that had one are",
-        )  # fmt: skip
+def _mean_where(chosen: np.ndarray, values: np.ndarray) -> float:
+    """Mean over the chosen workers; NaN where there is none."""
+    return float(values[chosen].mean()) if chosen.any() else float("nan")
 
 
-def round_bytes(config: config_dict.ConfigDict, layout: Layout, *, trees: int) -> dict[str, float | None]:
-    """Bytes of a round, as `ledger` counts them, for its record.
+def about_checkpoint(run: Run, record: Mapping[str, Any], custom_model: str | None) -> dict[str, Any]:
+    """What a checkpoint says of the run and of its last round, by that round's record."""
+    scores = {key: record.get(key) for key in ("test_accuracy", "validation_accuracy")}
+    about = {key: record[key] for key in ("round", "examples")}
+    return about | scores | {"custom_model": custom_model, "config": run.settings}
 
-    Args:
-      config: of the run.
-      layout: of the store.
-      trees: parameter-shaped trees that are exchanged (1, and 1 per carried moment).
 
-    Returns:
-      'bytes_per_worker' by the papers' count; 'bytes_sent', by a worker if each has a device of its own;
-      and 'wire_bytes_per_device', by the devices that there are, None for data-parallel SGD, whose
-      gradients travel as the backend likes (a ring all-reduce is counted in 'bytes_sent').
-    """
-    workers, averaged = config.num_workers, config.method == "data_parallel"
-    apart, steps = layout._replace(num_devices=workers), config.local_steps if averaged else 0
-    sent = sum(ledger.round_bytes(apart, trees=trees, averaged_steps=steps).values())
-    if averaged:  # gradients alone, every step; momentum is the same everywhere
-        both_ways = ledger.full_model_bytes(layout) / workers * config.local_steps
-        return {"bytes_per_worker": both_ways, "bytes_sent": sent, "wire_bytes_per_device": None}
-    return {
-        "bytes_per_worker": ledger.paper_bytes_per_round(layout, trees=trees) / workers,
-        "bytes_sent": sent,
-        "wire_bytes_per_device": ledger.wire_bytes(layout, trees=trees),
-    }
+def make_ledger(run: Run) -> dict[str, Any]:
+    """The ledger of a run's last stage; see `costs.ledger`."""
+    stage, (chunks, program) = run.stages[-1], run.splits["test"]
+    subject = ledger.Subject(
+        name=run.name,
+        recipe=stage.recipe,
+        method=stage.method,
+        phases=stage.phases,
+        programs=stage.programs,
+        score=program,
+        batches=chunks.spec,
+        chunks=len(chunks),
+        example=run.inputs.task.example,
+        steps=(run.settings["local_steps"], run.settings["batch_size"]),
+        paper=stage.apart.paper,
+    )
+    return ledger.ledger_of(subject)
 
 
 def describe_units(groups: Mapping[str, Group]) -> dict[str, dict[str, Any]]:
-    """What there is to know of each group to deal it out again; see `report.runs`."""
+    """What there is to know of each group to deal its units again, as `report.runs` does."""
     return {g.name: {"size": g.size, "strips": g.strips, "min_units": g.min_units} for g in groups.values()}
 
 
 def summarize(
-    provenance: Provenance, records: Sequence[Mapping[str, Any]], params_sha256: str
+    run: Run, records: Sequence[Mapping[str, Any]], custom_model: str | None, params_sha256: str
 ) -> dict[str, Any]:
     """The final figures of a run; bytes as its records count them, times in seconds.
 
     Args:
-      provenance: of the run.
+      run: of which they are.
       records: of all rounds, as in metrics.jsonl.
+      custom_model: from `workdir.resume.describe`.
       params_sha256: hash of the final parameters.
     """
-    last, rounds, layout = records[-1], len(records), provenance.layout
-    wire = [r["wire_bytes_per_device"] for r in records]
-    seconds = dict.fromkeys(key for r in records for key in r if key.startswith("seconds_"))
-    totals = {key: sum(r.get(key, 0.0) for r in records) for key in seconds}
+    last, rounds, layout, device = records[-1], len(records), run.layout, run.devices[0]
+    keys = dict.fromkeys(key for r in records for key in r if key.startswith("seconds_"))
+    seconds = {key: sum(r.get(key, 0.0) for r in records) for key in keys}
+    wire = [r["wire_bytes_per_device"] for r in records]  # earlier versions had none for some methods
     return {
-        "method": provenance.method,
+        "method": run.name,
         **{key: value for key, value in last.items() if key.startswith(("test_", "validation_"))},
         "train_loss": last["train_loss"],
         "rounds": rounds,
         "examples": last["examples"],
-        "seconds_total": totals.pop("seconds_round"),
-        "seconds_compile": provenance.seconds_compile,
-        **totals,
-        "parameters": ledger.model_parameters(layout),
-        "parameters_per_worker": ledger.subnet_parameters(layout) / layout.num_workers,
+        "seconds_total": seconds.pop("seconds_round"),
+        "seconds_compile": run.seconds_compile,
+        **seconds,
+        "parameters": formula.model_parameters(layout),
+        "parameters_per_worker": formula.subnet_parameters(layout) / layout.num_workers,
         "bytes_exchanged_per_worker": sum(r["bytes_per_worker"] for r in records),
-        "bytes_local_sgd_per_worker": provenance.bytes_local_sgd * rounds,
+        "bytes_local_sgd_per_worker": formula.local_sgd_bytes(layout, run.state.travels) * rounds,
         "wire_bytes_per_device": None if None in wire else sum(wire),
         "workers_left_out": sum(r["workers_left_out"] for r in records),
         "workers_absent": sum(r["workers_absent"] for r in records),
         "units": describe_units(layout.groups),
         "params_sha256": params_sha256,
-        "data": provenance.data,
+        "data": run.inputs.dataset.description,
         "num_workers": layout.num_workers,
         "num_devices": layout.num_devices,
-        "platform": provenance.device.platform,
-        "device_kind": provenance.device.device_kind,
-        "seed": provenance.seed,
-        "custom_model": provenance.custom_model,
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "seed": run.settings["seed"],
+        "custom_model": custom_model,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()}
         | {"ist_jax": __version__}
@@ -160,7 +142,7 @@ def write_report(workdir: Path) -> Path:
     return workdir / "report.html"
 
 
-def last_line(summary: dict[str, Any]) -> str:
+def last_line(summary: Mapping[str, Any]) -> str:
     """A run's result in a line for people."""
     exchanged, full = summary["bytes_exchanged_per_worker"], summary["bytes_local_sgd_per_worker"]
     return (

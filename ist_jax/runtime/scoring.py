@@ -1,6 +1,6 @@
 """Evaluation of the global model: a split's scores, and statistics to classify single examples by."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,10 +10,8 @@ import numpy as np
 from flax import traverse_util
 from jax import lax
 
-from ist_jax.exchange import store
-from ist_jax.exchange.layout import Layout
-from ist_jax.exchange.store import Shards
-from ist_jax.exchange.streaming import Fetch
+from ist_jax.exchange.layout import Layout, Shards
+from ist_jax.exchange.streaming import Streamed
 from ist_jax.task import Task
 
 
@@ -43,15 +41,29 @@ def is_streamable(model: nn.Module) -> bool:
     return hasattr(model, "fetch")
 
 
-def unit_scale(layout: Layout) -> dict[str, float]:
-    """ResIST's scale of the residual branches at evaluation: assigned slots / (workers x units).
+def make_loss_fn(
+    model: nn.Module,
+    score_fn: Callable[..., tuple[jax.Array, jax.Array]],
+    scale: Mapping[str, float] | None = None,
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """(flat params, inputs, labels, gates) -> (mean loss, mean of the first score) of a subnet.
 
-    1 / S without overlap (arXiv:2107.00961, section 3); 1 with one worker.
+    Args:
+      model: the subnet.
+      score_fn: of the task.
+      scale: of its units' branches; None: as they are.
     """
-    return {name: group.share for name, group in layout.groups.items()}
+
+    def loss_fn(params: Shards, inputs: Any, labels: jax.Array, gates: Any) -> tuple:
+        variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
+        logits: Any = model.apply(variables, inputs, gates=gates, scale=scale)
+        losses, scores = score_fn(logits, labels)
+        return losses.mean(), scores[:, 0].mean()
+
+    return loss_fn
 
 
-def evaluate_shards(
+def score_shards(
     layout: Layout,
     model: nn.Module,
     task: Task,
@@ -65,18 +77,19 @@ def evaluate_shards(
       layout: of the store.
       model: the global model; its blocks or layers are gathered one at a time where it can be streamed.
       task: makes inputs and labels of the batches, and scores the logits.
-      scale: of the units of each group, from `unit_scale`; {}: none.
+      scale: of the units of each group, from `setup.unit_scale`; {}: none.
       shards: this device's share of the parameters.
       batches: this device's part of `inputs.deal_batches`, [n, B, ...].
 
     Returns:
       float32 [n, 2 + M]: per batch the weighted sums of the loss and of M scores, and the weights'.
     """
+    fetch = Streamed(layout)
     if is_streamable(model):
         params = shards
-        model = model.clone(fetch=Fetch(layout))
+        model = model.clone(fetch=fetch)
     else:
-        params = {path: store.fetch(layout, path, shard) for path, shard in shards.items()}
+        params = {path: fetch(path, shard) for path, shard in shards.items()}
     variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
 
     def score(_: None, batch: Mapping[str, Any]) -> tuple[None, jax.Array]:
@@ -116,7 +129,7 @@ def estimate_batch_stats(
       model: with `models.norm.BatchNorm`s.
       params: nested dict, the global parameters.
       batches: inputs of the model, all of one size.
-      scale: from `unit_scale`.
+      scale: from `setup.unit_scale`.
 
     Returns:
       The collection `batch_stats`, for `model.apply({'params': ..., 'batch_stats': ...}, ...)`.

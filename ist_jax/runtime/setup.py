@@ -1,88 +1,34 @@
-"""An experiment that is set up: data opened, model placed on the devices, programs compiled."""
+"""An experiment that is set up: data opened, model placed on the devices, programs compiled.
+
+Here a config becomes values; nothing below sees one.
+"""
 
 import logging
 import time
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 from ml_collections import config_dict
 
-from ist_jax import data, partition
-from ist_jax.costs import formula as ledger
-from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
-from ist_jax.data.stream import StreamingEvaluation, StreamingFeed
-from ist_jax.exchange.layout import Layout, from_params, make_layout, regroup
-from ist_jax.methods import local_sgd
-from ist_jax.runtime import devices, inputs, settings
-from ist_jax.runtime import processes as distributed
-from ist_jax.runtime import scoring as evaluation
-from ist_jax.runtime.programs import Programs, build_state, compile_programs, init_state, restore_state
+from ist_jax import methods, partition
+from ist_jax.costs import formula
+from ist_jax.costs.traffic import Traffic, round_traffic
+from ist_jax.exchange.kinds import from_params, shard_shapes
+from ist_jax.exchange.layout import Layout, make_layout, regroup
+from ist_jax.methods.method import Method, Recipe, State, TracedPhase, Turn, trace
+from ist_jax.methods.steps import POLICIES
+from ist_jax.runtime import devices, inputs, processes, programs, scoring, settings
+from ist_jax.runtime.clock import Clock
+from ist_jax.runtime.run import Run, Split, Stage
+from ist_jax.runtime.schedule import NOTHING_DONE, Progress, Rates, Schedule, count_rounds, learning_rates
 from ist_jax.task import Task
 from ist_jax.workdir import checkpoint
 
 log = logging.getLogger(__name__)
-
-
-class Warmup(NamedTuple):
-    """The rounds before those of ResIST, in which every worker trains the whole model: local SGD.
-
-    The state between rounds is the same; what differs is how many units a worker is given.
-    """
-
-    rounds: int
-    layout: Layout
-    programs: Programs
-
-
-class Run(NamedTuple):
-    """A run that is set up: what the rounds need."""
-
-    config: config_dict.ConfigDict
-    inputs: inputs.Inputs
-    model: nn.Module
-    scale: dict[str, float]
-    devices: list[jax.Device]
-    recipe: local_sgd.Recipe
-    programs: Programs
-    warmup: Warmup | None
-    state: local_sgd.State
-    feed: InMemoryFeed | StreamingFeed
-    test_batches: InMemoryEvaluation | StreamingEvaluation
-    validation_batches: InMemoryEvaluation | StreamingEvaluation | None
-    first_round: int  # counted from 0: the rounds done by earlier sessions
-    examples_before: int  # seen in them
-    num_rounds: int
-    learning_rates: np.ndarray  # [num_rounds, l]; the rows before first_round are not used
-    seconds_compile: float
-
-    @property
-    def layout(self) -> Layout:
-        return self.recipe.layout
-
-    def phase(self, round_index: int) -> tuple[Layout, Programs]:
-        """What a round, counted from 0, is run by."""
-        if self.warmup is not None and round_index < self.warmup.rounds:
-            return self.warmup.layout, self.warmup.programs
-        return self.layout, self.programs
-
-    @property
-    def dataset(self) -> data.DataSet:
-        return self.inputs.dataset
-
-    @property
-    def train(self) -> Any:
-        return self.inputs.train
-
-    @property
-    def test(self) -> Any:
-        return self.inputs.test
-
-    @property
-    def task(self) -> Task:
-        return self.inputs.task
 
 
 def set_up(
@@ -100,90 +46,63 @@ def set_up(
       model: as for `train`.
       params: the global parameters to start from (nested dict of host arrays); None: fresh ones.
       start: the checkpoint to go on from.
-      evaluation_only: compile no program but the evaluation.
+      evaluation_only: compile no program but the evaluation, and put no training data on the devices.
 
     Raises:
       ValueError: a setting that cannot work; the message names the key.
     """
     settings.check(config)
-    devices.prepare(-(-(config.num_devices or config.num_workers) // distributed.count()))
+    devices.prepare(-(-(config.num_devices or config.num_workers) // processes.count()))
     opened = inputs.open_inputs(config)
     model = model or settings.build_model(config, len(opened.dataset.classes))
-    task = opened.task
     chosen = devices.choose(config.num_workers, config.num_devices)
-    recipe = make_recipe(config, model, task, len(chosen))
-    layout = recipe.layout
+    recipe = make_recipe(config, model, opened.task, len(chosen))
+    layout, method = recipe.layout, method_of(config).make(recipe)
+    scale = unit_scale(config, layout)
     started = time.perf_counter()
-    if start is not None:
-        state = restore_state(recipe, start, chosen)
-    elif params is None:
-        state = init_state(recipe, lambda key: model.init(key, task.example)["params"], config.seed, chosen)
+    state = _first_state(method, recipe, chosen, start, params)
+    done = Progress(start.round, start.about["examples"]) if start else NOTHING_DONE
+    schedule = make_schedule(config, opened.num_train, done)
+    splits = _make_splits(config, opened, method, state, chosen)
+    stages: tuple[Stage, ...] = ()
+    feed: Any = None
+    if evaluation_only:
+        nothing = Traffic({}, {})
+        stages = (Stage(schedule.rounds, recipe, method, {}, {}, nothing, nothing, ""),)
     else:
-        state = build_state(recipe, devices.put(from_params(layout, params), chosen), chosen)
-    scale = evaluation.unit_scale(layout) if config.partition.scale_at_evaluation else {}
-    first, before = (start.round, start.about["examples"]) if start else (0, 0)
-    rounds = settings.count_rounds(config, opened.num_train, first, before)
-    if first > rounds:
-        raise ValueError(
-            f"the run has {first} rounds already, more than the {rounds} that config.rounds or config.epochs "
-            "ask for"
-        )
-    feed = inputs.feed_rounds(config, opened, chosen, rounds)
-    test_batches = inputs.feed_evaluation(config, opened.test, chosen)
-    validation_batches = None
-    if opened.validation is not None:
-        validation_batches = inputs.feed_evaluation(config, opened.validation, chosen)
-    compile_for = partial(
-        compile_programs,
-        model=model,
-        task=task,
-        state=state,
-        train_data=feed.spec,
-        chosen=chosen,
-        local_steps=config.local_steps,
-        batch_size=config.batch_size,
-        scale=scale,
-        average_gradients=config.method == "data_parallel",
-        evaluation_only=evaluation_only,
-    )
-    validation_spec = None if validation_batches is None else validation_batches.spec
-    programs = compile_for(recipe, test_batches=test_batches.spec, validation_batches=validation_spec)
-    warmup = None
-    warmup_rounds = settings.count_warmup_rounds(config, opened.num_train, first, before, rounds)
-    if warmup_rounds > first and not evaluation_only:
-        whole = regroup(layout, partition.with_everyone(layout.groups))
-        # scaled as at evaluation (arXiv:2107.00961, footnote 2)
-        whole_recipe = recipe._replace(
-            layout=whole, loss_fn=settings.make_loss_fn(model, task.score_fn, scale)
-        )
-        warmup = Warmup(warmup_rounds, whole, compile_for(whole_recipe, test_batches=None))
+        feed = inputs.feed_rounds(config, opened, chosen, schedule.rounds)
+        recipes = [(schedule.rounds, recipe)]
+        warmup = count_warmup_rounds(config, opened.num_train, done, schedule.rounds)
+        if warmup > schedule.first:
+            recipes.insert(0, (warmup, warmup_recipe(recipe, model, opened.task, scale)))
+        stages = tuple(_make_stage(config, until, recipe, feed, chosen) for until, recipe in recipes)
     run = Run(
-        config=config,
+        name=config.method,
+        settings=config.to_dict(),
         inputs=opened,
         model=model,
         scale=scale,
         devices=chosen,
-        recipe=recipe,
-        programs=programs,
-        warmup=warmup,
+        stages=stages,
         state=state,
         feed=feed,
-        test_batches=test_batches,
-        validation_batches=validation_batches,
-        first_round=first,
-        examples_before=before,
-        num_rounds=rounds,
-        learning_rates=settings.make_learning_rates(config, rounds, first, before),
+        splits=splits,
+        schedule=schedule,
+        turn=_turn_maker(config, feed, schedule),
+        clock=Clock(processes.count()),
         seconds_compile=time.perf_counter() - started,
     )
     _log_set_up(run)
     return run
 
 
-def make_recipe(
-    config: config_dict.ConfigDict, model: nn.Module, task: Task, num_devices: int
-) -> local_sgd.Recipe:
-    """What every worker does, after a warm-up; shapes alone are looked at.
+def method_of(config: config_dict.ConfigDict) -> methods.Entry:
+    """The method that a config names."""
+    return methods.METHODS[config.method]
+
+
+def make_recipe(config: config_dict.ConfigDict, model: nn.Module, task: Task, num_devices: int) -> Recipe:
+    """What a config's method is made from, after a warm-up; shapes alone are looked at.
 
     Args:
       config: as from `configs/`.
@@ -194,53 +113,233 @@ def make_recipe(
     Raises:
       ValueError: a setting that cannot work; the message names the key.
     """
-    shapes = jax.eval_shape(model.init, jax.random.key(0), task.example)["params"]
-    axes = partition.resolve_axes(shapes, model.unit_axes() if config.method == "ist" else {})
-    groups = settings.make_groups(config, model, shapes, axes)
-    return local_sgd.Recipe(
-        layout=make_layout(shapes, axes, groups, config.num_workers, num_devices),
-        tx=settings.make_tx(config.optimizer),
-        loss_fn=settings.make_loss_fn(
-            model.subnet({n: g.slots for n, g in groups.items()}) if groups else model, task.score_fn
-        ),
+    entry = method_of(config)
+    init_params = partial(_init_params, model, task.example)
+    shapes = jax.eval_shape(init_params, jax.random.key(0))
+    axes = partition.resolve_axes(shapes, model.unit_axes() if entry.deals_units else {})
+    groups = settings.make_groups(config, model, shapes, axes) if entry.deals_units else {}
+    layout = make_layout(shapes, axes, groups, config.num_workers, num_devices)
+    subnet = model.subnet({name: group.slots for name, group in groups.items()}) if groups else model
+    return Recipe(
+        layout=layout,
+        tx=make_tx(config.optimizer),
+        loss_fn=scoring.make_loss_fn(subnet, task.score_fn),
         batch_fn=task.batch_fn,
+        score_fn=partial(scoring.score_shards, layout, model, task, unit_scale(config, layout)),
+        init_params=init_params,
+        policy=POLICIES[entry.optimizer_state or config.optimizer_state],
         seed=config.seed,
-        carry=config.optimizer_state == "carry" or config.method == "data_parallel",
         vmapped=config.workers_on_device == "vmap",
     )
 
 
+def warmup_recipe(recipe: Recipe, model: nn.Module, task: Task, scale: dict[str, float]) -> Recipe:
+    """The same where every worker holds all units, scaled as at evaluation (arXiv:2107.00961, footnote 2)."""
+    whole = regroup(recipe.layout, partition.with_everyone(recipe.layout.groups))
+    return recipe._replace(layout=whole, loss_fn=scoring.make_loss_fn(model, task.score_fn, scale))
+
+
+def unit_scale(config: config_dict.ConfigDict, layout: Layout) -> dict[str, float]:
+    """By group, the factor of the units' branches at evaluation; {}: none.
+
+    ResIST's is assigned slots / (workers x units): 1 / S without overlap (arXiv:2107.00961, section 3).
+    """
+    return {name: g.share for name, g in layout.groups.items() if config.partition.scale_at_evaluation}
+
+
+def make_tx(optimizer: config_dict.ConfigDict) -> optax.GradientTransformation:
+    """SGD with weight decay and momentum, before the learning rate."""
+    parts = []
+    if optimizer.weight_decay:
+        parts.append(optax.add_decayed_weights(optimizer.weight_decay))
+    if optimizer.momentum:
+        parts.append(optax.trace(optimizer.momentum, nesterov=optimizer.nesterov))
+    return optax.chain(*parts) if parts else optax.identity()
+
+
+def make_schedule(config: config_dict.ConfigDict, num_train: int, done: Progress = NOTHING_DONE) -> Schedule:
+    """How long a run is.
+
+    Args:
+      config: of the run.
+      num_train: examples to train on.
+      done: in earlier sessions.
+
+    Raises:
+      ValueError: it has more rounds already than the config asks for.
+    """
+    per_step = config.num_workers * config.batch_size
+    per_round = per_step * config.local_steps
+    rounds = config.rounds
+    if rounds is None:
+        rounds = count_rounds(config.epochs, num_train, per_round, done)
+    if done.rounds > rounds:
+        raise ValueError(
+            f"the run has {done.rounds} rounds already, more than the {rounds} that config.rounds or "
+            "config.epochs ask for"
+        )
+    optimizer = config.optimizer
+    rates = Rates(*(optimizer[field] for field in Rates._fields))
+    return Schedule(
+        first=done.rounds,
+        rounds=rounds,
+        examples_before=done.examples,
+        examples_per_round=per_round,
+        learning_rates=learning_rates(rates, (rounds, config.local_steps), per_step, done),
+        eval_every=config.eval_every,
+        patience=config.patience,
+        checkpoint_every=config.checkpoint.every,
+        checkpoint_keep=config.checkpoint.keep,
+        max_left_out=config.max_rounds_left_out,
+    )
+
+
+def count_warmup_rounds(config: config_dict.ConfigDict, num_train: int, done: Progress, rounds: int) -> int:
+    """Rounds, from the run's start, in which all workers train the whole model; at most those of the run.
+
+    0 for methods in which they always do. Arguments as of `make_schedule`, and the rounds of the whole run.
+    """
+    if not method_of(config).deals_units:
+        return 0
+    per_round = config.num_workers * config.batch_size * config.local_steps
+    return min(rounds, count_rounds(config.partition.warmup_epochs, num_train, per_round, done))
+
+
+def turn_shapes(layout: Layout, data: Any, local_steps: int, batch_size: int) -> Turn:
+    """What a round is given on one device.
+
+    Args:
+      layout: of the model.
+      data: shapes of the training data on a device.
+      local_steps: l.
+      batch_size: B.
+    """
+    workers = layout.workers_per_device
+
+    def shape(*sizes: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    def dealt(group: partition.Group) -> partition.Assignment:
+        size = (group.num_workers, group.slots)
+        return partition.Assignment(shape(*size), shape(*size, dtype=bool))  # type: ignore[arg-type]
+
+    return Turn(
+        draw={name: dealt(group) for name, group in layout.groups.items()},
+        gates={n: shape(workers, g.slots, dtype=bool) for n, g in layout.groups.items() if not g.even},
+        present=shape(workers, dtype=bool),
+        data=data,
+        indices=shape(workers, local_steps, batch_size),
+        rates=shape(local_steps, dtype=np.float32),
+        index=shape(),
+    )
+
+
+def trace_round(
+    method: methods.Entry, recipe: Recipe, data: Any, local_steps: int, batch_size: int
+) -> dict[str, TracedPhase]:
+    """The phases of a round on one device, from shapes alone; arguments as of `turn_shapes`."""
+    made, layout = method.make(recipe), recipe.layout
+    state = jax.eval_shape(made.init, shard_shapes(layout))
+    turn = turn_shapes(layout, data, local_steps, batch_size)
+    return trace(made, state, turn, layout.num_devices)
+
+
+def _make_stage(
+    config: config_dict.ConfigDict, until: int, recipe: Recipe, feed: Any, chosen: list[jax.Device]
+) -> Stage:
+    """Rounds by one recipe: traced, counted and compiled."""
+    entry, layout = method_of(config), recipe.layout
+    data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), feed.spec)
+    sizes = (data, config.local_steps, config.batch_size)
+    method, phases = entry.make(recipe), trace_round(entry, recipe, *sizes)
+    here = apart = round_traffic(phases, layout)
+    if layout.num_devices < layout.num_workers:
+        alone = recipe._replace(layout=layout._replace(num_devices=layout.num_workers))
+        apart = round_traffic(trace_round(entry, alone, *sizes), alone.layout)
+    deal = partition.fingerprint(tuple(layout.groups.values()))
+    compiled = programs.compile_phases(method, phases, chosen)
+    return Stage(until, recipe, method, phases, compiled, here, apart, deal)
+
+
+def _init_params(model: nn.Module, example: Any, key: jax.Array) -> Any:
+    return model.init(key, example)["params"]
+
+
+def _first_state(
+    method: Method, recipe: Recipe, chosen: list[jax.Device], start: checkpoint.Saved | None, params: Any
+) -> State:
+    layout = recipe.layout
+    if start is not None:
+        return programs.restore_state(method, layout, start, chosen)
+    if params is not None:
+        return programs.init_state(method, devices.put(from_params(layout, params), chosen), chosen)
+    shards = programs.init_shards(layout, recipe.init_params, recipe.seed, chosen)
+    return programs.init_state(method, shards, chosen)
+
+
+def _make_splits(
+    config: config_dict.ConfigDict,
+    opened: inputs.Inputs,
+    method: Method,
+    state: State,
+    chosen: list[jax.Device],
+) -> dict[str, Split]:
+    """The test set and, where there is one, the validation split."""
+    splits = {}
+    for name, examples in (("test", opened.test), ("validation", opened.validation)):
+        if examples is not None:
+            chunks = inputs.feed_evaluation(config, examples, chosen)
+            splits[name] = Split(chunks, programs.compile_score(method, state, chunks.spec, chosen))
+    return splits
+
+
+def _turn_maker(config: config_dict.ConfigDict, feed: Any, schedule: Schedule) -> Any:
+    """(stage, round's number) -> the inputs of the round."""
+    seed, participation, workers = config.seed, config.participation, config.num_workers
+
+    def turn(stage: Stage, index: int) -> Turn:
+        layout = stage.layout
+        grid = (layout.num_devices, layout.workers_per_device)
+        data, indices = feed(index)
+        draw = partition.sample(partition.round_rng(seed, index), layout.groups)
+        gates = {
+            name: np.asarray(dealt.gates).reshape(*grid, -1)
+            for name, dealt in draw.items()
+            if not layout.groups[name].even
+        }
+        present = partition.sample_present(seed, index, workers, participation).reshape(grid)
+        rates = schedule.learning_rates[index]
+        return Turn(draw, gates, present, data, indices, rates, np.int32(index))
+
+    return turn
+
+
 def _log_set_up(run: Run) -> None:
-    layout, config = run.layout, run.config
+    layout, schedule = run.layout, run.schedule
     log.info(
         "model: %s, %s parameters; %s with %d workers on %d %s device(s), %s parameters per worker",
-        type(run.model).__name__, f"{ledger.model_parameters(layout):,}", config.method, config.num_workers,
+        type(run.model).__name__, f"{formula.model_parameters(layout):,}", run.name, layout.num_workers,
         len(run.devices), run.devices[0].platform,
-        f"{ledger.subnet_parameters(layout) / config.num_workers:,.0f}",
+        f"{formula.subnet_parameters(layout) / layout.num_workers:,.0f}",
     )  # fmt: skip
     for group in layout.groups.values():
         log.info(
             "units: %s has %d, %d to %d per worker",
-            group.name,
-            group.size,
-            min(group.counts),
-            max(group.counts),
-        )
+            group.name, group.size, min(group.counts), max(group.counts),
+        )  # fmt: skip
         waste = group.strips * group.strip_slots / group.slots
         if group.strips > 1 and waste > 1:
             log.info(
                 "units: %s does not fall evenly into %d strips; its exchange carries %.2f times the slots",
                 group.name, group.strips, waste,
             )  # fmt: skip
-    if layout.groups and not evaluation.is_streamable(run.model):
+    if layout.groups and not scoring.is_streamable(run.model):
         log.info(
             "evaluation: the model has no field `fetch`, so every device gathers it whole to evaluate it"
         )
     log.info(
         "compiled in %.1f s; %d rounds of %d local steps",
-        run.seconds_compile,
-        run.num_rounds,
-        config.local_steps,
-    )
-    if run.warmup is not None:
-        log.info("warm-up: in the first %d rounds all workers train the whole model", run.warmup.rounds)
+        run.seconds_compile, schedule.rounds, schedule.learning_rates.shape[1],
+    )  # fmt: skip
+    for stage in run.stages[:-1]:
+        log.info("warm-up: in the first %d rounds all workers train the whole model", stage.until)

@@ -30,7 +30,8 @@ import tensorstore
 from flax import traverse_util
 
 from ist_jax import errors
-from ist_jax.exchange.layout import Layout, Leaf, restore, split, stored_piece, to_stored
+from ist_jax.exchange.kinds import kind_of
+from ist_jax.exchange.layout import Layout, Leaf, restore
 from ist_jax.methods.method import State
 
 log = logging.getLogger(__name__)
@@ -64,19 +65,21 @@ class Stored:
     def piece(self, device: int, num_devices: int) -> tuple[int, int, int]:
         """(axis, start, stop): the part of the stored form that a device writes."""
         if self.leaf is not None:
-            return stored_piece(self.leaf, device, num_devices)
+            return kind_of(self.leaf).stored_piece(self.leaf, device, num_devices)
         rows = self.shape[0] // num_devices
         return 0, device * rows, (device + 1) * rows
 
     def to_stored(self, kept: np.ndarray, device: int, num_devices: int) -> np.ndarray:
         """That part, from what the device keeps."""
-        return kept if self.leaf is None else to_stored(kept, self.leaf, device, num_devices)
+        if self.leaf is None:
+            return kept
+        return kind_of(self.leaf).to_stored(kept, self.leaf, device, num_devices)
 
     def split(self, whole: np.ndarray, num_devices: int) -> np.ndarray:
         """What each device keeps, [D, ...]."""
         if self.leaf is None:
             return whole.reshape(num_devices, -1, *whole.shape[1:])
-        return split(whole, self.leaf, num_devices)
+        return kind_of(self.leaf).split(whole, self.leaf, num_devices)
 
     def entry(self, num_devices: int) -> dict[str, Any]:
         """What an index says of the array, the pieces aside."""
@@ -98,9 +101,6 @@ def stored_arrays(layout: Layout, like: State) -> State:
       ValueError: an array of `own` has no axis of workers.
     """
 
-    def is_tree(x: Any) -> bool:
-        return isinstance(x, dict) and x.keys() == layout.leaves.keys()
-
     def tree(name: str, parts: Mapping[str, Any]) -> Any:
         return {
             path: Stored(f"{name}/{path}", leaf.shape, parts[path].dtype, leaf)
@@ -111,9 +111,10 @@ def stored_arrays(layout: Layout, like: State) -> State:
         return Stored(name, x.shape, x.dtype, Leaf(x.shape, (), ()))
 
     def field(name: str, value: Any) -> Any:
-        parts, treedef = jax.tree.flatten(value, is_leaf=is_tree)
+        parts, treedef = jax.tree.flatten(value, is_leaf=layout.is_tree)
         numbered = [(f"{name}/{i}", x) for i, x in enumerate(parts)]
-        return jax.tree.unflatten(treedef, [(tree if is_tree(x) else everywhere)(n, x) for n, x in numbered])
+        stored = [(tree if layout.is_tree(x) else everywhere)(name, x) for name, x in numbered]
+        return jax.tree.unflatten(treedef, stored)
 
     def rows(number: int, x: Any) -> Stored:
         if x.shape[:1] != (layout.workers_per_device,):

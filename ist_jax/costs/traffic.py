@@ -1,0 +1,75 @@
+"""What a round sends, by cause, from its trace.
+
+Two counts of bytes, which must not be mixed up:
+
+  paper  as the papers count: 4 bytes (the dtype's) x 2 directions x the parameters of all subnets; the
+         slots that are assigned, whoever's memory they already are in.
+  sent   bytes that leave a device in the collectives that stand in the trace: n slots per worker, empty ones
+         included, rows padded to the devices; a worker's own part does not move, one device sends nothing.
+         A device receives as many.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ist_jax.costs.traced import collectives_of, operands, sent
+from ist_jax.exchange.layout import Layout
+from ist_jax.exchange.wire import Part
+from ist_jax.methods.method import TracedPhase
+
+_CAUSES = {"all-reduce": "gradients"}  # of collectives that are no exchange; else their kind
+
+
+class Traffic(NamedTuple):
+    """Bytes of a round by cause: 'gather' of the units, 'merge_units', 'merge_shared' (the shared leaves, and
+    a flag per worker), 'gradients', or the kind of a collective of a method's own."""
+
+    paper: dict[str, float]  # of all workers together
+    sent: dict[str, float]  # by one device
+
+
+def round_traffic(phases: Mapping[str, TracedPhase], layout: Layout) -> Traffic:
+    """The bytes of a round.
+
+    Args:
+      phases: from `methods.method.trace`.
+      layout: that they were traced for.
+    """
+    paper: dict[str, float] = defaultdict(float)
+    leaving: dict[str, float] = defaultdict(float)
+    for phase in phases.values():
+        found = collectives_of(phase.jaxpr, layout.num_devices)
+        for cause, size in by_cause(phase.parts, operands(found)).items():
+            leaving[cause] += size
+        paper.update(dict.fromkeys(leaving, 0.0))
+        for part in phase.parts:
+            paper[part.cause] += part.paper
+        exchanges = {part.kind for part in phase.parts}
+        for other in found:
+            if other.kind not in exchanges:
+                paper[_CAUSES.get(other.kind, other.kind)] += 2 * layout.num_workers * other.floats
+    return Traffic(dict(paper), dict(leaving))
+
+
+def by_cause(parts: Sequence[Part], found: Mapping[tuple[str, Any], float]) -> dict[str, float]:
+    """Bytes that a device sends in a phase, told apart: the one all-to-all of a merge has several causes.
+
+    Args:
+      parts: of the exchanges in it.
+      found: bytes of the operands of its collectives, by kind and number of devices, in its trace or in its
+        optimised HLO; where they are fewer or more than the parts, so are the bytes of each cause.
+    """
+    told: dict[str, float] = {part.cause: 0.0 for part in parts}
+    exchanged: dict[str, float] = defaultdict(float)
+    for part in parts:
+        exchanged[part.kind] += part.operand
+    for (kind, devices), operand in found.items():
+        if kind not in exchanged:
+            cause = _CAUSES.get(kind, kind)
+            told[cause] = told.get(cause, 0.0) + sent(kind, operand, devices)
+            continue
+        for part in parts:
+            if part.kind == kind:
+                told[part.cause] += sent(kind, operand * part.operand / exchanged[kind], devices)
+    return told

@@ -1,0 +1,27 @@
+"""What an exchange sends in place of the numbers.
+
+A codec is a pair of functions, named in `CODECS` or given as `--config.exchange.codec=FILE.py:NAME`. It is
+applied to every part of what is sent, a worker's own part included, so that the result does not depend on the
+devices as long as it works number by number.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+
+class Codec(NamedTuple):
+    """How numbers travel; both None: as they are.
+
+    Attributes:
+      encode: float [n, k] -> an array [n, ...] of any dtype of whole bytes.
+      decode: that array -> float [n, k].
+    """
+
+    encode: Callable[[jax.Array], jax.Array] | None = None
+    decode: Callable[[jax.Array], jax.Array] | None = None
+
+
+NONE = Codec()
+CODECS: dict[str, Any] = {"none": NONE}

@@ -1,0 +1,113 @@
+"""The kinds of leaf, by how many of a leaf's axes run over units; and the whole model leaf by leaf."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from ist_jax.exchange import pairs, rows, shared
+from ist_jax.exchange.layout import Draw, Layout, Leaf, Shards
+
+_INIT_PARTS = 2
+
+
+class Kind(Protocol):
+    """What a kind of leaf does; its file says what the arrays look like."""
+
+    def split(self, x: Any, leaf: Leaf, num_devices: int) -> Any: ...
+    def join(self, x: Any, leaf: Leaf) -> Any: ...
+    def stored_shape(self, leaf: Leaf) -> tuple[int, ...]: ...
+    def stored_piece(self, leaf: Leaf, device: int, num_devices: int) -> tuple[int, int, int]: ...
+    def to_stored(self, shard: np.ndarray, leaf: Leaf, device: int, num_devices: int) -> np.ndarray: ...
+    def cut_out(self, layout: Layout, shards: Shards, draw: Draw) -> Shards: ...
+    def assemble(self, layout: Layout, parts: Shards, draw: Draw) -> Shards: ...
+    def take_apart(self, layout: Layout, subnets: Shards, draw: Draw) -> Shards: ...
+    def put_back(
+        self, layout: Layout, old: Shards, parts: Shards, draw: Draw, flags: jax.Array
+    ) -> Shards: ...
+    def assigned(self, leaf: Leaf, num_workers: int) -> float: ...
+    def whole(self, layout: Layout, leaf: Leaf, shard: jax.Array) -> jax.Array: ...
+    def product(self, layout: Layout, leaf: Leaf, x: Any, shard: jax.Array) -> jax.Array: ...
+
+
+KINDS: tuple[Kind, ...] = (shared, rows, pairs)
+
+
+def kind_of(leaf: Leaf) -> Kind:
+    """How a leaf is kept and exchanged."""
+    return KINDS[len(leaf.unit_axes)]
+
+
+def only(kind: Kind, layout: Layout, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the leaves that are of a kind."""
+    return {path: x for path, x in leaves.items() if kind_of(layout.leaves[path]) is kind}
+
+
+# --- the whole model ----------------------------------------------------------------------------------------
+
+
+def shard_shapes(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a device keeps of every leaf, padding included."""
+    return {
+        path: jax.eval_shape(
+            lambda x, leaf=leaf: kind_of(leaf).split(x, leaf, layout.num_devices)[0],
+            jax.ShapeDtypeStruct(leaf.shape, layout.dtype),
+        )
+        for path, leaf in layout.leaves.items()
+    }
+
+
+def subnet_shapes(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+    """A subnet's arrays by path: every worker's have room for the n slots of the largest."""
+    return {
+        path: jax.ShapeDtypeStruct(leaf.subnet_shape, layout.dtype) for path, leaf in layout.leaves.items()
+    }
+
+
+def init_parts(layout: Layout) -> list[list[str]]:
+    """Leaves to initialise together, so that the whole model is never made at once.
+
+    Every part holds at most half of the parameters, or one leaf.
+    """
+    sizes = {path: int(np.prod(leaf.shape)) for path, leaf in layout.leaves.items()}
+    limit = sum(sizes.values()) / _INIT_PARTS
+    parts: list[list[str]] = []
+    for path in sorted(sizes, key=lambda path: -sizes[path]):
+        fits = [part for part in parts if sum(sizes[p] for p in part) + sizes[path] <= limit]
+        if fits:
+            fits[0].append(path)
+        else:
+            parts.append([path])
+    return parts
+
+
+def split_leaf(layout: Layout, path: str, x: Any) -> Any:
+    """What each device keeps of a whole leaf, stacked: [D, ...]."""
+    leaf = layout.leaves[path]
+    return kind_of(leaf).split(x, leaf, layout.num_devices)
+
+
+def from_params(layout: Layout, params: Any) -> dict[str, np.ndarray]:
+    """Shards of given parameters (host arrays) on all devices, stacked: [D, ...] by path.
+
+    Raises:
+      ValueError: `params` are not those of the layout.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    shapes = {path: tuple(x.shape) for path, x in flat.items()}
+    if shapes != {path: leaf.shape for path, leaf in layout.leaves.items()}:
+        raise ValueError("the parameters' names or shapes are not those of the model")
+    return {path: split_leaf(layout, path, np.asarray(flat[path])) for path in layout.leaves}
+
+
+def iter_leaves(layout: Layout, shards: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, whole leaf) on the host, one leaf at a time, in the order of the paths."""
+    for path, leaf in layout.leaves.items():
+        yield path, kind_of(leaf).join(np.asarray(shards[path]), leaf)
+
+
+def to_params(layout: Layout, shards: Mapping[str, Any]) -> Any:
+    """The global parameters as a nested dict of host arrays, from shards stacked on axis 0."""
+    return traverse_util.unflatten_dict(dict(iter_leaves(layout, shards)), sep="/")

@@ -1,0 +1,170 @@
+"""Leaves with two unit axes, kept as [W, U_in / S, U_out, R].
+
+The first unit axis is cut into S contiguous strips, W per device. The draw is stratified
+(`partition.Group.strips`): a worker holds at most m units of each strip, so it pulls exactly m x n_out
+entries of each; 1 / S^2 of the matrix where S^2 divides U_in.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ist_jax.exchange.layout import AXIS, Draw, Layout, Leaf, Shards, canonical, pad, restore
+from ist_jax.exchange.scatter import scatter
+from ist_jax.exchange.wire import inputs_of_all, multiply_slice
+from ist_jax.partition import Group
+
+
+def split(x: Any, leaf: Leaf, num_devices: int) -> Any:
+    """What each device keeps of a whole leaf (NumPy or JAX), stacked: [D, W, U_in / S, U_out, R]."""
+    x, group = canonical(x, leaf), leaf.groups[0]
+    x = pad(x, (0, group.strips * group.strip_size - len(x)))
+    return x.reshape(num_devices, -1, group.strip_size, *x.shape[1:])
+
+
+def join(x: Any, leaf: Leaf) -> Any:
+    """The inverse of `split`."""
+    return restore(x.reshape(-1, *x.shape[3:])[: leaf.groups[0].size], leaf)
+
+
+def stored_shape(leaf: Leaf) -> tuple[int, ...]:
+    """The shape on disk: [U_in, U_out, R]."""
+    return (*(leaf.shape[a] for a in leaf.unit_axes), leaf.row_size)
+
+
+def stored_piece(leaf: Leaf, device: int, num_devices: int) -> tuple[int, int, int]:
+    """(axis, start, stop) of the stored form that a device keeps."""
+    group = leaf.groups[0]
+    step = group.strip_size * group.strips // num_devices
+    return 0, min(device * step, group.size), min((device + 1) * step, group.size)
+
+
+def to_stored(shard: np.ndarray, leaf: Leaf, device: int, num_devices: int) -> np.ndarray:
+    """That part, from what the device keeps."""
+    _, start, stop = stored_piece(leaf, device, num_devices)
+    return shard.reshape(-1, *shard.shape[2:])[: stop - start]
+
+
+def cut_out(layout: Layout, shards: Shards, draw: Draw) -> Shards:
+    """What a gather sends, by path: [D, W, strips here, m, n_out, R], first axis: destination."""
+    workers = layout.workers_per_device
+
+    def own(leaf: Leaf, shard: jax.Array) -> jax.Array:
+        _, local = _strip_tables(layout, leaf.groups[0], draw)
+        strip = jnp.arange(workers)[None, :, None, None]
+        at = (strip, local[..., None], _out_indices(leaf, draw)[:, None, None, :])
+        send = shard.at[at].get(mode="fill", fill_value=0)
+        return send.reshape(layout.num_devices, workers, *send.shape[1:])
+
+    return {path: own(layout.leaves[path], shard) for path, shard in shards.items()}
+
+
+def assemble(layout: Layout, parts: Shards, draw: Draw) -> Shards:
+    """This device's W subnets' leaves, [W, ...], from what has come."""
+    workers = layout.workers_per_device
+
+    def own(leaf: Leaf, got: jax.Array) -> jax.Array:
+        got = got.swapaxes(0, 1).reshape(workers, -1, *got.shape[4:])  # [W, S m, n_out, R]
+        if not _is_dense(leaf.groups[0]):
+            slots_of, _ = _strip_tables(layout, leaf.groups[0], draw)
+            place = _invert(_own(layout, slots_of).reshape(workers, -1), leaf.groups[0].slots)  # [W, n_in]
+            got = jax.vmap(lambda g, p: g.at[p].get(mode="fill", fill_value=0))(got, place)
+        return restore(got, leaf)
+
+    return {path: own(layout.leaves[path], got) for path, got in parts.items()}
+
+
+def take_apart(layout: Layout, subnets: Shards, draw: Draw) -> Shards:
+    """What a merge sends, by path, of the form that a gather receives."""
+    devices, workers = layout.num_devices, layout.workers_per_device
+
+    def own(leaf: Leaf, x: jax.Array) -> jax.Array:
+        block, group = canonical(x, leaf), leaf.groups[0]  # [W, n_in, n_out, R]
+        if not _is_dense(group):
+            slots_of, _ = _strip_tables(layout, group, draw)
+            place = _own(layout, slots_of).reshape(workers, -1)  # [W, S m]
+            block = jax.vmap(lambda b, p: b.at[p].get(mode="fill", fill_value=0))(block, place)
+        return block.reshape(workers, devices, workers, group.strip_slots, *block.shape[2:]).swapaxes(0, 1)
+
+    return {path: own(layout.leaves[path], x) for path, x in subnets.items()}
+
+
+def put_back(layout: Layout, old: Shards, parts: Shards, draw: Draw, flags: jax.Array) -> Shards:
+    """This device's shards after a round, from what has come; `flags`, bool [S]: whose."""
+    workers = layout.workers_per_device
+
+    def own(path: str, shard: jax.Array) -> jax.Array:
+        leaf = layout.leaves[path]
+        got = parts[path].reshape(layout.num_workers, *parts[path].shape[2:])
+        indices = jnp.where(flags[:, None], _out_indices(leaf, draw), leaf.groups[1].size)
+        _, local = _strip_tables(layout, leaf.groups[0], draw)
+        strip = jnp.broadcast_to(jnp.arange(workers)[None, :, None, None], (len(local), workers, 1, 1))
+        where = (strip, local[..., None], indices[:, None, None, :])
+        return scatter(shard, where, got, disjoint=all(group.disjoint for group in leaf.groups))
+
+    return {path: own(path, shard) for path, shard in old.items()}
+
+
+def assigned(leaf: Leaf, num_workers: int) -> float:
+    """Numbers of the leaf that all workers' subnets hold together, assigned slots only; a mean over draws."""
+    first, second = leaf.groups
+    if first.fair and first.name != second.name:  # independent draws
+        return sum(first.counts) * sum(second.counts) / num_workers * leaf.row_size
+    return sum(a * b for a, b in zip(first.counts, second.counts, strict=True)) * leaf.row_size
+
+
+def whole(layout: Layout, leaf: Leaf, shard: jax.Array) -> jax.Array:
+    """The whole leaf from what all devices keep."""
+    del layout
+    return join(lax.all_gather(shard, AXIS), leaf)
+
+
+def product(layout: Layout, leaf: Leaf, x: Any, shard: jax.Array) -> jax.Array:
+    """x @ kernel, [B, O], of a leaf [I, O]: inputs and results travel, the kernel stays where it is."""
+    return multiply_slice(layout, inputs_of_all(x), shard.reshape(-1, leaf.shape[1]))
+
+
+def _out_indices(leaf: Leaf, draw: Draw) -> jax.Array:
+    return jnp.asarray(draw[leaf.groups[1].name].indices)  # [S, n_out]
+
+
+def _is_dense(group: Group) -> bool:
+    """Every worker holds exactly m units of each strip: slots are in the order of the exchange."""
+    return group.even and group.strips * group.strip_slots == group.slots
+
+
+def _strip_tables(layout: Layout, group: Group, draw: Draw) -> tuple[jax.Array, jax.Array]:
+    """Per worker, which of its slots lie in which strip, and where in this device's strips.
+
+    Returns:
+      slots_of: int32 [S, strips, m], slot numbers, n where there is none.
+      local: int32 [S, W, m], unit numbers within this device's W strips, the strip's size where none.
+    """
+    indices = jnp.asarray(draw[group.name].indices)  # [S, n], ascending, U where empty
+    slots = indices.shape[1]
+    starts = jnp.arange(group.strips) * group.strip_size
+    first = jax.vmap(jnp.searchsorted, (0, None))(indices, starts)  # [S, strips]
+    ends = jnp.minimum(starts + group.strip_size, group.size)
+    last = jax.vmap(jnp.searchsorted, (0, None))(indices, ends)
+    place = first[..., None] + jnp.arange(group.strip_slots)  # [S, strips, m]
+    slots_of = jnp.where(place < last[..., None], place, slots)
+    units = jax.vmap(lambda i, s: i.at[s].get(mode="fill", fill_value=group.size))(indices, slots_of)
+    local = jnp.where(slots_of < slots, units - starts[:, None], group.strip_size)
+    workers = layout.workers_per_device
+    return slots_of, lax.dynamic_slice_in_dim(local, lax.axis_index(AXIS) * workers, workers, 1)
+
+
+def _own(layout: Layout, per_worker: jax.Array) -> jax.Array:
+    """This device's W rows of an array [S, ...]."""
+    workers = layout.workers_per_device
+    return lax.dynamic_slice_in_dim(per_worker, lax.axis_index(AXIS) * workers, workers, 0)
+
+
+def _invert(places: jax.Array, slots: int) -> jax.Array:
+    """[W, n]: where each slot stands in `places` [W, k]; k for slots that do not occur."""
+    size = places.shape[1]
+    empty = jnp.full((len(places), slots), size, jnp.int32)
+    return jax.vmap(lambda e, p: e.at[p].set(jnp.arange(size, dtype=jnp.int32), mode="drop"))(empty, places)

@@ -1,0 +1,104 @@
+"""Leaves without units: the whole leaf on every device, the mean of all workers after a round.
+
+A merge sends slices of them, raveled together: each device averages its slice over the workers, and all
+gather the result, which are the bytes of a ring all-reduce. Nothing is gathered before a round: every worker
+of a device starts from the ones that it keeps.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ist_jax.exchange.layout import AXIS, Draw, Layout, Leaf, Shards, cut
+from ist_jax.exchange.wire import all_gather
+from ist_jax.masking import ordered_mean
+
+SLICES = "shared leaves"  # the one part that travels
+
+
+def split(x: Any, leaf: Leaf, num_devices: int) -> Any:
+    """What each device keeps of a whole leaf (NumPy or JAX), stacked: [D, ...]."""
+    del leaf
+    wide = np.broadcast_to if isinstance(x, np.ndarray) else jnp.broadcast_to
+    return wide(x, (num_devices, *x.shape))
+
+
+def join(x: Any, leaf: Leaf) -> Any:
+    """The inverse of `split`."""
+    del leaf
+    return x[0]
+
+
+def stored_shape(leaf: Leaf) -> tuple[int, ...]:
+    """The shape on disk."""
+    return leaf.shape
+
+
+def stored_piece(leaf: Leaf, device: int, num_devices: int) -> tuple[int, int, int]:
+    """(axis, start, stop) of the stored form that a device writes: device 0 all of it."""
+    del num_devices
+    return 0, 0, (leaf.shape or (1,))[0] if device == 0 else 0
+
+
+def to_stored(shard: np.ndarray, leaf: Leaf, device: int, num_devices: int) -> np.ndarray:
+    """That part, from what the device keeps."""
+    del leaf, device, num_devices
+    return shard
+
+
+def cut_out(layout: Layout, shards: Shards, draw: Draw) -> Shards:
+    """Nothing is sent before a round."""
+    del layout, shards, draw
+    return {}
+
+
+def assemble(layout: Layout, parts: Shards, draw: Draw) -> Shards:
+    """Nothing has come."""
+    del layout, draw
+    return parts
+
+
+def take_apart(layout: Layout, subnets: Shards, draw: Draw) -> Shards:
+    """What a merge sends, by part: [D, W, q]."""
+    del draw
+    if not subnets:
+        return {}
+    return {SLICES: cut(_ravel(subnets, layout.workers_per_device), layout.num_devices).swapaxes(0, 1)}
+
+
+def put_back(layout: Layout, old: Shards, parts: Shards, draw: Draw, flags: jax.Array) -> Shards:
+    """The leaves after a round, from what has come; `flags`, bool [S]: whose."""
+    del draw
+    if not old:
+        return {}
+    flat = cut(_ravel(old, 1)[0], layout.num_devices)  # [D, q]
+    own = lax.dynamic_index_in_dim(flat, lax.axis_index(AXIS), keepdims=False)
+    mean = ordered_mean(own, parts[SLICES].reshape(layout.num_workers, -1), flags[:, None])
+    whole = all_gather(layout, mean)
+    pieces = jnp.split(whole, np.cumsum([x.size for x in old.values()]))[:-1]
+    return {path: piece.reshape(x.shape) for (path, x), piece in zip(old.items(), pieces, strict=True)}
+
+
+def assigned(leaf: Leaf, num_workers: int) -> float:
+    """Numbers of the leaf that all workers' subnets hold together."""
+    return num_workers * leaf.row_size
+
+
+def whole(layout: Layout, leaf: Leaf, shard: jax.Array) -> jax.Array:
+    """The whole leaf from what all devices keep."""
+    del layout, leaf
+    return shard
+
+
+def product(layout: Layout, leaf: Leaf, x: Any, shard: jax.Array) -> jax.Array:
+    """x @ kernel, [B, O], of a leaf [I, O]."""
+    del layout, leaf
+    return x @ shard
+
+
+def _ravel(leaves: Shards, workers: int) -> jax.Array:
+    """All leaves as one vector per worker, [W, sizes]."""
+    return jnp.concatenate([x.reshape(workers, -1) for x in leaves.values()], axis=1)

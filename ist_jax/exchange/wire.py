@@ -1,0 +1,145 @@
+"""The collectives of an exchange: one all-to-all per direction, and the all-gather of shared leaves.
+
+Per device, over `layout.AXIS`. The parts of all leaves travel in one buffer. Evaluation has collectives of
+its own: inputs and results of products whose kernel stays where it is.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ist_jax.exchange.layout import AXIS, Layout, Shards
+from ist_jax.models.sparse import Sparse
+
+
+class Part(NamedTuple):
+    """What is known of a part of an exchange while it is traced.
+
+    Attributes:
+      cause: 'gather', 'merge_units' or 'merge_shared'.
+      kind: of the collective, 'all-to-all' or 'all-gather'.
+      operand: bytes of it in a device's operand.
+      paper: bytes as the papers count them, of all workers: the slots that are assigned, wherever they are.
+    """
+
+    cause: str
+    kind: str
+    operand: int
+    paper: float
+
+
+_noted: ContextVar[list[Part] | None] = ContextVar("noted", default=None)
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[list[Part]]:
+    """Collects the parts of all exchanges that are traced meanwhile: a jaxpr does not tell them apart."""
+    parts: list[Part] = []
+    token = _noted.set(parts)
+    try:
+        yield parts
+    finally:
+        _noted.reset(token)
+
+
+def note(part: Part) -> None:
+    """Tells whoever is `noting`."""
+    if (parts := _noted.get()) is not None:
+        parts.append(part)
+
+
+def encoded_bytes(layout: Layout, part: Any) -> int:
+    """Bytes that a part [D, ...] takes on its way."""
+    shape = jax.eval_shape(lambda x: _encode(layout, x), part)
+    return shape.size * shape.dtype.itemsize
+
+
+def all_to_all(layout: Layout, parts: Shards, exact: Shards) -> Shards:
+    """Exchanges arrays [D, ...], first axis: destination, then source.
+
+    Args:
+      layout: its codec is applied.
+      parts: by name.
+      exact: more of them, which are sent as they are.
+    """
+    if layout.codec.encode is None:
+        return _exchange(layout, parts | exact)
+    sent = {name: _encode(layout, x) for name, x in parts.items()}
+    got = _exchange(layout, sent | {name: _to_bytes(x) for name, x in exact.items()})
+    plain = {name: _from_bytes(got[name], x.shape, x.dtype) for name, x in exact.items()}
+    return {name: _decode(layout, got[name], x) for name, x in parts.items()} | plain
+
+
+def all_gather(layout: Layout, x: jax.Array) -> jax.Array:
+    """[D q] on every device, from the slices [q]."""
+    if layout.codec.encode is None:
+        return lax.all_gather(x, AXIS, tiled=True) if layout.num_devices > 1 else x
+    sent = _encode(layout, x[None])
+    got = lax.all_gather(sent, AXIS, tiled=True) if layout.num_devices > 1 else sent
+    like = jax.ShapeDtypeStruct((layout.num_devices, *x.shape), x.dtype)
+    return _decode(layout, got, like).reshape(-1)
+
+
+def _exchange(layout: Layout, parts: Shards) -> Shards:
+    devices = layout.num_devices
+    if not parts or devices == 1:
+        return parts
+    flat = [x.reshape(devices, -1) for x in parts.values()]
+    got = lax.all_to_all(jnp.concatenate(flat, axis=1), AXIS, 0, 0)
+    pieces = jnp.split(got, np.cumsum([x.shape[1] for x in flat])[:-1], axis=1)
+    return {path: y.reshape(x.shape) for (path, x), y in zip(parts.items(), pieces, strict=True)}
+
+
+def _encode(layout: Layout, x: jax.Array) -> jax.Array:
+    """[D, ...] as bytes, uint8 [D, b]; where there is no codec, as it is."""
+    encode = layout.codec.encode
+    return x if encode is None else _to_bytes(encode(x.reshape(len(x), -1)))
+
+
+def _decode(layout: Layout, got: jax.Array, like: Any) -> jax.Array:
+    flat = jax.ShapeDtypeStruct((len(got), math.prod(like.shape[1:])), like.dtype)
+    sent = jax.eval_shape(layout.codec.encode, flat)  # type: ignore[arg-type]
+    decoded = layout.codec.decode(_from_bytes(got, sent.shape, sent.dtype))  # type: ignore[misc]
+    return decoded.astype(like.dtype).reshape(like.shape)
+
+
+def _to_bytes(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.uint8).reshape(len(x), -1)
+
+
+def _from_bytes(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    size = jnp.dtype(dtype).itemsize
+    return lax.bitcast_convert_type(x.reshape(*shape, *((size,) if size > 1 else ())), dtype)
+
+
+# --- products by a kernel of which every device keeps a part ------------------------------------------------
+
+
+def inputs_of_all(x: Any) -> Any:
+    """The inputs of all devices, [D B, I], from this device's: an array, or `Sparse`."""
+    return jax.tree.map(lambda a: lax.all_gather(a, AXIS, tiled=True), x)
+
+
+def multiply_slice(layout: Layout, x: Any, kernel: jax.Array) -> jax.Array:
+    """x @ kernel, [B, O], where every device keeps so many rows of it: slices of the inputs, in order.
+
+    Args:
+      layout: of the model.
+      x: the inputs of all devices, [D B, I].
+      kernel: this device's rows.
+    """
+    size, first = len(kernel), lax.axis_index(AXIS) * len(kernel)
+    if isinstance(x, Sparse):  # what lies outside counts for nothing
+        own: Any = Sparse(x.index - first, x.value, x.count, size)
+    else:
+        x = jnp.pad(x, ((0, 0), (0, layout.num_devices * size - x.shape[1])))
+        own = lax.dynamic_slice_in_dim(x, first, size, 1)
+    parts = (own @ kernel).reshape(layout.num_devices, -1, kernel.shape[1])
+    return lax.all_to_all(parts, AXIS, 0, 0).sum(0)

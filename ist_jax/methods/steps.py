@@ -1,0 +1,119 @@
+"""Local steps: what a worker does with its own parameters, without communication.
+
+Everything here is per device. A method puts these together with an exchange.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ist_jax.exchange.layout import AXIS, Layout, Shards
+from ist_jax.methods.method import Policy, Recipe, Told, Turn
+
+POLICIES: dict[str, Policy] = {
+    # anew in every round, as in the papers
+    "reset": Policy(
+        init=lambda tx, params: (),
+        start=lambda tx, params, travels: tx.init(params),
+        end=lambda opt_state: (),
+    ),
+    # exchanged with the parameters, and merged like them
+    "carry": Policy(
+        init=lambda tx, params: tx.init(params),
+        start=lambda tx, params, travels: travels,
+        end=lambda opt_state: opt_state,
+    ),
+}
+
+
+def train_worker(
+    recipe: Recipe, params: Shards, opt_state: Any, turn: Turn, worker: jax.Array
+) -> tuple[Shards, Any, Told]:
+    """Trains one worker for l steps.
+
+    Args:
+      recipe: what a worker does.
+      params: of its subnet, by path.
+      opt_state: of `recipe.tx`.
+      turn: of this worker alone: gates [n], indices [l, B].
+      worker: its number, int scalar.
+
+    Returns:
+      The parameters and the optimizer's state after the steps, and what is told of them.
+    """
+    key = worker_key(recipe, turn, worker)
+
+    def step(carry: tuple, xs: tuple) -> tuple[tuple, tuple]:
+        params, opt_state = carry
+        number, batch, rate = xs
+        inputs, labels = recipe.batch_fn(turn.data, batch, jax.random.fold_in(key, number))
+        gradient = jax.value_and_grad(recipe.loss_fn, has_aux=True)
+        (loss, accuracy), grads = gradient(params, inputs, labels, turn.gates or None)
+        grads = clear_empty_slots(recipe.layout, grads, turn.gates)
+        return update(recipe, params, opt_state, grads, rate), (loss, accuracy)
+
+    xs = (jnp.arange(len(turn.rates)), turn.indices, turn.rates)
+    (params, opt_state), (losses, accuracies) = lax.scan(step, (params, opt_state), xs, unroll=recipe.unroll)
+    moments = [x for x in jax.tree.leaves(recipe.policy.end(opt_state)) if x.ndim]
+    healthy = jnp.isfinite(losses).all() & all_finite((params, moments))
+    return params, opt_state, Told(losses.mean(), accuracies.mean(), healthy)
+
+
+def update(recipe: Recipe, params: Shards, opt_state: Any, grads: Shards, rate: jax.Array) -> tuple:
+    """(parameters, optimizer state) after one step."""
+    updates, opt_state = recipe.tx.update(grads, opt_state, params)
+    return jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), params, updates), opt_state
+
+
+def clear_empty_slots(layout: Layout, grads: Shards, gates: Any) -> Shards:
+    """Keeps the parameters of empty slots at the zeros that they were gathered as."""
+    cleared = dict(grads)
+    for path, leaf in layout.leaves.items():
+        for axis, group in zip(leaf.unit_axes, leaf.groups, strict=True):
+            if group.name in gates:
+                others = [a for a in range(len(leaf.shape)) if a != axis]
+                gate = jnp.expand_dims(gates[group.name], others)
+                cleared[path] = jnp.where(gate, cleared[path], 0)
+    return cleared
+
+
+def worker_numbers(layout: Layout) -> jax.Array:
+    """Of this device's workers, int32 [W]."""
+    workers = layout.workers_per_device
+    return lax.axis_index(AXIS) * workers + jnp.arange(workers)
+
+
+def worker_key(recipe: Recipe, turn: Turn, worker: jax.Array) -> jax.Array:
+    """A worker's key of a round: a function of the seed, the round and the worker alone."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(recipe.seed), turn.index), worker)
+
+
+def each_worker(recipe: Recipe, fn: Callable[[Any], Any], args: Any) -> Any:
+    """`fn` for each of this device's workers, along the leading axis of `args`."""
+    if recipe.layout.workers_per_device == 1:
+        return jax.tree.map(lambda x: x[None], fn(jax.tree.map(lambda x: x[0], args)))
+    return jax.vmap(fn)(args) if recipe.vmapped else lax.map(fn, args)
+
+
+def sum_over_workers(recipe: Recipe, fn: Callable[[Any], tuple], args: Any) -> tuple:
+    """(sum of fn's first result, its other results stacked); one gradient in memory unless vmapped."""
+    if recipe.layout.workers_per_device == 1 or recipe.vmapped:
+        grads, *others = each_worker(recipe, fn, args)
+        return (jax.tree.map(lambda g: g.sum(0), grads), *others)
+
+    def add(total: Any, own: Any) -> tuple[Any, tuple]:
+        grads, *others = fn(own)
+        return jax.tree.map(jnp.add, total, grads), tuple(others)
+
+    shapes = jax.eval_shape(lambda a: fn(jax.tree.map(lambda x: x[0], a))[0], args)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, others = lax.scan(add, zeros, args)
+    return (total, *others)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every number of every leaf is finite, a bool scalar."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
