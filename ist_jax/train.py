@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -156,7 +156,7 @@ def train_round(run: Run, state: State, index: int) -> tuple[State, dict[str, An
     not queue.
     """
     stage = run.stage(index)
-    turn, value = run.turn(stage, index), None
+    turn, value = run.turn(stage, index), cast(Any, None)
     for name, program in stage.programs.items():
         with run.clock.lap(name, metered=stage is run.stages[-1]):  # the ledger is of the last stage's rounds
             value = jax.block_until_ready(program(state, value, turn))

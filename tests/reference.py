@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from ist_jax import masking, partition
+from ist_jax import deals, masking, partition
 
 
 def flat(params):
@@ -36,7 +36,7 @@ def ist_round(recipe, params, axes, groups, data, indices, learning_rates, seed,
     Momentum starts at zero, or, where `trace` (shaped like the parameters) is given, is cut out, merged and
     returned like them.
     """
-    assignment = partition.sample(partition.round_rng(seed, round_index), groups)
+    assignment = partition.draw(seed, round_index, groups, deals.random)
     axes = {path: tuple(n if n in groups else None for n in names) for path, names in axes.items()}
     step = jax.jit(lambda *args: sgd_step(recipe, *args))
     gather = jax.jit(lambda p, a, w: masking.gather(p, axes, a, w), static_argnums=2)

@@ -16,7 +16,8 @@ import pytest
 from conftest import ROOT, get_config
 
 from ist_jax import data, main, partition, train
-from ist_jax.exchange.layout import from_params, make_layout
+from ist_jax.exchange.kinds import from_params
+from ist_jax.exchange.layout import make_layout
 from ist_jax.methods.method import State
 from ist_jax.runtime import signals
 from ist_jax.runtime.devices import put
@@ -86,14 +87,14 @@ def test_a_signal_finishes_the_round_and_says_how_to_go_on(signum, code, tmp_pat
 
 
 def test_a_second_signal_ends_at_once(tmp_path, monkeypatch, capsys):
-    real = train.run_round
+    real = train.train_round
 
     def two_signals(*args):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(train, "run_round", two_signals)
+    monkeypatch.setattr(train, "train_round", two_signals)
     assert main.main(["main", MLP, f"--workdir={tmp_path}"]) == 130
     assert files.read_records(tmp_path) == []
 

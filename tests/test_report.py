@@ -12,11 +12,11 @@ from bokeh.document import Document
 from conftest import get_config
 
 from ist_jax import BANDWIDTHS, data, partition, plan, train
+from ist_jax.deals import DEALS
 from ist_jax.report.__main__ import main as report_main
 from ist_jax.report.page import DRAWN, render, write_report
 from ist_jax.report.runs import RunFiles, draw_maps, group_by_config, modelled_seconds, read_run
 from ist_jax.runtime import setup as experiment
-from ist_jax.runtime.record import round_bytes
 
 ROUNDS = 4
 
@@ -61,9 +61,10 @@ def synthetic(*, rounds, units, workers, **changes):
     groups = make_groups(units, workers, config["partition.min_units"])
     same = {f"seconds_{p}": 0.01 for p in ("gather", "local", "merge", "evaluate", "round")}
     same |= {"test_accuracy": 0.5, "bytes_sent": 1e9, "workers_absent": 0, "workers_left_out": 0}
-    same |= {"left_out": [], "partition": partition.fingerprint(tuple(groups.values()))}
+    same |= {"left_out": [], "partition": partition.fingerprint(tuple(groups.values()), "random")}
     summary = {
-        "units": units, "num_workers": workers, "num_devices": 1, "device_kind": "cpu", "custom_model": None,
+        "units": {name: group.to_dict() for name, group in groups.items()},
+        "num_workers": workers, "num_devices": 1, "device_kind": "cpu", "custom_model": None,
         "rounds": rounds, "test_accuracy": 0.5, "examples": 64 * rounds, "parameters": 10,
         "parameters_per_worker": 5, "seconds_total": 1.0, "data": "digits", "seed": 0, "method": "ist",
         "versions": {"jax": "0"}, "finished": "2026-01-01T00:00:00+00:00",
@@ -74,7 +75,7 @@ def synthetic(*, rounds, units, workers, **changes):
 
 def make_groups(units, workers, min_units=0):
     return {
-        name: partition.make_group(name, u["size"], workers, u["strips"], min_units, ())
+        name: partition.Group(name, u["size"], workers, u["strips"], min_units)
         for name, u in sorted(units.items())
     }
 
@@ -206,7 +207,7 @@ def test_the_map_is_the_partition_that_was_trained(runs, page):
         shown = set(zip(cells["round"], cells["worker"], cells["unit"], strict=True))
         expected = set()
         for number in range(1, ROUNDS + 1):
-            held = partition.sample(partition.round_rng(0, number - 1), model)[name]
+            held = partition.draw(0, number - 1, model, DEALS["random"])[name]
             expected |= {(number, w, u) for w in range(2) for u in held.indices[w][held.gates[w]]}
         assert shown == expected
         bars = drawn[f"counts{index}"][0]
@@ -222,28 +223,26 @@ def test_the_map_of_a_group_that_is_smaller_than_the_least_units(tmp_path):
     config = get_config("mlp", **{"model.hidden": (8, 32), "partition.min_units": 20})
     train.train(config, tmp_path, started=lambda run: groups.update(run.layout.groups))
     trained = read_run(tmp_path)
-    sizes = {name: {"size": g.size, "strips": g.strips} for name, g in groups.items()}
-    of_an_earlier_version = trained._replace(summary=trained.summary | {"units": sizes})
-    for one in (trained, of_an_earlier_version):
-        maps = draw_maps(one, columns=9, rows=64, budget=10**6)
-        assert [m.group for m in maps] == [groups["hidden1"], groups["hidden2"]]
-        for units, least in zip(maps, (8, 20), strict=True):
-            assert units.rounds.tolist() == [1, 2, 3]
-            assert (units.trained.sum(2) == least).all()
-            for index in range(3):
-                held = partition.sample(partition.round_rng(0, index), groups)[units.group.name]
-                for worker in range(2):
-                    assert (
-                        np.flatnonzero(units.trained[index, worker]).tolist() == held.indices[worker].tolist()
-                    )
+    maps = draw_maps(trained, columns=9, rows=64, budget=10**6)
+    assert [m.group for m in maps] == [groups["hidden1"], groups["hidden2"]]
+    for units, least in zip(maps, (8, 20), strict=True):
+        assert units.rounds.tolist() == [1, 2, 3]
+        assert (units.trained.sum(2) == least).all()
+        for index in range(3):
+            held = partition.draw(0, index, groups, DEALS["random"])[units.group.name].indices
+            for worker in range(2):
+                assert np.flatnonzero(units.trained[index, worker]).tolist() == held[worker].tolist()
     assert read_figures((tmp_path / "report.html").read_text())["map0"]
+    sizes = {name: {"size": g.size, "strips": g.strips} for name, g in groups.items()}
+    earlier = trained._replace(summary=trained.summary | {"units": sizes})  # too little to deal it again
+    assert "There is no map" in render([earlier])
 
 
 def test_units_of_several_workers_share_their_cells():
     units = {"block": {"size": 3, "strips": 1}}
     one = synthetic(rounds=5, units=units, workers=2, **{"partition.min_units": 2})
     cells = read_figures(render([one]))["map0"][0]
-    held = partition.sample(partition.round_rng(0, 0), make_groups(units, 2, 2))["block"].indices
+    held = partition.draw(0, 0, make_groups(units, 2, 2), DEALS["random"])["block"].indices
     holders = np.bincount(held.ravel(), minlength=3)
     assert holders.max() == 2
     for unit, count in enumerate(holders):
@@ -259,7 +258,7 @@ def test_workers_that_were_absent_or_left_out_have_trained_nothing():
     one = synthetic(rounds=40, units={"block": {"size": 8, "strips": 1}}, workers=2, participation=0.5)
     one.records[3]["left_out"] = [0, 1]
     (units,) = draw_maps(one, columns=40, rows=8, budget=10**6)
-    present = np.array([partition.sample_present(0, r, 2, 0.5) for r in range(40)])
+    present = np.array([partition.draw_present(0, r, 2, 0.5) for r in range(40)])
     present[3] = False
     assert 20 < present.sum() < 60
     np.testing.assert_array_equal(units.trained.sum(2), 4 * present)
@@ -277,7 +276,9 @@ def test_rounds_of_another_number_of_workers_are_not_drawn_as_if_they_were_of_th
 def test_a_run_that_was_never_dealt_out_has_a_page_without_a_map():
     dealt = synthetic(rounds=3, units={"a": {"size": 4, "strips": 1}}, workers=2)
     warm = dealt._replace(config=dealt.config | {"partition.warmup_epochs": 9.0})
-    warm = warm._replace(records=[r | {"partition": partition.fingerprint(())} for r in dealt.records])
+    warm = warm._replace(
+        records=[r | {"partition": partition.fingerprint((), "random")} for r in dealt.records]
+    )
     page = render([warm])
     assert "There is no map: all rounds belonged to the warm-up" in page
     assert not any(name.startswith(("map", "counts")) for name in read_figures(page))
@@ -332,7 +333,7 @@ def test_the_ledger_is_shown_with_the_columns_that_are_known(runs):
     assert len(shown) == len(trained.ledger["rows"]) > 5
     for row, (cause, unit, *cells) in zip(trained.ledger["rows"], shown, strict=True):
         assert (cause, unit) == (row["cause"].replace("_", " "), f"{row['unit']} per {row['per']}")
-        for name, number in zip(("paper", "formula", "hlo"), cells, strict=True):
+        for name, number in zip(("paper", "expected", "hlo"), cells, strict=True):
             assert (number == "-") == (row[name] is None)
             assert number == "-" or abs(int(number.replace(",", "")) - row[name]) <= 0.5
     assert "over a process&#39;s TCP connections" not in text  # one process: nothing on a wire
@@ -343,12 +344,11 @@ def test_the_ledger_is_shown_with_the_columns_that_are_known(runs):
 def test_the_bytes_sent_are_those_of_the_plan(method):
     """On one device nothing is sent; the model is of workers with a device each, as the plan's."""
     config = get_config("mlp", method=method, num_workers=4, num_devices=1)
-    run = experiment.set_up(config, evaluation_only=True)
-    recorded = round_bytes(config, run.layout, trees=len(run.state.trees))
+    (stage,) = experiment.set_up(config).stages
     config.num_devices = 4
     planned = plan.predict(config, data.FACTS["digits"])
-    assert recorded["bytes_sent"] == planned.wire_bytes_per_worker_per_round > 0
-    assert not recorded["wire_bytes_per_device"]
+    assert sum(stage.apart.sent.values()) == planned.wire_bytes_per_worker_per_round > 0
+    assert not sum(stage.traffic.sent.values())
 
 
 def test_a_run_leaves_a_report_and_the_command_writes_it_again(runs, tmp_path, monkeypatch, capsys):

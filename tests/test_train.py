@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, get_config
 from PIL import Image
 
-from ist_jax import data, evaluate, partition, train
+from ist_jax import data, deals, evaluate, partition, train
 from ist_jax.exchange.layout import iter_leaves
 from ist_jax.runtime import settings
 from ist_jax.runtime import setup as experiment
@@ -218,7 +218,7 @@ def test_a_model_never_seen_before_trains(num_workers, tmp_path, caplog):
 def test_an_empty_slot_of_a_model_that_ignores_gates_stays_empty():
     config = get_config("mlp", num_workers=2)  # 5 layers: 3 and 2
     run = experiment.set_up(config, model=TinyTransformer())
-    assignment = partition.sample(partition.round_rng(config.seed, 0), run.layout.groups)
+    assignment = partition.draw(config.seed, 0, run.layout.groups, deals.random)
     gates = assignment["layer"].gates.reshape(2, 1, -1)
     assert not gates.all()
     units = run.programs.gather(run.state, assignment)

@@ -9,7 +9,7 @@ import pytest
 import reference
 from conftest import get_config
 
-from ist_jax import partition, train
+from ist_jax import deals, partition, train
 from ist_jax.costs import formula as ledger
 from ist_jax.exchange.layout import make_layout, regroup, to_params
 from ist_jax.runtime import record, settings
@@ -98,7 +98,7 @@ def test_everyone_holds_every_unit_once(units, workers):
     shapes = {"a": np.zeros((units, 4)), "b": np.zeros((units, units))}
     axes = {"a": ("u", None), "b": ("u", "u")}
     groups = partition.with_everyone(partition.make_groups(shapes, axes, workers))
-    drawn = partition.sample(partition.round_rng(0, 3), groups)["u"]
+    drawn = partition.draw(0, 3, groups, deals.random)["u"]
     assert (drawn.indices == np.arange(units)).all()
     assert drawn.gates.all()
 

@@ -15,7 +15,8 @@ A model is a `flax.linen.Module` with
                    `streamed` is evaluated with one block or layer in memory at a time, and one that
                    multiplies by `fetch.product` without ever having a whole kernel in memory.
 
-Nothing else in the package knows about a particular architecture.
+Nothing else in the package knows about a particular architecture. `pytorch.from_torch` makes parameters of a
+`ResNet` of a PyTorch net's state dict.
 """
 
 from collections.abc import Sequence

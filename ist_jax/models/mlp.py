@@ -20,7 +20,7 @@ _KERNEL = "dense/kernel"
 
 
 class _Dense(nn.Module):
-    """x @ kernel, which with `fetch` is the part of it that this device keeps."""
+    """x @ kernel, [B, F] -> [B, features]; with `fetch`, of the kernel this device keeps a part."""
 
     features: int
     dtype: Any

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ist_jax import partition
+from ist_jax.deals import DEALS
 from ist_jax.workdir import files
 
 _SECONDS = "seconds_"  # and the name of a phase: a key of a record
@@ -162,8 +163,8 @@ def draw_maps(run: RunFiles, *, columns: int, rows: int, budget: int) -> list[Un
     Returns:
       Per group, alphabetically; [] where all rounds are passed over, as in a warm-up to the end.
     """
-    config, groups = run.config, _groups(run)
-    same = partition.fingerprint(tuple(groups.values()))
+    config, groups, (deal, rule) = run.config, _groups(run), _deal(run)
+    same = partition.fingerprint(tuple(groups.values()), rule)
     records = [record for record in run.records if groups and record["partition"] == same]
     if not records:
         return []
@@ -173,8 +174,8 @@ def draw_maps(run: RunFiles, *, columns: int, rows: int, budget: int) -> list[Un
     draws, took_part = [], []
     for record in chosen:
         index = record["round"] - 1
-        draws.append(_draw(run, groups, index))
-        present = partition.sample_present(config["seed"], index, workers, config["participation"])
+        draws.append(partition.draw(config["seed"], index, groups, deal))
+        present = partition.draw_present(config["seed"], index, workers, config["participation"])
         took_part.append(present & ~np.isin(np.arange(workers), record["left_out"]))
     rounds = np.array([record["round"] for record in chosen])
     return [
@@ -184,19 +185,15 @@ def draw_maps(run: RunFiles, *, columns: int, rows: int, budget: int) -> list[Un
 
 
 def _groups(run: RunFiles) -> dict[str, partition.Group]:
-    """What was dealt; the summaries of earlier versions leave `min_units` to the config."""
-    workers, shares = run.summary["num_workers"], run.config["partition.shares"]
-    least = run.config["partition.min_units"]
-    groups = {}
-    for name, unit in sorted(run.summary["units"].items()):
-        at_least = unit.get("min_units", min(least, unit["size"]))
-        groups[name] = partition.make_group(name, unit["size"], workers, unit["strips"], at_least, shares)
-    return groups
+    """What was dealt; none where an earlier version recorded too little to deal it again."""
+    units = sorted(run.summary["units"].items())
+    return {name: partition.Group.from_dict(unit) for name, unit in units if "num_workers" in unit}
 
 
-def _draw(run: RunFiles, groups: dict[str, partition.Group], index: int) -> dict[str, partition.Assignment]:
-    """The partition of a round, counted from 0, by the rule that dealt it."""
-    return partition.sample(partition.round_rng(run.config["seed"], index), groups)
+def _deal(run: RunFiles) -> tuple[partition.Deal, str]:
+    """Who got which units, and what tells that rule from others in a fingerprint."""
+    name = run.config.get("partition.deal", "random")  # earlier versions have no other
+    return DEALS[name], name
 
 
 def _map(

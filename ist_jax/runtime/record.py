@@ -13,7 +13,6 @@ import numpy as np
 from ist_jax import __version__
 from ist_jax.costs import formula, ledger
 from ist_jax.methods.method import Told
-from ist_jax.partition import Group
 from ist_jax.runtime.run import Run, Stage
 
 log = logging.getLogger(__name__)
@@ -82,11 +81,6 @@ def make_ledger(run: Run) -> dict[str, Any]:
     return ledger.ledger_of(subject)
 
 
-def describe_units(groups: Mapping[str, Group]) -> dict[str, dict[str, Any]]:
-    """What there is to know of each group to deal its units again, as `report.runs` does."""
-    return {g.name: {"size": g.size, "strips": g.strips, "min_units": g.min_units} for g in groups.values()}
-
-
 def summarize(
     run: Run, records: Sequence[Mapping[str, Any]], custom_model: str | None, params_sha256: str
 ) -> dict[str, Any]:
@@ -118,7 +112,7 @@ def summarize(
         "wire_bytes_per_device": None if None in wire else sum(wire),
         "workers_left_out": sum(r["workers_left_out"] for r in records),
         "workers_absent": sum(r["workers_absent"] for r in records),
-        "units": describe_units(layout.groups),
+        "units": {name: group.to_dict() for name, group in layout.groups.items()},
         "params_sha256": params_sha256,
         "data": run.inputs.dataset.description,
         "num_workers": layout.num_workers,

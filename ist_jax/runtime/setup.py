@@ -17,6 +17,7 @@ from ml_collections import config_dict
 from ist_jax import methods, partition
 from ist_jax.costs import formula
 from ist_jax.costs.traffic import Traffic, round_traffic
+from ist_jax.deals import DEALS
 from ist_jax.exchange.kinds import from_params, shard_shapes
 from ist_jax.exchange.layout import Layout, make_layout, regroup
 from ist_jax.methods.method import Method, Recipe, State, TracedPhase, Turn, trace
@@ -256,7 +257,7 @@ def _make_stage(
     if layout.num_devices < layout.num_workers:
         alone = recipe._replace(layout=layout._replace(num_devices=layout.num_workers))
         apart = round_traffic(trace_round(entry, alone, *sizes), alone.layout)
-    deal = partition.fingerprint(tuple(layout.groups.values()))
+    deal = partition.fingerprint(tuple(layout.groups.values()), "random")
     compiled = programs.compile_phases(method, phases, chosen)
     return Stage(until, recipe, method, phases, compiled, here, apart, deal)
 
@@ -296,18 +297,19 @@ def _make_splits(
 def _turn_maker(config: config_dict.ConfigDict, feed: Any, schedule: Schedule) -> Any:
     """(stage, round's number) -> the inputs of the round."""
     seed, participation, workers = config.seed, config.participation, config.num_workers
+    deal = DEALS["random"]
 
     def turn(stage: Stage, index: int) -> Turn:
         layout = stage.layout
         grid = (layout.num_devices, layout.workers_per_device)
         data, indices = feed(index)
-        draw = partition.sample(partition.round_rng(seed, index), layout.groups)
+        draw = partition.draw(seed, index, layout.groups, deal)
         gates = {
             name: np.asarray(dealt.gates).reshape(*grid, -1)
             for name, dealt in draw.items()
             if not layout.groups[name].even
         }
-        present = partition.sample_present(seed, index, workers, participation).reshape(grid)
+        present = partition.draw_present(seed, index, workers, participation).reshape(grid)
         rates = schedule.learning_rates[index]
         return Turn(draw, gates, present, data, indices, rates, np.int32(index))
 
