@@ -17,11 +17,12 @@ _PLAINLY = {
 
 
 @contextlib.contextmanager
-def errors() -> Iterator[None]:
-    """Turns a setting, path or file that cannot work into one line."""
+def errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turns a setting, path or file that cannot work into one line; `kinds`: these errors alone."""
+    caught = kinds or (ValueError, OSError)
     try:
         yield
-    except (ValueError, OSError) as error:
+    except caught as error:
         raise fail(str(error)) from error
 
 

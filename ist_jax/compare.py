@@ -67,8 +67,8 @@ def compare(
       OSError: results could not be written.
     """
     from ist_jax import train
-    from ist_jax.report import page as report
-    from ist_jax.workdir import files as metrics
+    from ist_jax.report import page
+    from ist_jax.workdir import files
 
     folders: dict[str, list[Path]] = {method: [] for method in methods}
     summaries: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
@@ -90,8 +90,8 @@ def compare(
         },
         "start": starts,
     }
-    metrics.write_json(workdir / "compare.json", result)
-    report.write_report([folder for method in methods for folder in folders[method]], workdir / "report.html")
+    files.write_json(workdir / "compare.json", result)
+    page.write_report([folder for method in methods for folder in folders[method]], workdir / "report.html")
     return result
 
 
@@ -101,14 +101,14 @@ def start_of(run: "Run") -> dict[str, str]:
 
     from ist_jax.data import batches
     from ist_jax.exchange.kinds import iter_leaves
-    from ist_jax.workdir import files as metrics
+    from ist_jax.workdir import files
 
     settings, digest = run.settings, hashlib.sha256()
     size = {"local_steps": settings["local_steps"], "batch_size": settings["batch_size"]}
     for index in (0, run.schedule.rounds - 1):
         digest.update(batches.train_indices(settings["seed"], index, run.feed.shards, **size).tobytes())
     return {
-        "params_sha256": metrics.params_sha256(iter_leaves(run.layout, run.state.params)),
+        "params_sha256": files.params_sha256(iter_leaves(run.layout, run.state.params)),
         "examples_sha256": digest.hexdigest(),
     }
 
@@ -136,9 +136,9 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def _note_start(folder: Path) -> Any:
     def note(run: "Run") -> None:
-        from ist_jax.workdir import files as metrics
+        from ist_jax.workdir import files
 
-        metrics.write_json(folder / "start.json", start_of(run))
+        files.write_json(folder / "start.json", start_of(run))
 
     return note
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
+from ml_collections import config_dict
 
 from ist_jax import cli
 
@@ -65,10 +66,10 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
     from ist_jax.runtime import inputs
     from ist_jax.runtime import scoring as evaluation
     from ist_jax.runtime import setup as experiment
-    from ist_jax.workdir import checkpoint, results
+    from ist_jax.workdir import checkpoint, files
 
-    config = results.read_config(workdir)
-    if (custom := results.read_summary(workdir)["custom_model"]) is not None:
+    config = config_dict.ConfigDict(files.read_config(workdir))
+    if (custom := files.read_summary(workdir)["custom_model"]) is not None:
         raise ValueError(
             f"{workdir} holds a model of your own, {custom.split('(')[0]}: evaluate it from Python"
         )

@@ -109,28 +109,31 @@ def connect(config: config_dict.ConfigDict, several: list) -> None:
 def run_once(config: config_dict.ConfigDict, workdir: Path, *, tensorboard: bool, profile: int) -> None:
     """Trains, or goes on training, unless it is done already."""
     from ist_jax import train
-    from ist_jax.runtime import observers as watch
+    from ist_jax.runtime import observers, record
     from ist_jax.runtime import processes as distributed
     from ist_jax.runtime import setup as experiment
-    from ist_jax.workdir import lock as folder
-    from ist_jax.workdir import results
+    from ist_jax.workdir import lock, resume
 
     leads = distributed.number() == 0
     logging.getLogger("ist_jax").setLevel(logging.INFO if leads else logging.WARNING)
     with contextlib.ExitStack() as claim:
-        with cli.errors():
-            if results.report_if_finished(config, workdir):
+        with cli.errors(ValueError):  # an OSError is no mistake where results are written
+            if (summary := resume.find_finished(config.to_dict(), workdir)) is not None:
+                logging.getLogger("ist_jax").info(record.last_line(summary))
                 return
             if leads:
-                claim.enter_context(folder.claimed(workdir))
-            start = distributed.first_alone(lambda: results.find_start(workdir), "the checkpoints")
-            run = experiment.set_up(config, start=start)
+                claim.enter_context(lock.claimed(workdir))
+            with errors.reading():
+                start = distributed.first_alone(lambda: resume.find_start(workdir), "the checkpoints")
+                run = experiment.set_up(config, start=start)
             if leads:
-                results.open_workdir(config, workdir, start)
+                resume.open_workdir(config.to_dict(), workdir, start)
             distributed.meet("the folder")
-        watchers = watch.opened(workdir, tensorboard=tensorboard and leads, profile=profile if leads else 0)
-        with logging_redirect_tqdm(), watchers as watching:  # warnings go above the bar
-            train.run_rounds(run, workdir, watchers=watching)
+        opened = observers.open_observers(
+            workdir, tensorboard=tensorboard and leads, profile=profile if leads else 0
+        )
+        with logging_redirect_tqdm(), opened as looking_on:  # warnings go above the bar
+            train.run_rounds(run, workdir, observers=looking_on)
 
 
 if __name__ == "__main__":
