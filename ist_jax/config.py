@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from ml_collections import config_dict
 
-from ist_jax import data
+from ist_jax import data, extension
 from ist_jax.deals import DEALS
 from ist_jax.errors import did_you_mean
 from ist_jax.exchange.codec import CODECS
@@ -227,7 +227,38 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
     model = flat.get("model.name")
     for name, key in (_keys(model) if model in MODELS else COMMON).items():
         flat.setdefault(name, list(key.default) if isinstance(key.default, tuple) else key.default)
-    return traverse_util.unflatten_dict(flat, sep=".")
+    return _plainly(traverse_util.unflatten_dict(flat, sep="."))
+
+
+def _plainly(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that say what is done: a method with one policy of the optimizer's state has that one."""
+    entry = METHODS.get(settings["method"])
+    forced = entry.optimizer_state if entry is not None else ""
+    return settings | ({"optimizer_state": forced} if forced else {})
+
+
+def record(config: config_dict.ConfigDict) -> dict[str, Any]:
+    """A config as a run records it: nested, with the hashes of the files of the user's own by key.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    settings = _plainly(config.to_dict())
+    return settings | {"files": extension.digests(traverse_util.flatten_dict(settings, sep="."))}
+
+
+def restore(recorded: Mapping[str, Any]) -> config_dict.ConfigDict:
+    """The config of a recorded one.
+
+    Raises:
+      ValueError: a file of the user's own is missing or not the one that the run was made with.
+    """
+    settings = complete(recorded)
+    digests = settings.pop("files", {})
+    for key, name in traverse_util.flatten_dict(settings, sep=".").items():
+        if key in digests and extension.digest(name) != digests[key]:
+            raise ValueError(f"{key}={name}: the file is not the one that the run was made with")
+    return config_dict.ConfigDict(settings)
 
 
 def may_change(name: str) -> bool:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
+from ist_jax import config as configs
 from ist_jax import errors
 from ist_jax.costs import ledger
 from ist_jax.methods.method import State, Told
@@ -48,7 +49,7 @@ def train(
       OSError: results could not be written.
     """
     workdir = Path(workdir)
-    if (summary := resume.find_finished(config.to_dict(), workdir, model)) is not None:
+    if (summary := resume.find_finished(configs.record(config), workdir, model)) is not None:
         log.info(record.last_line(summary))
         return summary
     with lock.claimed(workdir):

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ist_jax import partition
+from ist_jax import extension, partition
 from ist_jax.deals import DEALS
 from ist_jax.workdir import files
 
@@ -193,7 +193,7 @@ def _groups(run: RunFiles) -> dict[str, partition.Group]:
 def _deal(run: RunFiles) -> tuple[partition.Deal, str]:
     """Who got which units, and what tells that rule from others in a fingerprint."""
     name = run.config.get("partition.deal", "random")  # earlier versions have no other
-    return DEALS[name], name
+    return extension.load(name, DEALS), extension.identity(name)
 
 
 def _map(

@@ -16,7 +16,7 @@ import optax
 from ml_collections import config_dict
 
 from ist_jax import extension, methods, partition
-from ist_jax.config import build_model, check
+from ist_jax.config import build_model, check, record
 from ist_jax.costs import formula
 from ist_jax.costs.traffic import Traffic, round_traffic
 from ist_jax.deals import DEALS
@@ -82,7 +82,7 @@ def set_up(
         stages = tuple(_make_stage(config, until, recipe, feed, chosen) for until, recipe in recipes)
     run = Run(
         name=config.method,
-        settings=recorded(config),
+        settings=record(config),
         inputs=opened,
         model=model,
         scale=scale,
@@ -98,12 +98,6 @@ def set_up(
     )
     _log_set_up(run)
     return run
-
-
-def recorded(config: config_dict.ConfigDict) -> dict[str, Any]:
-    """A config as a run records it: nested, with the hashes of the files of the user's own."""
-    settings = config.to_dict()
-    return settings | {"files": extension.digests(files.flatten(settings))}
 
 
 def method_of(config: config_dict.ConfigDict) -> methods.Entry:

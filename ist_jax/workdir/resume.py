@@ -8,26 +8,19 @@ from typing import Any
 
 import flax.linen as nn
 
+from ist_jax import config
 from ist_jax.workdir import checkpoint, files
 
 log = logging.getLogger(__name__)
 
-# Settings with which a run may go on: they change how long or on what it trains, not what was trained so far.
-_MAY_CHANGE = (
-    "rounds", "epochs", "num_workers", "num_devices", "workers_on_device", "partition.shares",
-    "partition.min_units", "eval_every", "data.dir", "checkpoint.every", "checkpoint.keep",
-    "max_rounds_left_out", "lost_after", "stuck_after", "patience", "data.processes",
-)  # fmt: skip
-_LENGTH = ("rounds", "epochs", "patience")
-
 
 def find_finished(
-    config: dict[str, Any], workdir: Path, model: nn.Module | None = None
+    settings: dict[str, Any], workdir: Path, model: nn.Module | None = None
 ) -> dict[str, Any] | None:
     """The summary of the finished run of this config, length and model in the folder; None: there is none.
 
     Args:
-      config: of the run that is asked for, nested.
+      settings: of the run that is asked for, from `config.record`.
       workdir: the folder.
       model: the model, where it is not the config's.
 
@@ -36,23 +29,31 @@ def find_finished(
     """
     if not files.is_file(workdir / "config.json"):
         return None
-    before, now = (files.flatten(x) for x in (files.read_config(workdir), json.loads(json.dumps(config))))
+    recorded = config.complete(files.read_config(workdir))
+    before, now = (files.flatten(x) for x in (recorded, json.loads(json.dumps(settings))))
     differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-    refused = [k for k in differing if k not in _MAY_CHANGE]
+    refused = [k for k in differing if not config.may_change(k)]
     if refused:
         raise ValueError(
             f"{workdir} holds a run with other settings: "
-            + ", ".join(f"{k} is {before.get(k)!r} there and {now.get(k)!r} here" for k in refused)
+            + ", ".join(_difference(k, before, now) for k in refused)
             + "; choose another --workdir"
         )
     if not files.is_file(workdir / "summary.json"):
         return None
     summary = files.read_summary(workdir)
     check_model(workdir, summary["custom_model"], model)
-    if any(k in _LENGTH for k in differing):
+    if any(map(config.extends, differing)):
         return None
     log.info("%s is finished already; nothing to do", workdir)
     return summary
+
+
+def _difference(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    if key.startswith("files."):  # what a user's own file held
+        named = key.removeprefix("files.")
+        return f"{named}={now.get(named)} is not the file that it was begun with"
+    return f"{key} is {before.get(key)!r} there and {now.get(key)!r} here"
 
 
 def find_start(workdir: Path, model: nn.Module | None = None) -> checkpoint.Saved | None:
@@ -94,7 +95,7 @@ def find_start(workdir: Path, model: nn.Module | None = None) -> checkpoint.Save
     return saved
 
 
-def open_workdir(config: dict[str, Any], workdir: Path, start: checkpoint.Saved | None) -> None:
+def open_workdir(settings: dict[str, Any], workdir: Path, start: checkpoint.Saved | None) -> None:
     """Makes the folder ready for the rounds after `start`: config.json, metrics up to it, no summary.
 
     Raises:
@@ -105,7 +106,7 @@ def open_workdir(config: dict[str, Any], workdir: Path, start: checkpoint.Saved 
         records = files.read_records(workdir)[: start.round] if start else []
         files.write_records(workdir, records)
         (workdir / "summary.json").unlink(missing_ok=True)
-        files.write_json(workdir / "config.json", config)
+        files.write_json(workdir / "config.json", settings)
     except OSError as error:
         raise OSError(f"no result can be written to {workdir}: {error.strerror}") from error
 
