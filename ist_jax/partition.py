@@ -260,6 +260,10 @@ def with_everyone(groups: Mapping[str, Group]) -> dict[str, Group]:
 # --- a round's partition --------------------------------------------------------------------------
 
 
+class BrokenDeal(ValueError):
+    """A deal has broken its contract."""
+
+
 def draw(seed: int, round_index: int, groups: Mapping[str, Group], deal: Deal) -> dict[str, Assignment]:
     """The partition of a round: a function of its arguments alone, so that resume is exact.
 
@@ -273,7 +277,7 @@ def draw(seed: int, round_index: int, groups: Mapping[str, Group], deal: Deal) -
       Assignments by group name, indices int32 and gates bool [S, n].
 
     Raises:
-      ValueError: the deal breaks its contract (`Deal`); names the deal, round, group and worker.
+      BrokenDeal: it breaks its contract (`Deal`); names the deal, round, group and worker.
     """
     rng = np.random.default_rng((seed, round_index))
     drawn = {}
@@ -281,7 +285,7 @@ def draw(seed: int, round_index: int, groups: Mapping[str, Group], deal: Deal) -
         assignment = deal(rng, group, round_index)
         if fault := _find_fault(assignment, group):
             rule = getattr(deal, "__name__", str(deal))
-            raise ValueError(f"deal {rule!r} in round {round_index + 1}, group {name!r}: {fault}")
+            raise BrokenDeal(f"deal {rule!r} in round {round_index + 1}, group {name!r}: {fault}")
         drawn[name] = Assignment(np.asarray(assignment.indices, np.int32), np.asarray(assignment.gates))
     return drawn
 
