@@ -15,17 +15,18 @@ import numpy as np
 from absl import flags
 
 from ist_jax import cli, data
+from ist_jax.config import build_model, check
 from ist_jax.costs import formula as ledger
 from ist_jax.data.sparse import Rows
 from ist_jax.exchange.layout import Layout, split
 from ist_jax.methods import local_sgd
-from ist_jax.runtime import devices, settings
+from ist_jax.runtime import devices
 from ist_jax.runtime import scoring as evaluation
 from ist_jax.runtime import setup as experiment
 from ist_jax.runtime.programs import Programs, compile_programs
 from ist_jax.task import multi_label
 
-(FEATURES,), LABELS, POINTS, _ = data.FACTS["amazon670k"]
+(FEATURES,), LABELS, POINTS = data.facts("amazon670k")[:3]
 TEST_POINTS = 153_025
 FEATURES_A_POINT, MOST_FEATURES = 76, 2_000  # assumed
 LABELS_A_POINT, MOST_LABELS = 6, 10  # assumed
@@ -48,12 +49,12 @@ def points(count: int, *lead: int) -> dict[str, Any]:
 
 def compile_for_shapes(config: Any) -> tuple[Layout, local_sgd.State, Programs]:
     """The layout of a run on Amazon-670k, the shapes of its state, and its programs."""
-    settings.check(config)
+    check(config)
     devices.prepare(config.num_devices or config.num_workers)
     chosen = devices.choose(config.num_workers, config.num_devices)
     count = len(chosen)
     task = multi_label(FEATURES)
-    model = settings.build_model(config, LABELS)
+    model = build_model(config, LABELS)
     recipe = experiment.make_recipe(config, model, task, count)
     layout = recipe.layout
     shards = {

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ist_jax import partition
+from ist_jax import deals, partition
 from ist_jax.data import augment
 from ist_jax.exchange.layout import from_params, make_layout
 from ist_jax.methods import local_sgd
@@ -102,7 +102,7 @@ def round_program(unroll: bool, steps: int):
     )
     chosen = devices.choose(2, 2)
     state = local_sgd.State((devices.put(from_params(layout, params), chosen),), ())
-    assignment = partition.sample(partition.round_rng(0, 0), groups)
+    assignment = partition.draw(0, 0, groups, deals.random)
     gather = devices.compile_program(
         partial(local_sgd.gather, recipe), (state, assignment), chosen, in_axes=[0, None]
     )

@@ -13,7 +13,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from ist_jax import METHODS, cli, compare
+from ist_jax import cli, compare
+from ist_jax.methods import METHODS
 
 CONFIGS = ("configs/resnet.py", "configs/mlp.py")
 

@@ -28,106 +28,60 @@ been tried at that size.
 
 from ml_collections import config_dict
 
-MODES = ("digits", "smoke", "speech2", "speech3", "delicious", "amazon670k")
+from ist_jax.config import choose, make
+
+BASE = {
+    "epochs": 400.0,
+    "optimizer.learning_rate": 0.05,
+}
+SPEECH = {
+    "data.name": "speech_commands",
+    "data.clip_length": "drop",
+    "num_workers": 2,
+    "batch_size": 128,
+    "epochs": 100.0,
+    "optimizer.learning_rate": 0.01,
+    "optimizer.momentum": 0.0,
+}
+SPARSE = {
+    "model.output_norm": False,  # it makes every label equally likely
+    "model.hidden": (1024,),
+    "local_steps": 20,
+    "batch_size": 32,
+    "epochs": 5.0,
+    "optimizer.learning_rate": 0.1,
+    "optimizer.schedule": "cosine",
+}
+MODES = {
+    "digits": {},
+    "smoke": {
+        "model.hidden": (32, 32),
+        "num_workers": 2,
+        "local_steps": 2,
+        "batch_size": 8,
+        "rounds": 3,
+        "eval_every": 2,
+        "checkpoint.every": 1,
+    },
+    "speech2": SPEECH | {"model.hidden": (4096,), "local_steps": 20},
+    "speech3": SPEECH | {"model.hidden": (8192, 8192), "local_steps": 30},
+    "delicious": SPARSE | {"data.name": "delicious"},  # 'extreme_classification' for another such set
+    "amazon670k": SPARSE
+    | {
+        "data.name": "amazon670k",
+        "model.hidden": (2560,),
+        "num_workers": 8,
+        "batch_size": 128,
+        "epochs": 50.0,  # at most; stopped by the validation split
+        "eval_every": 24,  # about once in a pass
+        "patience": 3,
+        "data.validation": 0.02,
+        "checkpoint.every": 240,  # 8 GB each
+        "optimizer.schedule": "constant",
+    },
+}
 
 
 def get_config(mode: str = "digits") -> config_dict.ConfigDict:
-    """The default experiment of a mode; every value can be overridden: --config.num_workers=8."""
-    if mode not in MODES:
-        raise ValueError(f"configs/mlp.py has no mode {mode!r}; it has {', '.join(MODES)}")
-    config = config_dict.ConfigDict()
-    config.method = "ist"  # 'ist' | 'local_sgd' | 'data_parallel'
-    config.seed = 0
-
-    config.num_workers = 4
-    config.num_devices = 0  # 0: on CPU one virtual device per worker; else as many as fit
-    config.workers_on_device = "map"  # 'map': one after another | 'vmap': together
-    config.compute_dtype = "float32"  # | 'bfloat16'; parameters, merges and losses stay float32
-    config.local_steps = 50  # per round and worker
-    config.batch_size = 64  # examples per worker and step
-    config.epochs = 400.0  # passes of all workers together over the training set
-    config.rounds = config_dict.placeholder(int)  # unset: from epochs
-    config.eval_every = 5  # rounds; 0: after the last only
-    config.eval_batch_size = 128  # examples; batch statistics are part of the result
-    config.patience = 0  # evaluations without a better validation accuracy before a run stops; 0: never
-
-    config.participation = 1.0  # chance of each worker to take part in a round; the others change nothing
-    config.max_rounds_left_out = 10  # in a row, of a worker with non-finite values: stops the run; 0: never
-    config.lost_after = 60.0  # seconds without a sign of life until a process counts as lost
-    config.stuck_after = 1800.0  # seconds without progress, though all processes live; 0: wait for ever
-
-    config.checkpoint = config_dict.ConfigDict()
-    config.checkpoint.every = 50  # rounds; 0: at the end alone
-    config.checkpoint.keep = 2  # the latest ones; the best is kept as well
-
-    config.data = config_dict.ConfigDict()
-    config.data.name = "digits"
-    config.data.dir = ""  # embedded sets need none
-    config.data.words = ()  # of Speech Commands; (): all that are there
-    config.data.clip_length = "pad"  # of Speech Commands, to 1 s | 'drop': leave other lengths out
-    config.data.pad = 0  # pixels of padding before the random crop
-    config.data.flip = False  # mirror half of the training images
-    config.data.sharing = "all"  # 'all': every worker has the whole set | 'disjoint' | 'skewed'
-    config.data.concentration = 0.5  # of 'skewed': Dirichlet; the smaller, the more skewed
-    config.data.validation = 0.0  # fraction of the training examples that is held out to stop by
-
-    config.model = config_dict.ConfigDict()
-    config.model.name = "mlp"
-    config.model.hidden = (1024, 1024)  # neurons of each hidden layer
-    config.model.output_norm = True  # BatchNorm on the logits, as in the paper's speech nets
-
-    config.partition = config_dict.ConfigDict()
-    config.partition.min_units = 0  # least neurons per worker and layer, by overlap; 0: none
-    config.partition.shares = ()  # relative speed of each worker; (): equal
-    config.partition.warmup_epochs = 0.0  # passes, at the start, in which all train the whole model
-    config.partition.scale_at_evaluation = True  # logits, without output_norm, x 1/S
-
-    config.optimizer = config_dict.ConfigDict()
-    config.optimizer.learning_rate = 0.05
-    config.optimizer.momentum = 0.9
-    config.optimizer.nesterov = False
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.schedule = "constant"  # 'constant' | 'cosine' | 'step', by examples seen
-    config.optimizer.warmup = 0.0  # fraction of all examples, linear from 0
-    config.optimizer.step_at = (0.5, 0.75)  # fractions of all examples
-    config.optimizer.step_factor = 0.1
-    config.optimizer_state = "reset"  # at a round's start: 'reset' | 'carry'
-
-    if mode == "smoke":
-        config.model.hidden = (32, 32)
-        config.num_workers = 2
-        config.local_steps = 2
-        config.batch_size = 8
-        config.rounds = 3
-        config.eval_every = 2
-        config.checkpoint.every = 1
-    elif mode in ("speech2", "speech3"):
-        config.data.name = "speech_commands"
-        config.data.clip_length = "drop"
-        config.model.hidden = (4096,) if mode == "speech2" else (8192, 8192)
-        config.num_workers = 2
-        config.local_steps = 20 if mode == "speech2" else 30
-        config.batch_size = 128
-        config.epochs = 100.0
-        config.optimizer.learning_rate = 0.01
-        config.optimizer.momentum = 0.0
-    elif mode in ("delicious", "amazon670k"):
-        config.data.name = mode  # 'extreme_classification' for another set in this format
-        config.model.output_norm = False  # it makes every label equally likely
-        config.model.hidden = (1024,)
-        config.local_steps = 20
-        config.batch_size = 32
-        config.epochs = 5.0
-        config.optimizer.learning_rate = 0.1
-        config.optimizer.schedule = "cosine"
-    if mode == "amazon670k":
-        config.model.hidden = (2560,)
-        config.num_workers = 8
-        config.batch_size = 128
-        config.epochs = 50.0  # at most; stopped by the validation split
-        config.eval_every = 24  # about once in a pass
-        config.patience = 3
-        config.data.validation = 0.02
-        config.checkpoint.every = 240  # 8 GB each
-        config.optimizer.schedule = "constant"
-    return config
+    """The experiment of a mode; every value can be overridden: --config.num_workers=8."""
+    return make("mlp", BASE, choose(MODES, mode))

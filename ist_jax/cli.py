@@ -1,7 +1,6 @@
 """Command lines: a mistake of the user is one line and exit code 2, never a traceback."""
 
 import contextlib
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from ist_jax.errors import fail
+from ist_jax.errors import did_you_mean, fail, last_line
 
 _PLAINLY = {
     "invalid literal for int() with base 10:": "a whole number is needed, not",
@@ -18,11 +17,12 @@ _PLAINLY = {
 
 
 @contextlib.contextmanager
-def errors() -> Iterator[None]:
-    """Turns a setting, path or file that cannot work into one line."""
+def errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turns a setting, path or file that cannot work into one line; `kinds`: these errors alone."""
+    caught = kinds or (ValueError, OSError)
     try:
         yield
-    except (ValueError, OSError) as error:
+    except caught as error:
         raise fail(str(error)) from error
 
 
@@ -32,11 +32,7 @@ def define_config(values: flags.FlagValues, argv: Sequence[str], default: str | 
     Raises:
       SystemExit: 2, after a line that names the file or the key.
     """
-    words = [
-        part for word in argv[1:] for part in (word.split("=", 1) if word.startswith("--config=") else [word])
-    ]
-    chosen = words[words.index("--config") + 1 :][:1] if "--config" in words else []
-    if path := (*chosen, default)[0]:
+    if path := _config_path(argv, default):
         config = _load_config(path)
         for key in re.findall(r"^--?(?:no)?config\.([\w.]+)", "\n".join(argv[1:]), re.M):
             _check_key(config, key)
@@ -44,10 +40,18 @@ def define_config(values: flags.FlagValues, argv: Sequence[str], default: str | 
         "config",
         default,
         "experiment, such as configs/resnet.py or configs/resnet.py:smoke; every key of it is a flag "
-        "(--config.num_workers=8)",
+        "(--config.num_workers=8), listed by --config=FILE --help",
         flag_values=values,
         sys_argv=list(argv),
     )
+
+
+def _config_path(argv: Sequence[str], default: str | None) -> str | None:
+    words = [
+        part for word in argv[1:] for part in (word.split("=", 1) if word.startswith("--config=") else [word])
+    ]
+    chosen = words[words.index("--config") + 1 :][:1] if "--config" in words else []
+    return (*chosen, default)[0]
 
 
 def _load_config(path: str) -> config_dict.ConfigDict:
@@ -59,8 +63,7 @@ def _load_config(path: str) -> config_dict.ConfigDict:
     try:
         probe(["", f"--config={path}"])
     except Exception as error:  # the file is the user's own code; its traceback ends in what went wrong
-        text = str(error).strip() or type(error).__name__
-        raise fail(f"--config={path}: {text.splitlines()[-1]}") from error
+        raise fail(f"--config={path}: {last_line(error)}") from error
     if not isinstance(probe.config, config_dict.ConfigDict):
         raise fail(f"--config={path}: get_config() must return an ml_collections.ConfigDict")
     return probe.config
@@ -71,8 +74,7 @@ def _check_key(config: config_dict.ConfigDict, key: str) -> None:
     for part in key.split("."):
         if not isinstance(level, config_dict.ConfigDict) or part not in level:
             keys = sorted(level) if isinstance(level, config_dict.ConfigDict) else []
-            close = difflib.get_close_matches(part, keys, 1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
+            hint = did_you_mean(part, keys)
             raise fail(f"unknown key config.{key}; {hint}keys there: {', '.join(keys) or 'none'}")
         level = level[part] if level.get_type(part) is not type(None) else None
 
@@ -91,6 +93,12 @@ def parse(values: flags.FlagValues, argv: Sequence[str], usage: str, *, required
     """
     if {"--help", "-h", "-help"} & set(argv[1:]):
         print(f"usage: {usage}\n{values.get_help()}")
+        path = _config_path(argv, None)
+        config = _load_config(path) if path else values["config"].default if "config" in values else None
+        if config is not None:
+            from ist_jax.config import help_text  # with JAX
+
+            print(f"\nkeys of the config, and their defaults in it:\n{help_text(config)}")
         raise SystemExit(0)
     try:
         rest = values(list(argv))[1:]

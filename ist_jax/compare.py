@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from ist_jax import METHODS, cli, errors
+from ist_jax import cli, errors
+from ist_jax.key import FILE
+from ist_jax.methods import METHODS
 
 if TYPE_CHECKING:
     import flax.linen as nn
@@ -65,8 +67,8 @@ def compare(
       OSError: results could not be written.
     """
     from ist_jax import train
-    from ist_jax.report import page as report
-    from ist_jax.workdir import files as metrics
+    from ist_jax.report import page
+    from ist_jax.workdir import files
 
     folders: dict[str, list[Path]] = {method: [] for method in methods}
     summaries: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
@@ -75,7 +77,7 @@ def compare(
         for method in methods:
             own = config.copy_and_resolve_references()
             own.method, own.seed = method, seed
-            folder = workdir / f"{method}-{seed}"
+            folder = workdir / f"{Path(method).name.replace('.py:', '-')}-{seed}"
             log.info("compare: %s, seed %d", method, seed)
             summaries[method].append(train.train(own, folder, model, started=_note_start(folder)))
             folders[method].append(folder)
@@ -88,8 +90,8 @@ def compare(
         },
         "start": starts,
     }
-    metrics.write_json(workdir / "compare.json", result)
-    report.write_report([folder for method in methods for folder in folders[method]], workdir / "report.html")
+    files.write_json(workdir / "compare.json", result)
+    page.write_report([folder for method in methods for folder in folders[method]], workdir / "report.html")
     return result
 
 
@@ -99,14 +101,14 @@ def start_of(run: "Run") -> dict[str, str]:
 
     from ist_jax.data import batches
     from ist_jax.exchange.kinds import iter_leaves
-    from ist_jax.workdir import files as metrics
+    from ist_jax.workdir import files
 
     settings, digest = run.settings, hashlib.sha256()
     size = {"local_steps": settings["local_steps"], "batch_size": settings["batch_size"]}
     for index in (0, run.schedule.rounds - 1):
         digest.update(batches.train_indices(settings["seed"], index, run.feed.shards, **size).tobytes())
     return {
-        "params_sha256": metrics.params_sha256(iter_leaves(run.layout, run.state.params)),
+        "params_sha256": files.params_sha256(iter_leaves(run.layout, run.state.params)),
         "examples_sha256": digest.hexdigest(),
     }
 
@@ -134,9 +136,9 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def _note_start(folder: Path) -> Any:
     def note(run: "Run") -> None:
-        from ist_jax.workdir import files as metrics
+        from ist_jax.workdir import files
 
-        metrics.write_json(folder / "start.json", start_of(run))
+        files.write_json(folder / "start.json", start_of(run))
 
     return note
 
@@ -165,9 +167,11 @@ def main(argv: list[str]) -> int:
     rest = cli.parse(values, argv, USAGE, required=["config"])
     if rest:
         raise errors.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
-    unknown = [method for method in values.methods if method not in METHODS]
+    unknown = [method for method in values.methods if method not in METHODS and not FILE.fullmatch(method)]
     if unknown or not values.methods:
-        raise errors.fail(f"--methods={','.join(values.methods)}; give some of {', '.join(METHODS)}")
+        raise errors.fail(
+            f"--methods={','.join(values.methods)}; give some of {', '.join(METHODS)}, or FILE.py:NAME"
+        )
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("ist_jax").setLevel(logging.INFO)
 

@@ -61,14 +61,13 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
     import jax
     import numpy as np
 
+    from ist_jax import config as configs
     from ist_jax import train
-    from ist_jax.runtime import inputs
-    from ist_jax.runtime import scoring as evaluation
-    from ist_jax.runtime import setup as experiment
-    from ist_jax.workdir import checkpoint, results
+    from ist_jax.runtime import inputs, scoring, setup
+    from ist_jax.workdir import checkpoint, files
 
-    config = results.read_config(workdir)
-    if (custom := results.read_summary(workdir)["custom_model"]) is not None:
+    config = configs.restore(files.read_config(workdir))
+    if (custom := files.read_summary(workdir)["custom_model"]) is not None:
         raise ValueError(
             f"{workdir} holds a model of your own, {custom.split('(')[0]}: evaluate it from Python"
         )
@@ -77,7 +76,7 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
         config.data.dir = data_dir
     params = checkpoint.load_params(workdir)
     pictures = [read_image(name) for name in images]  # before the wait, so that a typo costs none
-    run = experiment.set_up(config, params=params, evaluation_only=True)
+    run = setup.set_up(config, params=params, evaluation_only=True)
     encoded = run.inputs.dataset.encoded
     if images and not encoded and getattr(run.inputs.test.get("image"), "dtype", None) != np.uint8:
         raise ValueError(f"the examples of data.name={config.data.name!r} are no images: nothing to classify")
@@ -88,16 +87,16 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
     shown = (run.inputs.task.eval_fn(batch)[0] for batch in chosen)
     variables = {
         "params": params,
-        "batch_stats": evaluation.estimate_batch_stats(run.model, params, shown, run.scale),
+        "batch_stats": scoring.estimate_batch_stats(run.model, params, shown, run.scale),
     }
 
-    score_fn = jax.jit(functools.partial(evaluation.score_batch, run.model, run.inputs.task, run.scale))
+    score_fn = jax.jit(functools.partial(scoring.score_batch, run.model, run.inputs.task, run.scale))
     sums = []
     for chunk in run.splits["test"].chunks:
         flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), chunk)
         for number in range(len(flat["weight"])):
             sums.append(score_fn(variables, jax.tree.map(itemgetter(number), flat)))
-    score = evaluation.total_score(run.inputs.task, np.stack(sums))
+    score = scoring.total_score(run.inputs.task, np.stack(sums))
     print(f"test {score} with BatchNorm statistics re-estimated on training batches")
 
     @jax.jit

@@ -63,8 +63,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # JAX starts here, after the flags are known to be right
     from ist_jax import train
-    from ist_jax.runtime import processes as distributed
-    from ist_jax.runtime import signals
+    from ist_jax.runtime import processes, signals
 
     agreed = True  # that the run ends here, in all of its processes
     try:
@@ -80,57 +79,59 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         code, agreed = 1, isinstance(error, train.Diverged)
     except SystemExit as mistake:
-        if not distributed.is_started():
+        if not processes.is_started():
             raise
         code, agreed = int(mistake.code or 0), False
     except Exception as error:
-        if not distributed.is_started():
+        if not processes.is_started():
             raise
-        if distributed.is_of_jax(error):
-            distributed.explain()  # ends this process, if another one is lost
+        if processes.is_of_jax(error):
+            processes.explain()  # ends this process, if another one is lost
         traceback.print_exc()
         code, agreed = 1, False
-    if distributed.is_started() and not agreed:
-        distributed.leave(code)  # the others wait in a collective, and notice
-    distributed.stop()
+    if processes.is_started() and not agreed:
+        processes.leave(code)  # the others wait in a collective, and notice
+    processes.stop()
     return code
 
 
 def connect(config: config_dict.ConfigDict, several: list) -> None:
     """Joins the other processes of a run."""
-    from ist_jax.runtime import processes as distributed
-    from ist_jax.runtime import settings
+    from ist_jax.config import check
+    from ist_jax.runtime import processes
 
     with cli.errors():
-        settings.check(config)
-        distributed.start(*several, lost_after=config.lost_after, stuck_after=config.stuck_after)
+        check(config)
+        processes.start(*several, lost_after=config.lost_after, stuck_after=config.stuck_after)
 
 
 def run_once(config: config_dict.ConfigDict, workdir: Path, *, tensorboard: bool, profile: int) -> None:
     """Trains, or goes on training, unless it is done already."""
+    from ist_jax import config as configs
     from ist_jax import train
-    from ist_jax.runtime import observers as watch
-    from ist_jax.runtime import processes as distributed
-    from ist_jax.runtime import setup as experiment
-    from ist_jax.workdir import lock as folder
-    from ist_jax.workdir import results
+    from ist_jax.runtime import observers, processes, record, setup
+    from ist_jax.workdir import lock, resume
 
-    leads = distributed.number() == 0
+    leads = processes.number() == 0
     logging.getLogger("ist_jax").setLevel(logging.INFO if leads else logging.WARNING)
     with contextlib.ExitStack() as claim:
-        with cli.errors():
-            if results.report_if_finished(config, workdir):
+        with cli.errors(ValueError):  # an OSError is no mistake where results are written
+            if (summary := resume.find_finished(configs.record(config), workdir)) is not None:
+                logging.getLogger("ist_jax").info(record.last_line(summary))
                 return
             if leads:
-                claim.enter_context(folder.claimed(workdir))
-            start = distributed.first_alone(lambda: results.find_start(workdir), "the checkpoints")
-            run = experiment.set_up(config, start=start)
+                claim.enter_context(lock.claimed(workdir))
+            with errors.reading():
+                start = processes.first_alone(lambda: resume.find_start(workdir), "the checkpoints")
+                run = setup.set_up(config, start=start)
             if leads:
-                results.open_workdir(config, workdir, start)
-            distributed.meet("the folder")
-        watchers = watch.opened(workdir, tensorboard=tensorboard and leads, profile=profile if leads else 0)
-        with logging_redirect_tqdm(), watchers as watching:  # warnings go above the bar
-            train.run_rounds(run, workdir, watchers=watching)
+                resume.open_workdir(run.settings, workdir, start)
+            processes.meet("the folder")
+        opened = observers.open_observers(
+            workdir, tensorboard=tensorboard and leads, profile=profile if leads else 0
+        )
+        with logging_redirect_tqdm(), opened as looking_on:  # warnings go above the bar
+            train.run_rounds(run, workdir, observers=looking_on)
 
 
 if __name__ == "__main__":

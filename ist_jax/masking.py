@@ -29,7 +29,7 @@ def masks(params: Params, axes: Axes, assignment: Mapping[str, Assignment], work
     Args:
       params: nested dict of arrays (or shapes).
       axes: unit axes by path, from `partition.resolve_axes`.
-      assignment: by group name, from `partition.sample`.
+      assignment: by group name, from `partition.draw`.
       worker: 0 to S - 1.
 
     Returns:
@@ -49,7 +49,7 @@ def gather(params: Params, axes: Axes, assignment: Mapping[str, Assignment], wor
     Args:
       params: nested dict of arrays, the global model.
       axes: unit axes by path, from `partition.resolve_axes`.
-      assignment: by group name, from `partition.sample`.
+      assignment: by group name, from `partition.draw`.
       worker: 0 to S - 1.
 
     Returns:

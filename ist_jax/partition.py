@@ -1,8 +1,9 @@
-"""Who trains what: random partitions of a model's units among the workers.
+"""Who trains what: the units of a model, and what a deal of them among the workers must be.
 
 A *unit* is what is dealt out (a residual block, a hidden neuron); a *group* is a set of
 interchangeable units of one shape. A model names the array axes that run over the units of a group
-(`unit_axes`), a `Group` fixes the shapes of every draw, and `sample` draws one.
+(`unit_axes`), a `Group` fixes the shapes of every draw, a `Deal` (one of `ist_jax.deals`, or a user's
+own) says who gets which units, and `draw` makes the partition of a round.
 
 Everything here is NumPy on the host: an assignment is data, never a shape, so that one compiled
 program serves every draw, and the same seed gives the same draw on any number of devices.
@@ -14,10 +15,13 @@ References:
   arXiv:2107.00961, 2021 (residual blocks, minimum depth).
 """
 
+import dataclasses
 import functools
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -39,32 +43,27 @@ class Assignment(NamedTuple):
     gates: np.ndarray | jax.Array
 
 
-class Group(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Group:
     """The static description of a unit group under S workers: the shapes of every draw.
 
     Attributes:
       name: the name that the model's `unit_axes` gives it.
       size: U, the number of units.
       num_workers: S.
-      deck: the worker that gets the i-th dealt unit, U entries.
       strips: 1, or S when the draw is stratified: the units fall into S contiguous strips of
         `strip_size`, and every strip is dealt out evenly. This makes the exchange of leaves with two
         unit axes exact (see `store`).
-      min_units: every worker holds at least so many units; reached by overlap.
-      slots: n, the units of the worker with the most.
-      strip_slots: m, the most units of one strip that any worker can hold.
-      fair: the workers have equal shares, so who gets the remainder is drawn as well.
+      min_units: every worker holds at least so many units, at most U; reached by overlap.
+      shares: relative speed of each worker, S numbers; (): equal shares.
     """
 
     name: str
     size: int
     num_workers: int
-    deck: tuple[int, ...]
-    strips: int
-    min_units: int
-    slots: int
-    strip_slots: int
-    fair: bool
+    strips: int = 1
+    min_units: int = 0
+    shares: tuple[float, ...] = ()
 
     @property
     def strip_size(self) -> int:
@@ -72,10 +71,41 @@ class Group(NamedTuple):
         return -(-self.size // self.strips)
 
     @property
+    def fair(self) -> bool:
+        """The workers have equal shares, so who gets the remainder may differ from round to round."""
+        return not self.shares
+
+    @cached_property
+    def deck(self) -> np.ndarray:
+        """int [U]: the worker that gets the i-th dealt unit; each as many as its share, spread evenly."""
+        shares = np.asarray(self.shares or (1.0,) * self.num_workers, float)
+        ideal = self.size * shares / shares.sum()
+        counts = np.floor(ideal + 1e-9).astype(int)
+        short = self.size - counts.sum()
+        counts[np.argsort(counts - ideal, kind="stable")[:short]] += 1
+        workers = np.repeat(np.arange(len(counts)), counts)
+        place = np.concatenate([(np.arange(c) + 0.5) / c for c in counts if c] or [np.zeros(0)])
+        return workers[np.lexsort((workers, place))]
+
+    @cached_property
     def counts(self) -> tuple[int, ...]:
         """Units held by the worker in each place of the deck, the overlap included."""
-        dealt = np.bincount(np.asarray(self.deck, int), minlength=self.num_workers)
-        return tuple(int(c) for c in np.maximum(dealt, self.min_units))
+        return tuple(np.maximum(self._dealt, self.min_units).tolist())
+
+    @property
+    def slots(self) -> int:
+        """n, the units of the worker with the most."""
+        return max(self.counts)
+
+    @cached_property
+    def strip_slots(self) -> int:
+        """m, the most units of one strip that any worker can hold."""
+        if self.strips == 1 or (self._dealt < self.min_units).any():
+            return min(self.strip_size, self.slots)
+        # unequal shares: any window of the deck
+        cuts = range(0, self.size, self.strip_size) if self.fair else range(self.size)
+        endless = np.concatenate([self.deck, self.deck[: 0 if self.fair else self.strip_size]])
+        return int(max(np.bincount(endless[i : i + self.strip_size]).max() for i in cuts))
 
     @property
     def disjoint(self) -> bool:
@@ -91,6 +121,35 @@ class Group(NamedTuple):
     def share(self) -> float:
         """The mean fraction of the workers that hold a unit: ResIST's scale at evaluation."""
         return sum(self.counts) / (self.num_workers * self.size)
+
+    @property
+    def _dealt(self) -> np.ndarray:
+        return np.bincount(self.deck, minlength=self.num_workers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a run records of it, for JSON: all that a draw depends on."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, recorded: Mapping[str, Any]) -> "Group":
+        """The group that `to_dict` recorded, perhaps by way of JSON."""
+        return cls(**{**recorded, "shares": tuple(recorded["shares"])})
+
+
+Deal = Callable[[np.random.Generator, Group, int], Assignment]
+"""Who gets which units of a group: (generator of the round, group, round counted from 0) -> assignment.
+
+The exchange, its counts of bytes and the scale at evaluation rely on what the group says, so that `draw`
+refuses, with the deal's name, an assignment that breaks it:
+  - `indices`, integers [S, n = group.slots]: a worker's units 0 to U - 1 in ascending order, none twice,
+    then U in its empty slots; `gates`, bool [S, n]: False exactly there. `assign` makes both.
+  - The workers hold `group.counts` units: where `group.fair`, in any order of the workers, else worker k
+    holds counts[k]. So an `even` group has no empty slot.
+  - Of each strip of `group.strip_size` units a worker holds at most `group.strip_slots`.
+  - Where `group.disjoint`, no two workers hold the same unit. A unit that nobody holds keeps its value.
+A deal is a function of its arguments alone: the report and a resumed run draw again. Groups are dealt in
+alphabetical order, from the same generator.
+"""
 
 
 def resolve_axes(params: Any, rules: Rules) -> dict[str, tuple[str | None, ...]]:
@@ -180,107 +239,126 @@ def make_groups(
         raise ValueError(
             f"partition.min_units={min_units} must lie between 0 and the {sizes[most]} units of {most}"
         )
-    groups = {}
-    for name, size in sorted(sizes.items()):
-        strips = num_workers if name in stratified else 1
-        groups[name] = make_group(name, size, num_workers, strips, min(min_units, size), shares)
-    return groups
-
-
-def make_group(
-    name: str, size: int, num_workers: int, strips: int, min_units: int, shares: Sequence[float]
-) -> Group:
-    """One group, of checked values.
-
-    Args:
-      name: of the group.
-      size: U, the number of units.
-      num_workers: S.
-      strips: 1, or S for a stratified draw.
-      min_units: as for `make_groups`.
-      shares: as for `make_groups`.
-    """
-    deck = _deal(size, tuple(shares) or (1.0,) * num_workers)
-    dealt = np.bincount(deck, minlength=num_workers)
-    slots = int(max(dealt.max(), min_units))
-    strip_size = -(-size // strips)
-    if strips == 1 or (dealt < min_units).any():
-        strip_slots = min(strip_size, slots)
-    else:
-        cuts = range(size) if shares else range(0, size, strip_size)  # unequal shares: any window of the deck
-        endless = np.concatenate([deck, deck[: strip_size if shares else 0]])
-        strip_slots = int(max(np.bincount(endless[i : i + strip_size]).max() for i in cuts))
-    return Group(
-        name, size, num_workers, tuple(deck.tolist()), strips, min_units, slots, strip_slots,
-        fair=not shares,
-    )  # fmt: skip
+    return {
+        name: Group(
+            name,
+            size,
+            num_workers,
+            strips=num_workers if name in stratified else 1,
+            min_units=min(min_units, size),
+            shares=tuple(map(float, shares)),
+        )
+        for name, size in sorted(sizes.items())
+    }
 
 
 def with_everyone(groups: Mapping[str, Group]) -> dict[str, Group]:
     """The groups when every worker holds all units: rounds of local SGD, exchanged like any others."""
-    return {
-        name: group._replace(min_units=group.size, slots=group.size, strip_slots=group.strip_size)
-        for name, group in groups.items()
-    }
+    return {name: dataclasses.replace(group, min_units=group.size) for name, group in groups.items()}
 
 
-def _deal(size: int, shares: Sequence[float]) -> np.ndarray:
-    """Deck [U] of workers: as many cards each as its share, spread evenly."""
-    ideal = size * np.asarray(shares, float) / np.sum(shares)
-    counts = np.floor(ideal + 1e-9).astype(int)
-    short = size - counts.sum()
-    counts[np.argsort(counts - ideal, kind="stable")[:short]] += 1
-    workers = np.repeat(np.arange(len(counts)), counts)
-    place = np.concatenate([(np.arange(c) + 0.5) / c for c in counts if c] or [np.zeros(0)])
-    return workers[np.lexsort((workers, place))]
+# --- a round's partition --------------------------------------------------------------------------
 
 
-def sample(rng: np.random.Generator, groups: Mapping[str, Group]) -> dict[str, Assignment]:
-    """Draws one partition of every group, uniformly at random.
-
-    Units are permuted (within each strip, where stratified) and dealt out without replacement, so
-    that every unit has a worker. Workers below `min_units` then get further units at random, those
-    held by the fewest first (ResIST's minimum depth).
+def draw(seed: int, round_index: int, groups: Mapping[str, Group], deal: Deal) -> dict[str, Assignment]:
+    """The partition of a round: a function of its arguments alone, so that resume is exact.
 
     Args:
-      rng: the source of randomness. `round_rng` makes the one of a round.
+      seed: of the run.
+      round_index: counted from 0.
       groups: from `make_groups`.
+      deal: who gets which units.
 
     Returns:
-      Assignments by group name.
+      Assignments by group name, indices int32 and gates bool [S, n].
+
+    Raises:
+      ValueError: the deal breaks its contract (`Deal`); names the deal, round, group and worker.
     """
-    return {name: _sample_group(rng, groups[name]) for name in sorted(groups)}
+    rng = np.random.default_rng((seed, round_index))
+    drawn = {}
+    for name, group in sorted(groups.items()):
+        assignment = deal(rng, group, round_index)
+        if fault := _find_fault(assignment, group):
+            rule = getattr(deal, "__name__", str(deal))
+            raise ValueError(f"deal {rule!r} in round {round_index + 1}, group {name!r}: {fault}")
+        drawn[name] = Assignment(np.asarray(assignment.indices, np.int32), np.asarray(assignment.gates))
+    return drawn
 
 
-def round_rng(seed: int, round_index: int) -> np.random.Generator:
-    """The generator of a round's partition: a function of seed and round alone, so resume is exact."""
-    return np.random.default_rng((seed, round_index))
-
-
-@functools.cache
-def fingerprint(groups: tuple[Group, ...]) -> str:
-    """Twelve hexadecimal digits that tell draws from one another: equal groups and seeds, equal draws."""
-    return hashlib.sha256(repr(sorted(map(tuple, groups))).encode()).hexdigest()[:12]
-
-
-def sample_present(seed: int, round_index: int, num_workers: int, participation: float) -> np.ndarray:
+def draw_present(seed: int, round_index: int, num_workers: int, participation: float) -> np.ndarray:
     """Which workers take part in a round: bool [S], each with the given probability, independently."""
     return np.random.default_rng((seed, round_index, num_workers)).random(num_workers) < participation
 
 
-def _sample_group(rng: np.random.Generator, group: Group) -> Assignment:
-    workers = rng.permutation(group.num_workers) if group.fair else np.arange(group.num_workers)
-    cut = 0 if group.fair else rng.integers(group.size)  # where the deck begins, so that no unit is favoured
-    owners = workers[np.roll(np.asarray(group.deck, int), cut)]
-    held = np.zeros((group.num_workers, group.size), bool)
-    for start in range(0, group.size, group.strip_size):
-        stop = min(start + group.strip_size, group.size)
-        held[owners[start:stop], start + rng.permutation(stop - start)] = True
-    for worker in rng.permutation(group.num_workers):
-        missing = group.min_units - held[worker].sum()
-        if missing > 0:
-            load = np.where(held[worker], group.num_workers + 1, held.sum(0))
-            held[worker, np.lexsort((rng.random(group.size), load))[:missing]] = True
-    indices = np.sort(np.where(held, np.arange(group.size), group.size), axis=1)
-    indices = indices[:, : group.slots].astype(np.int32)
-    return Assignment(indices, indices < group.size)
+def assign(held: np.ndarray, group: Group) -> Assignment:
+    """The assignment in which worker w holds the units where `held[w]`; bool [S, U]."""
+    slots = max(group.slots, held.sum(1).max())  # too many are not cut off, but for `draw` to refuse
+    indices = np.sort(np.where(held, np.arange(group.size), group.size), axis=1)[:, :slots]
+    return Assignment(indices.astype(np.int32), indices < group.size)
+
+
+@functools.cache
+def fingerprint(groups: tuple[Group, ...], rule: str) -> str:
+    """Twelve hexadecimal digits that tell draws from one another: equal ones and seeds, equal draws.
+
+    Args:
+      groups: of the rounds.
+      rule: which deal: its name, or whatever else tells it from others, such as the hash of its file.
+    """
+    recorded = sorted(repr(group) for group in groups)
+    return hashlib.sha256(repr((rule, recorded)).encode()).hexdigest()[:12]
+
+
+def _find_fault(assignment: Assignment, group: Group) -> str:
+    """How an assignment breaks the contract of a `Deal`, for people; empty where it does not."""
+    if not isinstance(assignment, Assignment):
+        return f"it returned a {type(assignment).__name__} instead of an Assignment"
+    indices, gates = map(np.asarray, assignment)
+    shape, size = (group.num_workers, group.slots), group.size
+    if indices.shape != shape or gates.shape != shape:
+        return f"indices {indices.shape} and gates {gates.shape} must both be [workers, slots], {shape}"
+    if not np.issubdtype(indices.dtype, np.integer) or gates.dtype != bool:
+        return f"indices are {indices.dtype} and gates {gates.dtype}; they must be integers and bool"
+    before = np.pad(indices[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    for rule, wrong in (
+        (f"units are 0 to {size - 1}, and {size} stands for an empty slot", (indices < 0) | (indices > size)),
+        (f"a gate is False exactly where the unit is {size}, an empty slot", gates != (indices < size)),
+        ("units must ascend, empty slots last", indices < before),
+        ("no worker may hold a unit twice", (indices == before) & gates),
+    ):
+        if wrong.any():
+            worker, slot = np.argwhere(wrong)[0]
+            return f"worker {worker} has unit {indices[worker, slot]} in slot {slot}; {rule}"
+    return _find_wrong_count(indices, gates, group)
+
+
+def _find_wrong_count(indices: np.ndarray, gates: np.ndarray, group: Group) -> str:
+    """The same of an assignment whose arrays are in order: who holds how many, and together with whom."""
+    held, wanted = gates.sum(1), np.array(group.counts)
+    if not group.fair and (held != wanted).any():
+        worker = int(np.argmax(held != wanted))
+        return f"worker {worker} holds {held[worker]} units; by its share it must be {wanted[worker]}"
+    if odd := Counter(held.tolist()) - Counter(group.counts):
+        worker = int(np.argmax(held == next(iter(odd))))
+        shown = " and ".join(f"{n} of {units}" for units, n in sorted(Counter(group.counts).items()))
+        return f"worker {worker} holds {held[worker]} units; the workers must be {shown} units each"
+    workers, units = np.nonzero(gates)[0], indices[gates]
+    of_strips = np.bincount(
+        workers * group.strips + units // group.strip_size, minlength=group.num_workers * group.strips
+    )
+    if of_strips.max() > group.strip_slots:
+        worker, strip = divmod(int(np.argmax(of_strips)), group.strips)
+        return (
+            f"worker {worker} holds {of_strips.max()} units of strip {strip}, {group.strip_size} units from "
+            f"{strip * group.strip_size} on, of which the exchange has slots for {group.strip_slots}"
+        )
+    holders = np.bincount(units, minlength=group.size)
+    if group.disjoint and holders.max() > 1:
+        unit = int(np.argmax(holders))
+        both = workers[units == unit]
+        return (
+            f"unit {unit} is held by workers {both[0]} and {both[1]}; the workers' units are as many as the "
+            f"{group.size} of the group, so none may be held twice"
+        )
+    return ""

@@ -1,4 +1,4 @@
-"""What a config will cost, for the three methods side by side: without its data, its devices or a step.
+"""What a config will cost, for all methods side by side: without its data, its devices or a step.
 
 python -m ist_jax.plan --config=configs/resnet.py:cifar100 [--json] [--bandwidth=1e8,1e9,1e10] [--flops=1e13]
                        [--config.num_workers=8 ...]
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from ist_jax import BANDWIDTHS, METHODS, cli, errors
+from ist_jax import BANDWIDTHS, cli, errors
 
 if TYPE_CHECKING:
     from ist_jax import data
@@ -60,18 +60,19 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
       ValueError: a setting that cannot work, or facts that lack; the message names the key.
     """
     from ist_jax import task
+    from ist_jax.config import build_model, check
     from ist_jax.costs import formula
     from ist_jax.costs.traffic import round_traffic
-    from ist_jax.runtime import settings, setup
+    from ist_jax.runtime import setup
 
-    settings.check(config)
+    check(config)
     if facts.example is None or facts.num_classes is None:
         raise ValueError(f"what data.name={config.data.name!r} holds is not known before it is opened")
     if facts.sparse:
         shown = task.multi_label(facts.example[0])
     else:
         shown = task.classification(lambda x: x.astype("float32"), facts.example, pad=0, flip=False)
-    model = settings.build_model(config, facts.num_classes)
+    model = build_model(config, facts.num_classes)
     recipe = setup.make_recipe(config, model, shown, config.num_devices or config.num_workers)
     layout, entry = recipe.layout, setup.method_of(config)
     phases = setup.trace_round(entry, recipe, _one_example(facts), config.local_steps, config.batch_size)
@@ -119,10 +120,11 @@ def plan(
       ValueError: a setting that cannot work; the message names the key.
     """
     from ist_jax.data import batches
+    from ist_jax.methods import METHODS
     from ist_jax.runtime import setup
 
     costs = {}
-    for method in METHODS:
+    for method in dict.fromkeys([*METHODS, config.method]):
         own = config.copy_and_resolve_references()
         own.method = method
         costs[method] = predict(own, facts)
@@ -230,25 +232,24 @@ def _positive(flag: str, texts: Sequence[Any]) -> list[float]:
 def _facts(config: config_dict.ConfigDict, example: Sequence[int], classes: int) -> "data.Facts":
     """What is known of the config's data set; what the flags say comes first."""
     from ist_jax import data
-    from ist_jax.runtime import settings
+    from ist_jax.config import build_model, check, options
+    from ist_jax.runtime import inputs
 
-    name = settings.get(config, "data.name")
-    known = data.FACTS.get(name, data.Facts())
-    if "size" in config.data:  # images that are cut to squares
-        known = known._replace(example=(config.data.size, config.data.size, 3))
-    if "words" in data.OPTIONS.get(name, ()) and (words := settings.get_tuple(config, "data.words", str)):
-        known = known._replace(
-            num_classes=len(set(words)), num_train=None
-        )  # how many clips they have is not known
+    check(config)
+    known = data.facts(config.data.name, options(config, data.options()))
+    if known.encoded:
+        inputs.make_transform(config)  # refuses what training refuses
     shape, num_classes = tuple(example) or known.example, classes or known.num_classes
     if shape is None or num_classes is None:
         flag = "--classes" if shape else "--example and --classes"
-        raise ValueError(f"what data.name={name!r} holds is not known before it is opened; give {flag}")
-    if config.model.name == "resnet" and len(shape) != 3:
         raise ValueError(
-            f"an example of shape {','.join(map(str, shape))} is no image for a ResNet; give "
-            "--example=HEIGHT,WIDTH,CHANNELS"
+            f"what data.name={config.data.name!r} holds is not known before it is opened; give {flag}"
         )
+    if check_example := getattr(build_model(config, num_classes), "check_example", None):
+        try:
+            check_example(shape)
+        except ValueError as error:
+            raise ValueError(f"{error}; give --example=HEIGHT,WIDTH,CHANNELS") from None
     num_train = None if example or classes else known.num_train
     return known._replace(example=shape, num_classes=num_classes, num_train=num_train)
 

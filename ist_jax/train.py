@@ -3,18 +3,21 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import numpy as np
 from ml_collections import config_dict
 
+from ist_jax import config as configs
+from ist_jax import errors
 from ist_jax.costs import ledger
 from ist_jax.methods.method import State, Told
-from ist_jax.runtime import devices, observers, processes, record, scoring, signals
+from ist_jax.runtime import devices, processes, record, scoring, signals
+from ist_jax.runtime.observers import Observer, show_progress
 from ist_jax.runtime.run import Run
 from ist_jax.runtime.setup import set_up
 from ist_jax.runtime.stopping import diverged, has_stopped
@@ -46,18 +49,17 @@ def train(
       OSError: results could not be written.
     """
     workdir = Path(workdir)
-    if not resume.report_if_finished(config, workdir, model):
-        with lock.claimed(workdir):
+    if (summary := resume.find_finished(configs.record(config), workdir, model)) is not None:
+        log.info(record.last_line(summary))
+        return summary
+    with lock.claimed(workdir):
+        with errors.reading():
             start = resume.find_start(workdir, model)
-            try:
-                run = set_up(config, model, start=start)
-            except OSError as error:  # no result is written yet: the data's files
-                raise ValueError(str(error)) from error
-            files.open_workdir(run.settings, workdir, start)
-            if started is not None and start is None:
-                started(run)
-            run_rounds(run, workdir, custom_model=model)
-    return files.read_summary(workdir)
+            run = set_up(config, model, start=start)
+        resume.open_workdir(run.settings, workdir, start)
+        if started is not None and start is None:
+            started(run)
+        return run_rounds(run, workdir, custom_model=model)
 
 
 class Diverged(RuntimeError):
@@ -68,7 +70,7 @@ def run_rounds(
     run: Run,
     workdir: Path,
     custom_model: nn.Module | None = None,
-    watching: Sequence[observers.Observer] = (),
+    observers: Sequence[Observer] = (),
 ) -> dict[str, Any]:
     """Trains for the rounds that remain, writing metrics and checkpoints as they come, then the summary.
 
@@ -76,7 +78,7 @@ def run_rounds(
       run: from `set_up`; its state is used up.
       workdir: from `open_workdir`.
       custom_model: the model, where it is not the config's; recorded.
-      watching: called with every record.
+      observers: called with every record.
 
     Returns:
       What summary.json holds.
@@ -87,15 +89,20 @@ def run_rounds(
     """
     schedule, state, leads = run.schedule, run.state, processes.number() == 0
     log.info("results: %s", workdir)
-    table = ledger.ledger_of(run) if leads else {}
+    table = record.make_ledger(run) if leads else {}
     if leads:
         files.write_json(workdir / "ledger.json", table)
     records = files.read_records(workdir)
     model = resume.describe(custom_model)
-    progress = observers.Progress(schedule.rounds, run.name, done=schedule.first, quiet=not leads)
     writer = checkpoint_writer.Writer(workdir, run.layout, keep=schedule.checkpoint_keep)
     stuck, signum = None, 0
-    with signals.handled(deferred=True) as request, closing(writer), closing(progress), closing(run.feed):
+    with ExitStack() as stack:
+        request = stack.enter_context(signals.handled(deferred=True))
+        for opened in (writer, run.feed):
+            stack.enter_context(closing(opened))
+        if leads:
+            bar = show_progress(schedule.rounds, run.name, done=schedule.first)
+            observers = [stack.enter_context(bar), *observers]
         for index in range(schedule.first, schedule.rounds):
             if has_stopped(records, schedule.patience):  # in an earlier session
                 break
@@ -103,11 +110,10 @@ def run_rounds(
             writer.wait()  # so that a kill never costs more than `checkpoint.every` recorded rounds
             records.append(entry)
             if leads:
-                files.append_record(workdir / "metrics.jsonl", entry)
-            progress.update(entry)
+                files.append_record(workdir, entry)
             processes.progress(f"round {index + 1}")
             signum = devices.agree(request.signum, run.devices)
-            for observe in watching:
+            for observe in observers:
                 observe(entry)
             stuck = diverged(records, schedule.max_left_out)
             finished = schedule.is_last(index) or has_stopped(records, schedule.patience)
@@ -125,14 +131,23 @@ def run_rounds(
         log.info("the validation accuracy has not risen for %d evaluations: stopped", schedule.patience)
     if leads:
         if run.clock.meter is not None:
-            files.write_json(workdir / "ledger.json", ledger.with_wire(table, run.clock.meter, run))
+            here = run.layout.num_workers // processes.count()
+            measured = ledger.with_wire(table, run.clock.meter, phases=[*run.stages[-1].phases], workers=here)
+            files.write_json(workdir / "ledger.json", measured)
         files.write_records(workdir, records)
-        files.write_json(workdir / "summary.json", record.summarize(run, workdir, records, model))
+        files.write_json(workdir / "summary.json", _summary(run, workdir, records, model))
         log.info("report: %s", record.write_report(workdir))
     processes.meet("the summary")
     summary = files.read_summary(workdir)
     log.info(record.last_line(summary))
     return summary
+
+
+def _summary(
+    run: Run, workdir: Path, records: Sequence[dict[str, Any]], custom_model: str | None
+) -> dict[str, Any]:
+    params = checkpoint.open_round(workdir, len(records)).params()
+    return record.summarize(run, records, custom_model, files.params_sha256(params))
 
 
 def train_round(run: Run, state: State, index: int) -> tuple[State, dict[str, Any]]:
@@ -142,7 +157,7 @@ def train_round(run: Run, state: State, index: int) -> tuple[State, dict[str, An
     not queue.
     """
     stage = run.stage(index)
-    turn, value = run.turn(stage, index), None
+    turn, value = run.turn(stage, index), cast(Any, None)
     for name, program in stage.programs.items():
         with run.clock.lap(name, metered=stage is run.stages[-1]):  # the ledger is of the last stage's rounds
             value = jax.block_until_ready(program(state, value, turn))

@@ -9,15 +9,19 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, get_config
 
-from ist_jax import main, train
+from ist_jax import data, main, partition, train
+from ist_jax.exchange.kinds import from_params
+from ist_jax.exchange.layout import make_layout
+from ist_jax.methods.method import State
 from ist_jax.runtime import signals
-from ist_jax.workdir import checkpoint, checkpoint_writer
-from ist_jax.workdir import files as metrics
-from ist_jax.workdir import lock as folder
+from ist_jax.runtime.devices import put
+from ist_jax.workdir import checkpoint, checkpoint_writer, files, lock
 
 MLP = f"--config={ROOT}/configs/mlp.py:smoke"
 UNTIMED = (
@@ -33,7 +37,7 @@ UNTIMED = (
 
 
 def untimed(workdir):
-    return [{k: r.get(k) for k in UNTIMED} for r in metrics.read_records(workdir)]
+    return [{k: r.get(k) for k in UNTIMED} for r in files.read_records(workdir)]
 
 
 def stop_after(monkeypatch, number, signum=signal.SIGTERM):
@@ -67,6 +71,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(name, overrides, tmp_pa
         resumed = train.train(config, tmp_path / f"{number}")
         assert resumed["params_sha256"] == whole["params_sha256"]
         assert untimed(tmp_path / f"{number}") == untimed(tmp_path / "whole")
+        wanted, got = (checkpoint.open_round(tmp_path / name, 4) for name in ("whole", f"{number}"))
+        assert got.arrays.keys() == wanted.arrays.keys()  # all fields of the state
+        assert all((got.read(name) == wanted.read(name)).all() for name in wanted.arrays)
         assert resumed["bytes_exchanged_per_worker"] == whole["bytes_exchanged_per_worker"]
 
 
@@ -80,16 +87,16 @@ def test_a_signal_finishes_the_round_and_says_how_to_go_on(signum, code, tmp_pat
 
 
 def test_a_second_signal_ends_at_once(tmp_path, monkeypatch, capsys):
-    real = train.run_round
+    real = train.train_round
 
     def two_signals(*args):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(train, "run_round", two_signals)
+    monkeypatch.setattr(train, "train_round", two_signals)
     assert main.main(["main", MLP, f"--workdir={tmp_path}"]) == 130
-    assert metrics.read_records(tmp_path) == []
+    assert files.read_records(tmp_path) == []
 
 
 def test_killed_processes_resume_to_the_same_bits(tmp_path):
@@ -106,12 +113,12 @@ def test_killed_processes_resume_to_the_same_bits(tmp_path):
     for rounds in (1, 30):
         process = subprocess.Popen([*command, f"--workdir={workdir}"], cwd=ROOT, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
-        while len(metrics.read_records(workdir)) < rounds:
+        while len(files.read_records(workdir)) < rounds:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         process.kill()
         process.wait()
-        done, safe = len(metrics.read_records(workdir)), checkpoint.rounds(workdir)
+        done, safe = len(files.read_records(workdir)), checkpoint.rounds(workdir)
         assert done < 150  # it was killed in the middle
         assert done - max(safe, default=0) <= 4  # checkpoint.every
     done = subprocess.run([*command, f"--workdir={workdir}"], cwd=ROOT, capture_output=True, text=True)
@@ -126,7 +133,7 @@ def test_more_rounds_and_other_workers_or_devices_go_on(tmp_path, caplog):
     for number, overrides in enumerate([{}, {"num_devices": 1}, {"num_workers": 4}, {"num_workers": 1}]):
         summary = train.train(get_config("mlp", rounds=3 * number + 3, **overrides), tmp_path)
         assert summary["rounds"] == 3 * number + 3
-        assert [r["round"] for r in metrics.read_records(tmp_path)] == list(range(1, 3 * number + 4))
+        assert [r["round"] for r in files.read_records(tmp_path)] == list(range(1, 3 * number + 4))
     assert summary["examples"] == 3 * 16 * (2 + 2 + 4 + 1)
     assert caplog.text.count("resuming") == 3
     with pytest.raises(ValueError, match=r"optimizer.momentum is 0.9 there and 0.5 here; choose another"):
@@ -139,7 +146,7 @@ def test_the_schedule_goes_on_by_examples_when_the_workers_change(tmp_path):
     overrides = {"optimizer.schedule": "step", "optimizer.step_at": (0.5,), "eval_every": 0}
     train.train(get_config("mlp", num_workers=4, rounds=6, **overrides), tmp_path)
     summary = train.train(get_config("mlp", num_workers=8, rounds=None, epochs=1.0, **overrides), tmp_path)
-    records = metrics.read_records(tmp_path)[6:]
+    records = files.read_records(tmp_path)[6:]
     assert len(records) == 9  # 6 x 64 examples were seen; 9 x 128 more make at least the 1,437 of an epoch
     total = summary["examples"]
     assert total == 6 * 64 + 9 * 128
@@ -160,9 +167,10 @@ def stored(tmp_path_factory):
 
 def test_what_is_stored_does_not_depend_on_devices(stored):
     first = checkpoint.open_round(stored / "1", 3)
-    assert first.trees() == ["params", "moment1"]
-    for devices in ("2", "3", "6"):
-        saved = checkpoint.open_round(stored / devices, 3)
+    paths = {name.removeprefix("params/") for name in first.arrays if name.startswith("params/")}
+    assert first.arrays.keys() == {f"{tree}/{path}" for tree in ("params", "travels/0") for path in paths}
+    for number in ("2", "3", "6"):
+        saved = checkpoint.open_round(stored / number, 3)
         assert saved.arrays.keys() == first.arrays.keys()
         for name, entry in saved.arrays.items():
             assert entry["shape"] == first.arrays[name]["shape"]
@@ -171,10 +179,100 @@ def test_what_is_stored_does_not_depend_on_devices(stored):
             assert np.prod(metadata["shape"]) == np.prod(entry["shape"])  # no padding
 
 
+def everything(num_devices, num_workers=4):
+    """A layout with every kind of leaf, and a state with something in every field: whole, and split."""
+    rng = np.random.default_rng(0)
+    params = {"a": rng.normal(size=(5, 3)), "b": rng.normal(size=7), "c": rng.normal(size=(5, 7, 2))}
+    shapes = {path: np.zeros(x.shape, np.float32) for path, x in params.items()}
+    axes = {"a": ("units", None), "b": (None,), "c": ("units", "others", None)}
+    groups = partition.make_groups(shapes, axes, num_workers)
+    layout = make_layout(shapes, axes, groups, num_workers, num_devices)
+    tree = {path: x.astype(np.float32) for path, x in params.items()}
+    whole = State(
+        params=tree,
+        travels=({path: x + 1 for path, x in tree.items()}, np.int32(12)),  # as Adam's count
+        stays=[{path: (2 * x).astype(jnp.bfloat16) for path, x in tree.items()}],
+        own={"key": np.arange(num_workers, dtype=np.uint32), "rest": rng.normal(size=(num_workers, 3))},
+    )
+    whole = jax.tree.map(lambda x: np.asarray(x, np.float32 if x.dtype == np.float64 else x.dtype), whole)
+    shards = jax.tree.map(
+        lambda x: (
+            from_params(layout, x) if isinstance(x, dict) else np.broadcast_to(x, (num_devices, *x.shape))
+        ),
+        whole._replace(own=()),
+        is_leaf=lambda x: isinstance(x, dict),
+    )
+    own = jax.tree.map(lambda x: x.reshape(num_devices, -1, *x.shape[1:]), whole.own)
+    return layout, whole, shards._replace(own=own)
+
+
+def on_one_device(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
+
+
+def save(layout, state, workdir):
+    writer = checkpoint_writer.Writer(workdir, layout, keep=1)
+    writer.save(put(state, jax.devices()[: layout.num_devices]), {"round": 1})
+    writer.close()
+    return checkpoint.open_round(workdir, 1)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (4, 1), (2, 4), (1, 2)])
+def test_all_fields_of_a_state_come_back_on_other_devices(before, after, tmp_path):
+    layout, whole, state = everything(before)
+    saved = save(layout, state, tmp_path)
+    trees = [f"{tree}/{path}" for tree in ("params", "travels/0", "stays/0") for path in "abc"]
+    assert sorted(saved.arrays) == sorted([*trees, "travels/1", "own/0", "own/1"])
+    assert saved.read("own/1").tolist() == whole.own["rest"].tolist()  # by workers, whatever the devices
+    assert saved.read("travels/1") == 12
+    layout, _, wanted = everything(after)
+    got = saved.restore(layout, on_one_device(wanted), lambda x: x)
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+    params = checkpoint.load_params(tmp_path)
+    assert params.keys() == whole.params.keys()
+    assert all((params[path] == whole.params[path]).all() for path in params)
+
+
+def test_a_state_of_another_model_method_or_number_of_workers_is_refused(tmp_path):
+    layout, _, state = everything(2)
+    saved = save(layout, state, tmp_path)
+
+    def refusal(like, layout=layout):
+        with pytest.raises(ValueError, match=r"choose another --workdir$") as refused:
+            saved.restore(layout, on_one_device(like), lambda x: pytest.fail("nothing may be read"))
+        return str(refused.value)
+
+    what = "is of another model, method or version: "
+    assert what + "travels/1 is int32 [] there and missing here" in refusal(
+        state._replace(travels=state.travels[:1])
+    )
+    more = state._replace(own=state.own | {"s": state.own["key"]})
+    assert what + "own/2 is missing there and uint32 [4] here" in refusal(more)
+    wider = layout._replace(leaves=layout.leaves | {"b": layout.leaves["b"]._replace(shape=(8,))})
+    assert what + "params/b is float32 [7] there and float32 [8] here" in refusal(state, wider)
+    other, _, fewer = everything(2, num_workers=2)
+    message = (
+        "holds what each of 4 workers kept for itself, and num_workers=2; set config.num_workers to 4, or"
+    )
+    assert message in refusal(fewer, other)
+    none = save(
+        layout, state._replace(own=()), tmp_path / "none"
+    )  # nothing of their own: other workers go on
+    none.restore(other, on_one_device(fewer._replace(own=())), lambda x: x)
+    crooked = on_one_device(state)._replace(own=jax.ShapeDtypeStruct((3,), np.float32))
+    with pytest.raises(
+        ValueError, match=r"`own` has shape \(3,\) on a device; its first axis must .* 2 workers"
+    ):
+        saved.restore(layout, crooked, lambda x: x)
+
+
 def test_best_and_latest_checkpoints_are_kept(tmp_path):
     config = get_config("mlp", rounds=8, eval_every=1, **{"checkpoint.keep": 2})
     train.train(config, tmp_path)
-    accuracies = {r["round"]: r["test_accuracy"] for r in metrics.read_records(tmp_path)}
+    accuracies = {r["round"]: r["test_accuracy"] for r in files.read_records(tmp_path)}
     kept = checkpoint.rounds(tmp_path)
     assert kept[-2:] == [7, 8]
     assert len(kept) <= 3
@@ -258,33 +356,33 @@ def test_without_an_intact_checkpoint_nothing_starts_from_scratch(tmp_path):
     with pytest.raises(ValueError, match="a run of 3 rounds without a checkpoint"):
         train.train(get_config("mlp", rounds=6), tmp_path)
     seldom = get_config("mlp", rounds=6, **{"checkpoint.every": 50})
-    metrics.write_json(tmp_path / "config.json", seldom.to_dict() | {"rounds": 3})  # finished: it had one
+    files.write_json(tmp_path / "config.json", seldom.to_dict() | {"rounds": 3})  # finished: it had one
     with pytest.raises(ValueError, match="a run of 3 rounds without a checkpoint"):
         train.train(seldom, tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="a run without its config"):
         train.train(seldom, tmp_path)
-    assert len(metrics.read_records(tmp_path)) == 3
+    assert len(files.read_records(tmp_path)) == 3
 
 
 def test_a_checkpoint_beyond_the_metrics_gives_way_to_an_older_one(tmp_path, caplog):
     whole = train.train(get_config("mlp", rounds=4), tmp_path / "whole")
     workdir = tmp_path / "run"
     train.train(get_config("mlp", rounds=3), workdir)
-    metrics.write_records(workdir, metrics.read_records(workdir)[:2])  # as power may be lost
+    files.write_records(workdir, files.read_records(workdir)[:2])  # as power may be lost
     resumed = train.train(get_config("mlp", rounds=4), workdir)
     assert "round 3 cannot be used: metrics.jsonl ends at round 2" in caplog.text
     assert resumed["params_sha256"] == whole["params_sha256"]
-    assert [r["round"] for r in metrics.read_records(workdir)] == [1, 2, 3, 4]
+    assert [r["round"] for r in files.read_records(workdir)] == [1, 2, 3, 4]
 
 
 def test_one_run_at_a_time_writes_to_a_folder(tmp_path):
-    with folder.claimed(tmp_path / "new" / "run"):
+    with lock.claimed(tmp_path / "new" / "run"):
         with pytest.raises(ValueError, match="another run is writing to"):
             train.train(get_config("mlp"), tmp_path / "new" / "run")
         (tmp_path / "new" / "run" / "file").touch()
     assert (tmp_path / "new" / "run" / "file").is_file()
-    with folder.claimed(tmp_path / "other" / "run"):
+    with lock.claimed(tmp_path / "other" / "run"):
         assert (tmp_path / "other" / "run").is_dir()  # made, and nothing came of it
     assert not (tmp_path / "other").exists()
     assert train.train(get_config("mlp"), tmp_path / "new" / "run")["rounds"] == 3
@@ -307,6 +405,33 @@ def test_a_full_disk_is_reported_and_the_run_goes_on(tmp_path, monkeypatch, capl
     assert whole["rounds"] == 5
     assert 3 not in checkpoint.rounds(tmp_path)
     assert checkpoint.rounds(tmp_path)[-1] == 5
+
+
+@pytest.mark.parametrize("where", ["NamedTemporaryFile", "write_records"])
+def test_a_full_disk_before_the_first_round_is_no_mistake_of_the_user(where, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files if where == "write_records" else lock.tempfile, where, full)
+        assert main.main(["main", MLP, f"--workdir={tmp_path}/run"]) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert (
+        f"written to {tmp_path}/run: No space" in line
+        or f"write to --workdir={tmp_path}/run: No space" in line
+    )
+    assert not checkpoint.rounds(tmp_path / "run")
+
+
+def test_data_that_cannot_be_read_are_the_users_mistake(tmp_path, monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "data/train.txt")
+
+    monkeypatch.setattr(data, "open_data_set", refuse)
+    with pytest.raises(SystemExit) as stop:
+        main.main(["main", MLP, f"--workdir={tmp_path}"])
+    assert stop.value.code == 2
+    assert "Permission denied: 'data/train.txt'" in capsys.readouterr().err
 
 
 def test_a_full_disk_at_the_end_is_no_finished_run(tmp_path, monkeypatch, capsys):
@@ -339,6 +464,6 @@ def test_absent_workers_change_nothing(method, tmp_path):
     )
     assert none["params_sha256"] == still["params_sha256"]
     some = train.train(get_config("mlp", method=method, participation=0.5, rounds=8), tmp_path / "some")
-    absent = [r["workers_absent"] for r in metrics.read_records(tmp_path / "some")]
+    absent = [r["workers_absent"] for r in files.read_records(tmp_path / "some")]
     assert 0 < sum(absent) < 16
     assert some["workers_absent"] == sum(absent)

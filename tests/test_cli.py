@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, get_config
 
-from ist_jax import evaluate, main, train
+from ist_jax import compare, evaluate, main, plan, train
+from ist_jax.config import keys_of
 
 RESNET = f"--config={ROOT}/configs/resnet.py:smoke"
 MLP = f"--config={ROOT}/configs/mlp.py:smoke"
@@ -135,6 +136,20 @@ def test_the_command_trains_and_says_its_result_last(tmp_path):
     assert "finished already" in again.stderr
 
 
+@pytest.mark.parametrize("command", [main, plan, compare])
+def test_help_lists_the_keys_of_the_config_it_is_given(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["command", "--help", MLP])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    place = lines.index("  --config.num_workers: workers S")
+    assert lines[place + 1] == "    (default: 2; 1 or more; may change on resume)"
+    assert "  --config.model.hidden: neurons of each hidden layer" in lines
+    listed = {line.split(":")[0].removeprefix("  --config.") for line in lines if "  --config." in line}
+    assert listed == keys_of(get_config("mlp")).keys()
+    assert max(map(len, lines[place:])) <= 100
+
+
 def test_help_is_quick_to_say_and_names_the_flags(capsys):
     with pytest.raises(SystemExit) as stop:
         main.main(["main", "--help"])
@@ -175,7 +190,7 @@ def test_a_new_folder_is_made_where_none_is_given(tmp_path, monkeypatch):
         ("def get_config():\n    return undefined\n", "name 'undefined' is not defined"),
         ("x = 1\n", "get_config"),
         ("def get_config():\n    return {'a': 1}\n", "must return an ml_collections.ConfigDict"),
-        ("import ml_collections as m\ndef get_config():\n    return m.ConfigDict({})\n", "no key 'rounds'"),
+        ("import ml_collections as m\ndef get_config():\n    return m.ConfigDict({})\n", "no key 'model."),
     ],
 )  # fmt: skip
 def test_a_config_file_that_fails_says_how(text, message, tmp_path, capsys, monkeypatch):

@@ -12,8 +12,8 @@ from conftest import ROOT, get_config
 from tensorboardX.proto.event_pb2 import Event
 
 from ist_jax import compare, data, main
-from ist_jax.runtime import observers as watch
-from ist_jax.workdir import files as metrics
+from ist_jax.runtime import observers
+from ist_jax.workdir import files
 
 MLP = f"--config={ROOT}/configs/mlp.py:smoke"
 
@@ -63,7 +63,7 @@ def test_runs_that_did_not_begin_alike_are_no_comparison(compared, key):
     path = workdir / "local_sgd-0" / "start.json"
     before = path.read_text()
     try:
-        metrics.write_json(path, json.loads(before) | {key: "another"})
+        files.write_json(path, json.loads(before) | {key: "another"})
         with pytest.raises(ValueError, match="local_sgd-0 did not begin as ist-0 did"):
             compare.compare(get_config("mlp"), workdir, methods=["ist", "local_sgd"], seeds=1)
         path.unlink()
@@ -105,9 +105,9 @@ def test_a_result_that_cannot_be_written_is_one_line_and_no_mistake_in_the_comma
 
     if full == "report":
         monkeypatch.setattr("pathlib.Path.write_text", lambda path, *_, **__: no_space(path))
-        monkeypatch.setattr(metrics, "write_json", lambda *_: None)
+        monkeypatch.setattr(files, "write_json", lambda *_: None)
     else:
-        monkeypatch.setattr(metrics, "write_json", no_space)
+        monkeypatch.setattr(files, "write_json", no_space)
     flags = ["--methods=ist", "--seeds=1", f"--workdir={compared[0]}"]
     assert compare.main(["compare", MLP, *flags]) == 1
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
@@ -156,15 +156,18 @@ def test_the_profiler_sees_the_rounds_after_the_first(tmp_path, monkeypatch, cap
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(folder))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
-    with watch.opened(tmp_path, tensorboard=False, profile=2) as (trace,):
+    with observers.open_observers(tmp_path, tensorboard=False, profile=2) as (observe,):
         for number, expected in ((5, 1), (6, 1), (7, 2), (8, 2)):
-            trace({"round": number})
+            observe({"round": number})
             assert len(calls) == expected
     assert calls == [tmp_path / "profile", "stop"]
-    with caplog.at_level(logging.WARNING), watch.opened(tmp_path, tensorboard=False, profile=2) as (trace,):
-        trace({"round": 1})
-        trace({"round": 2})
+    with (
+        caplog.at_level(logging.WARNING),
+        observers.open_observers(tmp_path, tensorboard=False, profile=2) as (observe,),
+    ):
+        observe({"round": 1})
+        observe({"round": 2})
     assert calls[2:] == [tmp_path / "profile", "stop"]
     assert "profile: 1 rounds after the first were traced, not 2" in caplog.text
-    with watch.opened(tmp_path, tensorboard=False, profile=0) as watchers:
-        assert watchers == []
+    with observers.open_observers(tmp_path, tensorboard=False, profile=0) as none:
+        assert none == []

@@ -15,8 +15,7 @@ from conftest import ROOT, get_config
 from ist_jax import main, train
 from ist_jax.runtime import processes as distributed
 from ist_jax.runtime import signals
-from ist_jax.workdir import checkpoint
-from ist_jax.workdir import files as metrics
+from ist_jax.workdir import checkpoint, files
 
 OVERRIDES = {
     "num_workers": 4, "rounds": 200, "eval_every": 50, "checkpoint.every": 10, "lost_after": 15.0,
@@ -59,7 +58,7 @@ def launch(workdir, processes, *, slurm=False, programs=(), **overrides):
 
 def wait_for_round(workdir, number, processes):
     deadline = time.monotonic() + 180
-    while len(metrics.read_records(workdir)) < number:
+    while len(files.read_records(workdir)) < number:
         assert time.monotonic() < deadline
         assert all(p.poll() is None for p in processes), [p.communicate() for p in processes]
         time.sleep(0.02)
@@ -79,7 +78,7 @@ def finish(processes):
 def whole(tmp_path_factory):
     """The unbroken run, in one process on four devices."""
     folder = tmp_path_factory.mktemp("whole")
-    return train.train(get_config("mlp", **OVERRIDES), folder), metrics.read_records(folder)
+    return train.train(get_config("mlp", **OVERRIDES), folder), files.read_records(folder)
 
 
 def test_two_processes_stopped_lost_and_resumed_give_the_bits_of_one(whole, tmp_path):
@@ -91,7 +90,7 @@ def test_two_processes_stopped_lost_and_resumed_give_the_bits_of_one(whole, tmp_
     processes[1].send_signal(signal.SIGTERM)  # to one of them: both stop after the same round
     stopped = finish(processes)
     assert [code for code, _ in stopped] == [143, 143], stopped
-    done = len(metrics.read_records(workdir))
+    done = len(files.read_records(workdir))
     assert all(f"stopped after round {done} of 200" in text for _, text in stopped)
     assert checkpoint.rounds(workdir)[-1] == done < 200
     assert checkpoint.open_round(workdir, done).arrays["params/layer1/dense/kernel"]["pieces"][3][1] > 0
@@ -103,7 +102,7 @@ def test_two_processes_stopped_lost_and_resumed_give_the_bits_of_one(whole, tmp_
     assert code == 130, text
     assert f"resuming {workdir} after round {done}" in text
 
-    done = len(metrics.read_records(workdir))
+    done = len(files.read_records(workdir))
     processes = launch(workdir, 2)
     wait_for_round(workdir, done + 12, processes)
     began = time.monotonic()
@@ -113,14 +112,14 @@ def test_two_processes_stopped_lost_and_resumed_give_the_bits_of_one(whole, tmp_
     assert code == distributed.LOST
     assert "process 1 of 2 has given no sign of life for 15 s" in text
     assert time.monotonic() - began < 15 + 15
-    assert len(metrics.read_records(workdir)) - checkpoint.rounds(workdir)[-1] <= 10
+    assert len(files.read_records(workdir)) - checkpoint.rounds(workdir)[-1] <= 10
 
     results = finish(launch(workdir, 2, slurm=True))
     assert [code for code, _ in results] == [0, 0], results
     resumed = json.loads((workdir / "summary.json").read_text())
     assert resumed["params_sha256"] == summary["params_sha256"]
-    assert [r["round"] for r in metrics.read_records(workdir)] == list(range(1, 201))
-    ours = [r["train_loss"] for r in metrics.read_records(workdir)]
+    assert [r["round"] for r in files.read_records(workdir)] == list(range(1, 201))
+    ours = [r["train_loss"] for r in files.read_records(workdir)]
     assert ours == [r["train_loss"] for r in records]
     table = {row["cause"]: row for row in json.loads((workdir / "ledger.json").read_text())["rows"]}
     assert table["round"]["formula"] == table["round"]["hlo"]

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import reference
 from conftest import ROOT, get_config
+from ist_jax.runtime.settings import make_loss_fn
 
 from ist_jax import data, evaluate, partition, task, train
+from ist_jax.config import check
 from ist_jax.data import batches, extreme_classification, sparse
 from ist_jax.exchange.layout import to_params
 from ist_jax.models import sparse as sparse_layer
@@ -21,7 +23,6 @@ from ist_jax.models.sparse import Sparse
 from ist_jax.runtime import inputs, stopping
 from ist_jax.runtime import scoring as evaluation
 from ist_jax.runtime import setup as experiment
-from ist_jax.runtime.settings import check, make_loss_fn
 from ist_jax.workdir import checkpoint
 
 SHARED = ROOT.parent / "shared" / "data" / "xc"

@@ -20,7 +20,7 @@ FLOORS = (
     ("exchange",),
     ("data",),
     ("models",),
-    ("masking",),
+    ("masking", "deals"),
     ("partition",),
     ("extension", "key", "errors", "streams"),
 )

@@ -1,16 +1,18 @@
 """The image sets: TFDS's own readers and writers on tiny files, and Debian's Fashion-MNIST."""
 
 import gzip
+import re
 import sys
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from scipy import io
-from tensorflow_datasets.image_classification import mnist
+from tensorflow_datasets.datasets.svhn_cropped import svhn_cropped_dataset_builder
+from tensorflow_datasets.image_classification import cifar, mnist
 
 from ist_jax import data
-from ist_jax.data import idx, tfds_images
+from ist_jax.data import idx, prepare, tfds_images
 
 SHAPES = {"cifar10": (32, 32, 3), "cifar100": (32, 32, 3), "svhn_cropped": (32, 32, 3),
           "mnist": (28, 28, 1), "fashion_mnist": (28, 28, 1)}  # fmt: skip
@@ -56,10 +58,6 @@ def test_the_prepared_fashion_mnist_of_tfds_comes_first(debian, tmp_path, monkey
 
 
 def test_other_sets_do_not_look_at_fashion_mnist(debian, tmp_path, monkeypatch):
-    def no_network(*_, **__):
-        raise ConnectionError("no route to host")
-
-    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", no_network)
     with pytest.raises(ValueError, match=r"'mnist' is not prepared"):
         data.open_data_set("mnist", str(tmp_path))
     monkeypatch.setattr(tfds_images, "DEBIAN_FASHION_MNIST", tmp_path / "not-installed")
@@ -103,7 +101,7 @@ def test_a_bad_idx_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_tfds_set_is_read_without_tensorflow(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(tfds_images, "DEBIAN_FASHION_MNIST", tmp_path / "not-installed")
+    monkeypatch.setattr(tfds.core.DatasetInfo, "splits", {"train": None, "test": None})
     with tfds.testing.mock_data(num_examples=7):
         dataset = data.open_data_set(name, str(tmp_path))
         train, test = data.load(dataset.train), data.load(dataset.test)
@@ -114,12 +112,15 @@ def test_every_tfds_set_is_read_without_tensorflow(name, tmp_path, monkeypatch):
     assert "tensorflow" not in sys.modules
 
 
-def prepare(name, extracted, monkeypatch, tmp_path):
+def prepared(name, extracted, monkeypatch, tmp_path):
     """The set as TFDS itself prepares it, from tiny raw files instead of downloaded ones, read back."""
-    manager = tfds.download.DownloadManager
+    manager, folder = tfds.download.DownloadManager, str(tmp_path / "tfds")
     monkeypatch.setattr(manager, "download_and_extract", lambda *_: extracted)
     monkeypatch.setattr(manager, "download", lambda _, urls: {key: extracted[key] for key in urls})
-    return data.open_data_set(name, str(tmp_path / "tfds"))
+    for module in (mnist, cifar, svhn_cropped_dataset_builder):  # what the command changes in its process
+        monkeypatch.setattr(module, "tf", module.tf)
+    assert prepare.main(["prepare", name, f"--dir={folder}"]) == 0
+    return data.open_data_set(name, folder)
 
 
 def test_cifar100_is_prepared_with_a_progress_bar_and_found_again(tmp_path, monkeypatch, capsys):
@@ -132,7 +133,7 @@ def test_cifar100_is_prepared_with_a_progress_bar_and_found_again(tmp_path, monk
     records.tofile(raw / "train.bin")
     records[:4].tofile(raw / "test.bin")
     for again in (False, True):
-        dataset = prepare("cifar100", str(tmp_path), monkeypatch, tmp_path)
+        dataset = prepared("cifar100", str(tmp_path), monkeypatch, tmp_path)
         assert ("Generating train examples" in capsys.readouterr().err) == (not again)
         assert dataset.classes[:2] == ("fine0", "fine1")
         train, test = data.load(dataset.train), data.load(dataset.test)
@@ -149,7 +150,7 @@ def test_svhn_is_prepared_and_read_back(tmp_path, monkeypatch):
     files = {split: str(tmp_path / f"{split}.mat") for split in ("train", "test", "extra")}
     for file in files.values():
         io.savemat(file, {"X": images, "y": labels})
-    train = data.load(prepare("svhn_cropped", files, monkeypatch, tmp_path).train)
+    train = data.load(prepared("svhn_cropped", files, monkeypatch, tmp_path).train)
     assert sorted(train["label"]) == [0, 1, 2, 3, 4, 5]
     for image, label in zip(train["image"], train["label"], strict=True):
         assert np.array_equal(image, images[..., label - 1])
@@ -164,5 +165,35 @@ def test_mnist_is_prepared_and_read_back(tmp_path, monkeypatch):
         file.write_bytes(bytes(header) + body)
     monkeypatch.setattr(mnist, "_TRAIN_EXAMPLES", 7)
     monkeypatch.setattr(mnist, "_TEST_EXAMPLES", 7)
-    train = data.load(prepare("mnist", files, monkeypatch, tmp_path).train)
+    train = data.load(prepared("mnist", files, monkeypatch, tmp_path).train)
     assert np.array_equal(train["image"][np.argsort(train["label"])][..., 0], images)
+
+
+def test_preparation_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
+    def no_network(*_, **__):
+        raise ConnectionError("no route to host\nand more")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", no_network)
+    monkeypatch.setattr(mnist, "tf", mnist.tf)
+    assert prepare.main(["prepare", "mnist", f"--dir={tmp_path}"]) == 1
+    assert re.fullmatch(
+        r"error: mnist cannot .*\(ConnectionError: no route to host\)\n", capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "NAME is missing; usage: python -m ist_jax.data.prepare NAME [--dir=DIR]; NAME is one of "),
+        (["digits"], "'digits' is no set that can be prepared; usage: "),
+        (["cifar"], "'cifar' is no set that can be prepared; did you mean 'cifar10'? "),
+        (["mnist", "cifar10"], "'mnist cifar10' is no set"),
+        (["mnist", "--folder=x"], "folder"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_of_preparation_are_one_line_and_exit_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        prepare.main(["prepare", *arguments])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    assert message in line

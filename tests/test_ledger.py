@@ -14,7 +14,7 @@ from flax import traverse_util
 from jax import lax
 from test_distributed import finish, launch
 
-from ist_jax import partition
+from ist_jax import deals, partition
 from ist_jax.costs import compiled as hlo
 from ist_jax.costs import formula as ledger
 from ist_jax.costs import ledger as audit
@@ -101,7 +101,7 @@ def test_formula_and_hlo_agree_to_the_byte(name, num_workers, overrides):
     params = traverse_util.unflatten_dict({p: np.zeros(s, np.float32) for p, s in shapes.items()}, sep="/")
     shards = from_params(layout, params)
     subnets = {path: np.zeros((*grid, *x.shape), x.dtype) for path, x in ledger.subnet_shapes(layout).items()}
-    assignment = partition.sample(partition.round_rng(0, 0), layout.groups)
+    assignment = partition.draw(0, 0, layout.groups, deals.random)
     build = partial(devices.compile_program, devices=jax.devices()[: layout.num_devices])
     programs = {
         "gather": build(partial(store.gather, layout), (shards, assignment), in_axes=[0, None]),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from ist_jax import masking, partition
+from ist_jax import deals, masking, partition
 from ist_jax.partition import Assignment
 
 RULES = {
@@ -32,7 +32,7 @@ def make_case(h1, h2, num_workers, *, seed=0, min_units=0, shares=()):
     params = make_params(h1, h2, seed)
     axes = partition.resolve_axes(params, RULES)
     groups = partition.make_groups(params, axes, num_workers, min_units=min_units, shares=shares)
-    return params, axes, groups, partition.sample(partition.round_rng(seed, 0), groups)
+    return params, axes, groups, partition.draw(seed, 0, groups, deals.random)
 
 
 def leaves(tree):

@@ -12,6 +12,7 @@ from flax import traverse_util
 from jax import lax
 
 from ist_jax import partition
+from ist_jax.config import build_model
 from ist_jax.costs import formula as ledger
 from ist_jax.exchange.layout import make_layout
 from ist_jax.models.conv import conv_general_dilated
@@ -62,9 +63,10 @@ def test_imagenet_nets_have_the_parameters_of_the_known_ones(block, sections, pa
 def plain_bottleneck_net(params, x):
     """The ImageNet net of bottleneck blocks in a few lines of lax."""
 
-    def conv(x, kernel, strides=1, padding="SAME"):
+    def conv(x, kernel, strides=1):
+        pads = [(size // 2, size // 2) for size in kernel.shape[:2]]
         dims = ("NHWC", "HWIO", "NHWC")
-        return lax.conv_general_dilated(x, kernel, (strides, strides), padding, dimension_numbers=dims)
+        return lax.conv_general_dilated(x, kernel, (strides, strides), pads, dimension_numbers=dims)
 
     def activate(x, norm):
         x = (x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 1e-5)
@@ -77,7 +79,7 @@ def plain_bottleneck_net(params, x):
         y = activate(conv(y, p["conv2"]["kernel"], strides), p["norm3"])
         return skip + conv(y, p["conv3"]["kernel"])
 
-    x = conv(x, params["stem"]["kernel"], 2, ((3, 3), (3, 3)))
+    x = conv(x, params["stem"]["kernel"], 2)
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
     size = x.shape[1] - 2  # windows at -1, 1, 3, ..., of 3
     corners = [x[:, i : i + size : 2, j : j + size : 2] for i in range(3) for j in range(3)]
@@ -261,22 +263,23 @@ def test_a_section_without_partitionable_blocks_is_refused(sections):
 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1)])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 3), (7, 7)])
-@pytest.mark.parametrize("padding", ["SAME", "VALID", ((2, 0), (1, 3))])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 1), (1, 1)), ((2, 0), (1, 3))])
 def test_convolution_and_its_gradients_equal_xla(strides, kernel, padding):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 7, 8, 3)), jnp.float32)
-    w = jnp.asarray(rng.normal(size=(*kernel, 3, 5)), jnp.float32)
-
     def native(x, w):
         return lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     def ours(x, w):
         return conv_general_dilated(x, w, strides, padding, feature_group_count=1)
 
-    np.testing.assert_allclose(ours(x, w), native(x, w), rtol=1e-5, atol=1e-5)
-    dy = jnp.asarray(rng.normal(size=native(x, w).shape), jnp.float32)
-    for got, wanted in zip(jax.vjp(ours, x, w)[1](dy), jax.vjp(native, x, w)[1](dy), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, w = jnp.asarray(rng.normal(size=(2, 7, 8, 3))), jnp.asarray(rng.normal(size=(*kernel, 3, 5)))
+        wanted, by_xla = jax.vjp(native, x, w)
+        got, by_us = jax.vjp(ours, x, w)
+        dy = jnp.asarray(rng.normal(size=wanted.shape))
+        for a, b in zip((got, *by_us(dy)), (wanted, *by_xla(dy)), strict=True):
+            assert a.dtype == b.dtype == np.float64
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
 
 
 def test_batch_norm_uses_the_batch_or_what_it_is_given():
@@ -294,7 +297,7 @@ def test_batch_norm_uses_the_batch_or_what_it_is_given():
 @pytest.mark.parametrize(("num_workers", "blocks"), [(2, 11), (4, 10)])
 def test_the_imagenet_config_deals_out_the_blocks_of_section_3(num_workers, blocks):
     config = get_config("resnet", "imagenet", num_workers=num_workers)
-    model = settings.build_model(config, 1000)
+    model = build_model(config, 1000)
     params = shapes(model, config.data.size, config.data.size, 3)
     assert count(params) == 44_549_160 - 11_776  # ResNet101, as above
     axes = partition.resolve_axes(params, model.unit_axes())

@@ -1,11 +1,16 @@
-"""Partitions: every unit has a worker, nobody has one twice, and the draws are uniform."""
+"""Partitions: every unit has a worker, nobody has one twice, draws are uniform; deals keep their contract."""
+
+import json
+import re
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ist_jax import partition
+from ist_jax import deals, partition
+from ist_jax.partition import Assignment, Group
 
 
 def make(size, num_workers, *, stratified=False, **options):
@@ -17,8 +22,19 @@ def make(size, num_workers, *, stratified=False, **options):
     return partition.make_groups(params, axes, num_workers, **options)["unit"]
 
 
-def draw(group, seed=0):
-    return partition.sample(partition.round_rng(seed, 0), {group.name: group})[group.name]
+def draw(group, seed=0, deal=deals.random, round_index=0):
+    return partition.draw(seed, round_index, {group.name: group}, deal)[group.name]
+
+
+def rolling(rng, group, round_index):
+    """A deal of one's own: every worker has a window in each strip, and moves on by a unit per round."""
+    units, held = np.arange(group.size), np.zeros((group.num_workers, group.size), bool)
+    for strip in np.split(units, units[:: group.strip_size][1:]):
+        held[np.roll(np.sort(group.deck[strip]), round_index), strip] = True
+    for worker in held:  # up to the least that everybody must have, the next ones in the ring
+        others = np.flatnonzero(~worker)
+        worker[np.roll(others, -round_index)[: max(0, group.min_units - worker.sum())]] = True
+    return partition.assign(held, group)
 
 
 @st.composite
@@ -29,9 +45,10 @@ def groups(draw):
     return make(size, workers, stratified=draw(st.booleans()), min_units=least, shares=shares)
 
 
-@given(groups(), st.integers(0, 1000))
-def test_every_draw_is_a_partition(group, seed):
-    indices, gates = draw(group, seed)
+@pytest.mark.parametrize("deal", [*deals.DEALS.values(), rolling], ids=lambda deal: deal.__name__)
+@given(group=groups(), seed=st.integers(0, 1000), round_index=st.integers(0, 50))
+def test_every_draw_is_a_partition(deal, group, seed, round_index):
+    indices, gates = draw(group, seed, deal, round_index)
     assert indices.shape == gates.shape == (group.num_workers, group.slots)
     assert indices.dtype == np.int32
     held = [set(row[gate].tolist()) for row, gate in zip(indices, gates, strict=True)]
@@ -42,7 +59,8 @@ def test_every_draw_is_a_partition(group, seed):
         strips = np.bincount(np.array(sorted(units), int) // group.strip_size, minlength=1)
         assert strips.max(initial=0) <= group.strip_slots
     assert set().union(*held) == set(range(group.size))
-    assert sorted(map(len, held)) == sorted(group.counts)
+    counts = list(map(len, held))
+    assert (sorted(counts) == sorted(group.counts)) if group.fair else (counts == list(group.counts))
     if group.disjoint:
         assert sum(map(len, held)) == group.size
 
@@ -105,9 +123,9 @@ def test_pairs_of_units_meet():
 
 def test_a_draw_depends_on_seed_and_round_alone():
     group = {"unit": make(20, 4)}
-    first = partition.sample(partition.round_rng(3, 7), group)["unit"].indices
-    again = partition.sample(partition.round_rng(3, 7), group)["unit"].indices
-    other = partition.sample(partition.round_rng(3, 8), group)["unit"].indices
+    first = partition.draw(3, 7, group, deals.random)["unit"].indices
+    again = partition.draw(3, 7, group, deals.random)["unit"].indices
+    other = partition.draw(3, 8, group, deals.random)["unit"].indices
     assert (first == again).all()
     assert (first != other).any()
 
@@ -161,3 +179,116 @@ def test_a_minimum_beyond_a_smaller_group_is_all_of_it():
     assert groups["b"].counts == (3,) * 4
     with pytest.raises(ValueError, match="min_units=9 must lie between 0 and the 8 units of a"):
         partition.make_groups(params, axes, 4, min_units=9)
+
+
+def test_a_window_rolls_on_by_a_unit_per_round():
+    # by hand: 7 units, 3 workers with 3, 2 and 2 of them; a round later everything is one further
+    windows = [draw(make(7, 3), deal=rolling, round_index=r).indices.tolist() for r in (0, 1, 7)]
+    assert windows[0] == [[0, 1, 2], [3, 4, 7], [5, 6, 7]]
+    assert windows[1] == [[1, 2, 3], [4, 5, 7], [0, 6, 7]]
+    assert windows[2] == windows[0]
+
+
+def broken(change):
+    """The random deal of 9 units among 4 workers, 3 slots each, after a change of its arrays in place."""
+
+    def crooked(rng, group, round_index):
+        indices, gates = deals.random(rng, group, round_index)
+        change(indices, gates)
+        return Assignment(indices, gates)
+
+    return crooked
+
+
+def hold(*held, dtype=np.int32):
+    """A deal of the same lists of units in every round."""
+
+    def crooked(rng, group, round_index):
+        rows = [[*units, *[group.size] * (group.slots - len(units))] for units in held]
+        return Assignment(np.array(rows, dtype), np.array(rows) < group.size)
+
+    return crooked
+
+
+def put(array, place, value):
+    array[place] = value
+
+
+@pytest.mark.parametrize(
+    ("group", "deal", "fault"),
+    [
+        (make(4, 2), lambda *_: {"a": 1}, "it returned a dict instead of an Assignment"),
+        (make(4, 2), hold([0, 1]), "indices (1, 2) and gates (1, 2) must both be [workers, slots], (2, 2)"),
+        (make(4, 2), hold([0, 1], [2, 3], dtype=np.float32), "indices are float32 and gates bool"),
+        (make(4, 2), hold([0, 1], [2, -3]), "worker 1 has unit -3 in slot 1; units are 0 to 3, and 4"),
+        (make(4, 2), hold([0, 1], [2, 5]), "worker 1 has unit 5 in slot 1; units are 0 to 3, and 4"),
+        (make(4, 2), hold([0, 1], [3, 2]), "worker 1 has unit 2 in slot 1; units must ascend, empty slots"),
+        (make(4, 2), hold([1, 1], [2, 3]), "worker 0 has unit 1 in slot 1; no worker may hold a unit twice"),
+        (make(5, 2), hold([0, 1, 2], [5, 3, 4]), "worker 1 has unit 3 in slot 1; units must ascend, empty"),
+        (
+            make(4, 2),
+            broken(lambda indices, gates: put(gates, (1, 0), False)),
+            "in slot 0; a gate is False exactly where the unit is 4, an empty slot",
+        ),
+        (make(4, 2), hold([0, 1], [2]), "worker 1 holds 1 units; the workers must be 2 of 2 units each"),
+        (make(5, 2), hold([0, 1], [2]), "worker 1 holds 1 units; the workers must be 1 of 2 and 1 of 3"),
+        (make(5, 2), hold([0, 1, 2], [1, 3, 4]), "the workers must be 1 of 2 and 1 of 3 units each"),
+        (
+            make(3, 2, shares=(1.0, 2.0)),
+            hold([0, 1], [2]),
+            "worker 0 holds 2 units; by its share it must be 1",
+        ),
+        (make(4, 2), hold([0, 1], [1, 2]), "unit 1 is held by workers 0 and 1; the workers' units are as"),
+        (
+            make(8, 2, stratified=True),
+            hold([0, 1, 2, 3], [4, 5, 6, 7]),
+            "worker 0 holds 4 units of strip 0, 4 units from 0 on, of which the exchange has slots for 2",
+        ),
+    ],
+)  # fmt: skip
+def test_a_deal_that_breaks_its_contract_is_refused_by_name(group, deal, fault):
+    deal.__name__ = "crooked"
+    wanted = f"deal 'crooked' in round 4, group 'unit': .*{re.escape(fault)}"
+    with pytest.raises(ValueError, match=wanted) as refused:
+        draw(group, deal=deal, round_index=3)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_unit_may_be_several_workers_where_the_group_says_so_and_nobodys():
+    indices, gates = draw(make(4, 2, min_units=3), deal=hold([0, 1, 2], [0, 1, 2], dtype=np.int64))
+    assert indices.tolist() == [[0, 1, 2]] * 2
+    assert indices.dtype == np.int32  # what the programs are compiled for
+    assert gates.all()
+
+
+def test_the_check_of_a_wide_layer_takes_less_than_2_ms():
+    group = Group("hidden", 8192, 8, strips=8)
+    assignment = draw(group)
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        assert not partition._find_fault(assignment, group)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 2e-3
+
+
+@given(groups(), st.integers(0, 9))
+def test_a_group_that_was_recorded_draws_the_same(group, seed):
+    again = Group.from_dict(json.loads(json.dumps(group.to_dict())))
+    assert again == group
+    assert partition.fingerprint((again,), "random") == partition.fingerprint((group,), "random")
+    for old, new in zip(draw(group, seed), draw(again, seed), strict=True):
+        assert np.array_equal(old, new)
+
+
+def test_a_fingerprint_tells_rules_and_groups_apart():
+    group = make(10, 2)
+    others = [
+        make(10, 3),
+        make(10, 2, min_units=6),
+        make(10, 2, shares=(1.0, 1.0)),
+        make(10, 2, stratified=True),
+    ]
+    prints = {partition.fingerprint((g,), rule) for g in (group, *others) for rule in ("random", "rolling")}
+    assert len(prints) == 10
+    assert partition.fingerprint((group, others[0]), "") == partition.fingerprint((others[0], group), "")

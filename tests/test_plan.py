@@ -11,6 +11,7 @@ from ist_jax.runtime import inputs
 
 RESNET = f"--config={ROOT}/configs/resnet.py:cifar100"
 MLP = f"--config={ROOT}/configs/mlp.py:smoke"
+IMAGENET = f"--config={ROOT}/configs/resnet.py:imagenet"
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ def test_gigabytes_of_the_papers_table(num_workers, min_units, local_sgd, resist
     config.partition.min_units = min_units
     for method, gigabytes in (("local_sgd", local_sgd), ("ist", resist)):
         config.method = method
-        cost = plan.predict(config, data.FACTS["cifar100"])
+        cost = plan.predict(config, data.facts("cifar100"))
         assert cost.paper_gigabytes_per_round == pytest.approx(gigabytes, abs=1e-3)
     # 41,396,900 parameters; a block of section 3 has two 3x3x256x256 kernels and two norms
     block = 2 * (9 * 256 * 256 + 2 * 256)
@@ -33,7 +34,7 @@ def test_costs_of_an_mlp_by_hand():
     config = get_config("mlp")  # 64-32-32-10, 2 workers, 2 steps of 8 examples, momentum
     costs = {}
     for config.method in ("ist", "local_sgd", "data_parallel"):
-        costs[config.method] = plan.predict(config, data.FACTS["digits"])
+        costs[config.method] = plan.predict(config, data.facts("digits"))
     # half of each layer: 64 x 16, 16 x 16 and 16 x 10 weights, 2 x 2 x 16 norms; 2 of the 4 strips' rows
     ist = costs["ist"]
     assert ist.params_per_worker == 64 * 16 + 16 * 16 + 16 * 10 + 4 * 16
@@ -66,7 +67,7 @@ def test_json_has_the_documented_keys(capsys):
 
 
 def test_several_workers_on_a_device_take_turns_and_share_its_link():
-    config, facts = get_config("mlp", num_workers=4), data.FACTS["digits"]
+    config, facts = get_config("mlp", num_workers=4), data.facts("digits")
     alone = plan.plan(config, facts, bandwidths=[1e99], flops=1e9)["seconds_per_round"]
     config.num_devices = 2
     shared = plan.plan(config, facts, bandwidths=[1e99], flops=1e9)["seconds_per_round"]
@@ -121,7 +122,11 @@ def test_a_set_of_ones_own(capsys):
         ([MLP, "--config.num_workers=4", "--config.num_devices=3"], "one of [1, 2, 4]"),
         ([MLP, "--config.data.name=mine"], "give --example and --classes"),
         ([MLP, "--config.data.name=mine", "--example=28,28"], "give --classes"),
-        ([MLP, "--config.data.name=image_folder", "--classes=2"], "give --example and --classes"),
+        ([MLP, "--config.data.name=image_folder"], "give --classes"),
+        ([MLP, "--config.data.name=extreme_classification"], "give --example and --classes"),
+        ([IMAGENET, "--config.data.validation=0.1"], "data.validation=0.1 is not for streamed images"),
+        ([IMAGENET, "--config.data.size=300"], "data.size=300 and data.resize=256"),
+        ([RESNET, "--config.model.name=vit"], "set config.model.name to 'resnet' or 'mlp'"),
         ([RESNET, "--example=32,32", "--classes=10"], "give --example=HEIGHT,WIDTH,CHANNELS"),
         ([MLP, "--example=8,tall"], "--example=8,tall: numbers are needed"),
     ],
@@ -136,7 +141,7 @@ def test_mistakes_are_one_line_and_exit_2(flags, message, capsys):
 
 
 def test_squares_of_a_streamed_set_are_as_large_as_the_config_says(capsys):
-    imagenet = [f"--config={ROOT}/configs/resnet.py:imagenet", "--json", "--config.model.width=4"]
+    imagenet = [IMAGENET, "--json", "--config.model.width=4"]
     imagenet += ["--config.model.sections=(1,1,3,1)", "--config.partition.min_units=0"]
     large = json.loads(run(capsys, *imagenet))
     small = json.loads(run(capsys, *imagenet, "--config.data.size=112"))
@@ -148,25 +153,26 @@ def test_squares_of_a_streamed_set_are_as_large_as_the_config_says(capsys):
 def test_the_chosen_words_are_the_classes(capsys):
     speech = [f"--config={ROOT}/configs/mlp.py:speech2", "--json"]
     some = json.loads(run(capsys, *speech, "--config.data.words=('yes','no','yes')"))
-    every = json.loads(run(capsys, *speech))
+    every = json.loads(run(capsys, *speech, "--config.data.clip_length=pad"))
+    whole = json.loads(run(capsys, *speech))
     difference = every["local_sgd"]["params_per_worker"] - some["local_sgd"]["params_per_worker"]
     assert difference == 4096 * (35 - 2)
     assert some["setting"]["rounds"] is None  # how many clips there are of them is not known
     assert every["setting"]["rounds"] == 1654  # 100 epochs of 84,663, 2 workers, 20 steps of 128
+    assert whole["setting"]["rounds"] is None  # nor how many are one second long
+    assert whole["local_sgd"] == every["local_sgd"]
 
 
 @pytest.mark.parametrize("validation", [0.0, 0.02, 1 / 3])
 def test_examples_that_are_held_out_are_not_trained_on(validation):
     config = get_config("mlp", local_steps=1, batch_size=1, num_workers=1, rounds=None, epochs=1.0)
     config.data.validation = validation
-    planned = plan.plan(config, data.FACTS["digits"], bandwidths=[1e9], flops=1e9)
+    planned = plan.plan(config, data.facts("digits"), bandwidths=[1e9], flops=1e9)
     assert planned["setting"]["rounds"] == inputs.open_inputs(config).num_train
 
 
-def test_every_data_set_that_can_be_opened_has_its_facts():
-    assert data.FACTS.keys() == data.OPENERS.keys()
+def test_what_is_known_of_a_set_is_what_it_holds():
     digits = data.open_data_set("digits", "")
-    assert (
-        data.Facts(digits.train[0]["image"].shape, len(digits.classes), len(digits.train))
-        == data.FACTS["digits"]
+    assert data.Facts(digits.train[0]["image"].shape, len(digits.classes), len(digits.train)) == data.facts(
+        "digits"
     )

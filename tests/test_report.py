@@ -12,11 +12,11 @@ from bokeh.document import Document
 from conftest import get_config
 
 from ist_jax import BANDWIDTHS, data, partition, plan, train
-from ist_jax.report import page as report
-from ist_jax.report import runs as trace
+from ist_jax.deals import DEALS
 from ist_jax.report.__main__ import main as report_main
+from ist_jax.report.page import DRAWN, render, write_report
+from ist_jax.report.runs import RunFiles, draw_maps, group_by_config, modelled_seconds, read_run
 from ist_jax.runtime import setup as experiment
-from ist_jax.workdir import results
 
 ROUNDS = 4
 
@@ -50,31 +50,32 @@ def write_like(folder, other, changes, *, factor):
 def page(runs):
     """The comparison of the runs."""
     out = runs[0].parent / "comparison.html"
-    report.write_report(runs, out)
+    write_report(runs, out)
     return out
 
 
 def synthetic(*, rounds, units, workers, **changes):
-    """A trace of a run that was never trained."""
+    """The files of a run that was never trained."""
     config = {"method": "ist", "seed": 0, "data.name": "digits", "participation": 1.0}
     config |= {"partition.min_units": 0, "partition.shares": []} | changes
     groups = make_groups(units, workers, config["partition.min_units"])
     same = {f"seconds_{p}": 0.01 for p in ("gather", "local", "merge", "evaluate", "round")}
     same |= {"test_accuracy": 0.5, "bytes_sent": 1e9, "workers_absent": 0, "workers_left_out": 0}
-    same |= {"left_out": [], "partition": partition.fingerprint(tuple(groups.values()))}
+    same |= {"left_out": [], "partition": partition.fingerprint(tuple(groups.values()), "random")}
     summary = {
-        "units": units, "num_workers": workers, "num_devices": 1, "device_kind": "cpu", "custom_model": None,
+        "units": {name: group.to_dict() for name, group in groups.items()},
+        "num_workers": workers, "num_devices": 1, "device_kind": "cpu", "custom_model": None,
         "rounds": rounds, "test_accuracy": 0.5, "examples": 64 * rounds, "parameters": 10,
         "parameters_per_worker": 5, "seconds_total": 1.0, "data": "digits", "seed": 0, "method": "ist",
         "versions": {"jax": "0"}, "finished": "2026-01-01T00:00:00+00:00",
     }  # fmt: skip
     records = [{"round": r, "examples": 64 * r, **same} for r in range(1, rounds + 1)]
-    return trace.Trace(Path("synthetic"), config, summary, records, None)
+    return RunFiles(Path("synthetic"), config, summary, records, None)
 
 
 def make_groups(units, workers, min_units=0):
     return {
-        name: partition.make_group(name, u["size"], workers, u["strips"], min_units, ())
+        name: partition.Group(name, u["size"], workers, u["strips"], min_units)
         for name, u in sorted(units.items())
     }
 
@@ -96,7 +97,7 @@ def read_records(folder):
 
 def test_modelled_time_of_two_rounds_by_hand():
     # 0.5 s and 0.25 s of local steps; 1 MB and 2 MB over 100 Mb/s take 0.08 s and 0.16 s
-    seconds = trace.modelled_seconds(np.array([0.5, 0.25]), np.array([1e6, 2e6]), 1e8)
+    seconds = modelled_seconds(np.array([0.5, 0.25]), np.array([1e6, 2e6]), 1e8)
     np.testing.assert_allclose(seconds, [0.58, 0.41], rtol=1e-15)
 
 
@@ -119,8 +120,8 @@ def test_the_curves_are_those_of_the_metrics_files(runs, page):
 
 
 def test_seeds_of_a_method_are_one_curve_and_its_runs(runs, page):
-    series = trace.group_by_config([trace.read_trace(folder) for folder in runs])
-    assert [(s.label, len(s.traces)) for s in series] == [("ist", 2), ("local_sgd", 1)]
+    series = group_by_config([read_run(folder) for folder in runs])
+    assert [(s.label, len(s.runs)) for s in series] == [("ist", 2), ("local_sgd", 1)]
     drawn = read_figures(page.read_text())["time"]
     assert len(drawn) == 2 + 2 + 2  # two runs, and line and markers of two means
     for column in ("x", "y", "seconds_local"):
@@ -136,7 +137,7 @@ def test_seeds_that_stop_after_different_rounds_have_points_and_no_mean():
         return one
 
     seeds = [stopped(rounds, accuracy, seed) for seed, (rounds, accuracy) in enumerate([(3, 0.5), (5, 0.7)])]
-    page = report.render(seeds)
+    page = render(seeds)
     drawn = read_figures(page)["bytes"]
     assert [(d["x"].tolist(), d["y"].tolist(), d["round"].tolist()) for d in drawn[::2]] == [
         ([3], [50], [3]), ([5], [70], [5]),
@@ -146,23 +147,21 @@ def test_seeds_that_stop_after_different_rounds_have_points_and_no_mean():
     assert '<th>each seed</th><td class="number">50.00, 70.00</td>' in page
     assert '<th>rounds</th><td class="number">4</td>' in page
     beside = [stopped(2, 0.4, 0, method="local_sgd"), stopped(2, 0.6, 1, method="local_sgd")]
-    means = [
-        d for d in read_figures(report.render(seeds + beside))["bytes"] if d["y"] == [50] and d["x"] == [2]
-    ]
+    means = [d for d in read_figures(render(seeds + beside))["bytes"] if d["y"] == [50] and d["x"] == [2]]
     assert len(means) == 2  # the line and the marker of those that stopped together
 
 
 def test_configs_that_differ_are_told_apart_by_what_differs(runs):
-    first = trace.read_trace(runs[0])
+    first = read_run(runs[0])
     other = first._replace(config=first.config | {"local_steps": 7})
     own = first._replace(summary=first.summary | {"custom_model": "Own()"}, folder=runs[1])
-    labels = [s.label for s in trace.group_by_config([first, other])]
+    labels = [s.label for s in group_by_config([first, other])]
     assert labels == ["ist, local_steps=2", "ist, local_steps=7"]
-    assert [s.label for s in trace.group_by_config([first, own])] == ["ist (ist-0)", "ist (ist-1)"]
+    assert [s.label for s in group_by_config([first, own])] == ["ist (ist-0)", "ist (ist-1)"]
 
 
 def test_the_phases_add_up_to_the_rounds(runs):
-    drawn = read_figures(report.render([trace.read_trace(runs[0])]))
+    drawn = read_figures(render([read_run(runs[0])]))
     records = read_records(runs[0])
     for phase in ("gather", "local", "merge", "evaluate"):
         expected = [1000 * r[f"seconds_{phase}"] for r in records]
@@ -172,19 +171,43 @@ def test_the_phases_add_up_to_the_rounds(runs):
     np.testing.assert_allclose(total, [1000 * r["seconds_round"] for r in records])
 
 
+def test_phases_are_those_of_the_records_whatever_a_method_calls_them():
+    """One method's rounds begin with other phases than the other's, and one has no local steps."""
+    usual = synthetic(rounds=4, units={}, workers=1)
+    other = synthetic(rounds=4, units={}, workers=1, method="FILE.py:other")
+    for record in other.records:
+        for phase in ("gather", "local", "merge"):
+            del record[f"seconds_{phase}"]
+        record |= {
+            "seconds_label": 0.002,
+            "seconds_x": 0.003,
+            "seconds_evaluate": 0.001,
+            "seconds_round": 0.01,
+        }
+    bars = read_figures(render([usual, other]))["phases"][0]
+    names = ("gather", "local", "merge", "label", "x", "evaluate", "rest")
+    assert [name for name in bars if name in names] == list(names)
+    # the last series is the lowest bar, so the first in a column; ms
+    np.testing.assert_allclose([bars[name][0] for name in names], [0, 0, 0, 2, 3, 1, 4], atol=1e-9)
+    drawn = read_figures(render([other]))
+    assert "gather" not in drawn["history"][0]
+    np.testing.assert_allclose(drawn["history"][0]["x"], [3] * 4)
+    np.testing.assert_allclose(drawn["time"][0]["x"], 8 * np.arange(1, 5))  # 1 GB a round at 1 Gb/s, no more
+
+
 def test_the_map_is_the_partition_that_was_trained(runs, page):
-    trained = trace.read_trace(runs[0])
-    deals = trace.draw_deals(trained, columns=64, rows=64, budget=10**6)
-    assert [d.group.name for d in deals] == ["hidden1", "hidden2"]
+    trained = read_run(runs[0])
+    maps = draw_maps(trained, columns=64, rows=64, budget=10**6)
+    assert [m.group.name for m in maps] == ["hidden1", "hidden2"]
     model = partition.make_groups({"a": {"w": np.zeros((32, 32))}}, {"a/w": ("hidden1", "hidden2")}, 2)
-    assert [d.group for d in deals] == [model["hidden1"], model["hidden2"]]
+    assert [m.group for m in maps] == [model["hidden1"], model["hidden2"]]
     drawn = read_figures(page.read_text())
     for index, name in enumerate(("hidden1", "hidden2")):
         cells = drawn[f"map{index}"][0]
         shown = set(zip(cells["round"], cells["worker"], cells["unit"], strict=True))
         expected = set()
         for number in range(1, ROUNDS + 1):
-            held = partition.sample(partition.round_rng(0, number - 1), model)[name]
+            held = partition.draw(0, number - 1, model, DEALS["random"])[name]
             expected |= {(number, w, u) for w in range(2) for u in held.indices[w][held.gates[w]]}
         assert shown == expected
         bars = drawn[f"counts{index}"][0]
@@ -194,11 +217,32 @@ def test_the_map_is_the_partition_that_was_trained(runs, page):
         assert sum(counts.values()) == len(expected)
 
 
+def test_the_map_of_a_group_that_is_smaller_than_the_least_units(tmp_path):
+    """Both workers are given all 8 units of the one group, and 20 of the 32 of the other."""
+    groups = {}
+    config = get_config("mlp", **{"model.hidden": (8, 32), "partition.min_units": 20})
+    train.train(config, tmp_path, started=lambda run: groups.update(run.layout.groups))
+    trained = read_run(tmp_path)
+    maps = draw_maps(trained, columns=9, rows=64, budget=10**6)
+    assert [m.group for m in maps] == [groups["hidden1"], groups["hidden2"]]
+    for units, least in zip(maps, (8, 20), strict=True):
+        assert units.rounds.tolist() == [1, 2, 3]
+        assert (units.trained.sum(2) == least).all()
+        for index in range(3):
+            held = partition.draw(0, index, groups, DEALS["random"])[units.group.name].indices
+            for worker in range(2):
+                assert np.flatnonzero(units.trained[index, worker]).tolist() == held[worker].tolist()
+    assert read_figures((tmp_path / "report.html").read_text())["map0"]
+    sizes = {name: {"size": g.size, "strips": g.strips} for name, g in groups.items()}
+    earlier = trained._replace(summary=trained.summary | {"units": sizes})  # too little to deal it again
+    assert "There is no map" in render([earlier])
+
+
 def test_units_of_several_workers_share_their_cells():
     units = {"block": {"size": 3, "strips": 1}}
     one = synthetic(rounds=5, units=units, workers=2, **{"partition.min_units": 2})
-    cells = read_figures(report.render([one]))["map0"][0]
-    held = partition.sample(partition.round_rng(0, 0), make_groups(units, 2, 2))["block"].indices
+    cells = read_figures(render([one]))["map0"][0]
+    held = partition.draw(0, 0, make_groups(units, 2, 2), DEALS["random"])["block"].indices
     holders = np.bincount(held.ravel(), minlength=3)
     assert holders.max() == 2
     for unit, count in enumerate(holders):
@@ -213,30 +257,32 @@ def test_units_of_several_workers_share_their_cells():
 def test_workers_that_were_absent_or_left_out_have_trained_nothing():
     one = synthetic(rounds=40, units={"block": {"size": 8, "strips": 1}}, workers=2, participation=0.5)
     one.records[3]["left_out"] = [0, 1]
-    (deals,) = trace.draw_deals(one, columns=40, rows=8, budget=10**6)
-    present = np.array([partition.sample_present(0, r, 2, 0.5) for r in range(40)])
+    (units,) = draw_maps(one, columns=40, rows=8, budget=10**6)
+    present = np.array([partition.draw_present(0, r, 2, 0.5) for r in range(40)])
     present[3] = False
     assert 20 < present.sum() < 60
-    np.testing.assert_array_equal(deals.trained.sum(2), 4 * present)
-    np.testing.assert_array_equal(deals.counts.sum(1), 4 * present.sum(0))
+    np.testing.assert_array_equal(units.trained.sum(2), 4 * present)
+    np.testing.assert_array_equal(units.counts.sum(1), 4 * present.sum(0))
 
 
 def test_rounds_of_another_number_of_workers_are_not_drawn_as_if_they_were_of_this():
     units = {"block": {"size": 8, "strips": 1}}
     before, after = (synthetic(rounds=6, units=units, workers=n) for n in (4, 2))
     resumed = after._replace(records=before.records[:2] + after.records[2:])
-    (deals,) = trace.draw_deals(resumed, columns=40, rows=8, budget=10**6)
-    assert deals.rounds.tolist() == [3, 4, 5, 6]
+    (units,) = draw_maps(resumed, columns=40, rows=8, budget=10**6)
+    assert units.rounds.tolist() == [3, 4, 5, 6]
 
 
 def test_a_run_that_was_never_dealt_out_has_a_page_without_a_map():
     dealt = synthetic(rounds=3, units={"a": {"size": 4, "strips": 1}}, workers=2)
     warm = dealt._replace(config=dealt.config | {"partition.warmup_epochs": 9.0})
-    warm = warm._replace(records=[r | {"partition": partition.fingerprint(())} for r in dealt.records])
-    page = report.render([warm])
+    warm = warm._replace(
+        records=[r | {"partition": partition.fingerprint((), "random")} for r in dealt.records]
+    )
+    page = render([warm])
     assert "There is no map: all rounds belonged to the warm-up" in page
     assert not any(name.startswith(("map", "counts")) for name in read_figures(page))
-    both = report.render([warm, dealt])  # the first that has one
+    both = render([warm, dealt])  # the first that has one
     assert "There is no map" not in both
     assert set(read_figures(both)["map0"][0]["round"]) == {1, 2, 3}
 
@@ -244,27 +290,27 @@ def test_a_run_that_was_never_dealt_out_has_a_page_without_a_map():
 def test_a_long_run_of_a_wide_net_is_a_small_page():
     units = {f"hidden{k}": {"size": 8192, "strips": 8} for k in (1, 2)}
     one = synthetic(rounds=2000, units=units, workers=8)
-    page = report.render([one])
+    page = render([one])
     assert len(page) < 2_000_000
     drawn = read_figures(page)
-    assert len(drawn["history"][0]["x"]) <= 60
+    assert len(drawn["history"][0]["local"]) <= 60
     assert len(drawn["map0"][0]["left"]) <= 64 * 48
     counts = drawn["counts1"][0]
-    deals = trace.draw_deals(one, columns=64, rows=48, budget=report.DRAWN)
-    assert 50 < len(deals[0].rounds) < 100  # 10 million / (8 workers x 16384 units) allows 76
-    np.testing.assert_allclose(counts["top"].reshape(8, -1)[-1], len(deals[0].rounds))
-    assert f"{len(deals[0].rounds)} of 2,000 rounds" in page
+    maps = draw_maps(one, columns=64, rows=48, budget=DRAWN)
+    assert 50 < len(maps[0].rounds) < 100  # 10 million / (8 workers x 16384 units) allows 76
+    np.testing.assert_allclose(counts["top"].reshape(8, -1)[-1], len(maps[0].rounds))
+    assert f"{len(maps[0].rounds)} of 2,000 rounds" in page
 
 
 def test_many_workers_and_the_baselines_have_a_page():
     many = synthetic(rounds=3, units={"a": {"size": 200, "strips": 1}}, workers=100)
-    assert set(read_figures(report.render([many]))["counts0"][0]["worker"]) == {0}  # one bar for all
+    assert set(read_figures(render([many]))["counts0"][0]["worker"]) == {0}  # one bar for all
     alone = synthetic(rounds=1, units={}, workers=1, method="local_sgd")
-    assert not any(name.startswith("map") for name in read_figures(report.render([alone])))
+    assert not any(name.startswith("map") for name in read_figures(render([alone])))
 
 
 def test_the_page_refers_to_nothing_outside_and_quotes_what_it_is_given(runs, tmp_path):
-    nasty = trace.read_trace(runs[0])
+    nasty = read_run(runs[0])
     nasty.config["data.dir"] = "</script><b>bold</b>"  # is in a label, and so in the figures
 
     class Parser(html.parser.HTMLParser):
@@ -272,22 +318,22 @@ def test_the_page_refers_to_nothing_outside_and_quotes_what_it_is_given(runs, tm
             assert tag not in ("b", "link", "img", "iframe")
             assert not {"src", "href"} & {name for name, _ in attrs}
 
-    other = trace.read_trace(runs[1])
-    text = report.render([nasty, other])
+    other = read_run(runs[1])
+    text = render([nasty, other])
     Parser().feed(text)
     assert "&lt;b&gt;bold" in text
     assert read_figures(text)["time"]
 
 
 def test_the_ledger_is_shown_with_the_columns_that_are_known(runs):
-    trained = trace.read_trace(runs[0])
-    text = report.render([trained])
+    trained = read_run(runs[0])
+    text = render([trained])
     cell = r"<td class=\"number\">([\d,]+|-)</td>"
     shown = re.findall(rf"<tr><th>([\w ]+)<br><small>([\w ]+)</small></th>{3 * cell}</tr>", text)
     assert len(shown) == len(trained.ledger["rows"]) > 5
     for row, (cause, unit, *cells) in zip(trained.ledger["rows"], shown, strict=True):
         assert (cause, unit) == (row["cause"].replace("_", " "), f"{row['unit']} per {row['per']}")
-        for name, number in zip(("paper", "formula", "hlo"), cells, strict=True):
+        for name, number in zip(("paper", "expected", "hlo"), cells, strict=True):
             assert (number == "-") == (row[name] is None)
             assert number == "-" or abs(int(number.replace(",", "")) - row[name]) <= 0.5
     assert "over a process&#39;s TCP connections" not in text  # one process: nothing on a wire
@@ -298,12 +344,11 @@ def test_the_ledger_is_shown_with_the_columns_that_are_known(runs):
 def test_the_bytes_sent_are_those_of_the_plan(method):
     """On one device nothing is sent; the model is of workers with a device each, as the plan's."""
     config = get_config("mlp", method=method, num_workers=4, num_devices=1)
-    run = experiment.set_up(config, evaluation_only=True)
-    recorded = results.round_bytes(config, run.layout, trees=len(run.state.trees))
+    (stage,) = experiment.set_up(config).stages
     config.num_devices = 4
-    planned = plan.predict(config, data.FACTS["digits"])
-    assert recorded["bytes_sent"] == planned.wire_bytes_per_worker_per_round > 0
-    assert not recorded["wire_bytes_per_device"]
+    planned = plan.predict(config, data.facts("digits"))
+    assert sum(stage.apart.sent.values()) == planned.wire_bytes_per_worker_per_round > 0
+    assert not sum(stage.traffic.sent.values())
 
 
 def test_a_run_leaves_a_report_and_the_command_writes_it_again(runs, tmp_path, monkeypatch, capsys):
@@ -391,7 +436,7 @@ def test_the_bandwidth_that_the_reader_chooses_moves_the_curve(runs, page, brows
     open_page(browser, page)
     assert not [line for line in browser.get_log("browser") if line["level"] == "SEVERE"]
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
-    expected = [trace.group_by_config([trace.read_trace(folder)])[0].mean() for folder in runs]
+    expected = [group_by_config([read_run(folder)])[0].mean() for folder in runs]
     pictures, last = [], []
     for bits_per_second in BANDWIDTHS:
         browser.execute_script(f"document.querySelector('input[value=\"{bits_per_second:.0f}\"]').click()")
@@ -399,7 +444,7 @@ def test_the_bandwidth_that_the_reader_chooses_moves_the_curve(runs, page, brows
             "return [...sources(figures.time)].map((s) => [Array.from(s.data.x), Array.from(s.data.y)])"
         )
         for index, curve in ((0, expected[0]), (1, expected[1]), (3, expected[2])):  # 2: the mean
-            x = trace.modelled_seconds(curve.seconds_local, curve.bytes_sent, bits_per_second)
+            x = modelled_seconds(curve.seconds_local, curve.bytes_sent, bits_per_second)
             np.testing.assert_allclose(drawn[index], [x, curve.accuracy], rtol=1e-12)
         cells = browser.execute_script(
             "return [...document.querySelectorAll('[data-seconds-local]')].map((e) => Number(e.textContent))"
@@ -423,7 +468,7 @@ def test_the_script_and_python_model_the_same_time(page, browser):
         found = browser.execute_script(
             "return modelledSeconds(...arguments)", seconds.tolist(), sent.tolist(), bits_per_second
         )
-        np.testing.assert_allclose(found, trace.modelled_seconds(seconds, sent, bits_per_second), rtol=1e-14)
+        np.testing.assert_allclose(found, modelled_seconds(seconds, sent, bits_per_second), rtol=1e-14)
 
 
 @pytest.mark.parametrize("width", [390, 1280])

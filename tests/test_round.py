@@ -10,7 +10,7 @@ import reference
 from conftest import get_config
 from flax import traverse_util
 
-from ist_jax import partition, train
+from ist_jax import deals, partition, train
 from ist_jax.costs import formula as ledger
 from ist_jax.data import batches
 from ist_jax.exchange import store
@@ -110,7 +110,7 @@ def vmapped_rounds(run, state, rounds=ROUNDS):
     step = jax.jit(jax.vmap(one_round, (0, 0, 0, 0, None, None, None), axis_name=store.AXIS))
     data = {name: np.broadcast_to(x, (layout.num_devices, *x.shape)) for name, x in run.train.items()}
     for index in range(rounds):
-        assignment = partition.sample(partition.round_rng(run.config.seed, index), layout.groups)
+        assignment = partition.draw(run.config.seed, index, layout.groups, deals.random)
         gates = {n: a.gates.reshape(*grid, -1) for n, a in assignment.items() if not layout.groups[n].even}
         indices = round_indices(run, index)
         indices = indices.reshape(*grid, *indices.shape[1:])
@@ -211,7 +211,7 @@ def test_carried_momentum_travels_with_its_unit():
     run, state = run_all(config, rounds=1)
     assert len(state.trees) == 2
     before = {p: np.asarray(x) for p, x in to_flat(run, state, 1).items()}
-    assignment = partition.sample(partition.round_rng(config.seed, 1), run.layout.groups)
+    assignment = partition.draw(config.seed, 1, run.layout.groups, deals.random)
     subnet = jax.device_get(run.programs.gather(state, assignment))[1]["layer1/dense/kernel"]
     indices = assignment["hidden1"].indices
     for worker in range(2):
@@ -251,7 +251,7 @@ def test_a_sick_worker_changes_nothing_that_only_it_holds():
     assert means.healthy.tolist() == [True, False]
     after = params_of(run, state)
     wanted = params_of(clean, train.run_round(clean, clean.state, 0)[0])
-    mine = partition.sample(partition.round_rng(config.seed, 0), run.layout.groups)["hidden1"].indices
+    mine = partition.draw(config.seed, 0, run.layout.groups, deals.random)["hidden1"].indices
     kernels = [tree["layer1"]["dense"]["kernel"] for tree in (before, after, wanted)]
     assert np.array_equal(kernels[1][:, mine[1]], kernels[0][:, mine[1]])  # the sick one's: as before
     assert np.array_equal(kernels[1][:, mine[0]], kernels[2][:, mine[0]])  # the healthy one's: trained

@@ -1,6 +1,7 @@
 """The data sets on tiny files made here, and on real data where it lies beside the checkout."""
 
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ def write_clip(path, samples, rate=16_000):
 
 
 def open_speech(folder, words=(), clip_length="pad"):
-    return data.open_data_set("speech_commands", str(folder), words=words, clip_length=clip_length)
+    given = {"data.words": words, "data.clip_length": clip_length}
+    return data.open_data_set("speech_commands", str(folder), given)
 
 
 @pytest.fixture
@@ -162,17 +164,18 @@ def test_a_missing_speech_folder_is_one_clear_error(tmp_path):
             open_speech(directory)
 
 
-def test_an_unprepared_set_says_what_to_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["mnist", "imagenet2012"])
+def test_an_unprepared_set_says_what_to_run_and_downloads_nothing(name, tmp_path, monkeypatch):
     import tensorflow_datasets as tfds
 
-    def no_network(*_, **__):
-        raise ConnectionError("no route to host")
+    def prepare(*_, **__):
+        raise AssertionError("a set is being prepared")
 
-    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", no_network)
-    with pytest.raises(
-        ValueError, match=r"'mnist' is not prepared in .*no route to host.*download_and_prepare"
-    ):
-        data.open_data_set("mnist", str(tmp_path))
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", prepare)
+    command = f"run python -m ist_jax.data.prepare {name} --dir={tmp_path}, "
+    with pytest.raises(ValueError, match=f"{name}' is not prepared in .*{re.escape(command)}"):
+        data.open_data_set(name, str(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 @needs_shared

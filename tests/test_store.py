@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reference import nested
 from test_masking import leaves, make_case, make_params
 
-from ist_jax import masking
+from ist_jax import masking, partition
 from ist_jax.costs import compiled as hlo
 from ist_jax.costs import formula as ledger
 from ist_jax.exchange import store
@@ -175,14 +175,32 @@ def test_compiled_collectives_move_what_the_formula_says(workers, num_devices, l
         assert expected.gather == 4 * (units + padding) * (workers // num_devices)
 
 
+def test_a_deal_that_ignores_the_strips_would_gather_zeros_and_is_refused():
+    # 16 units, 4 workers: of a strip one unit each fits the exchange; a worker with all 4 gets one of them
+    def whole_strips(rng, group, round_index):
+        return partition.assign(np.eye(4, dtype=bool).repeat(4, axis=1), group)
+
+    params = {"square": 1 + np.arange(256, dtype=np.float32).reshape(16, 16)}
+    axes = {"square": ("unit", "unit")}
+    groups = partition.make_groups(params, axes, 4)
+    layout = make_layout(params, axes, groups, 4, 4)
+    unchecked = {"unit": whole_strips(None, groups["unit"], 0)}
+    gather = jax.vmap(partial(store.gather, layout), (0, None), axis_name=store.AXIS)
+    got = np.asarray(gather(from_params(layout, params), unchecked)["square"])[:, 0]
+    for worker in range(4):
+        meant = masking.gather(params, axes, unchecked, worker)["square"]
+        assert (meant != 0).all()
+        assert (got[worker] == 0).mean() == 0.75
+    with pytest.raises(ValueError, match=r"deal 'whole_strips' .*'unit': worker 0 holds 4 .* slots for 1$"):
+        partition.draw(0, 0, groups, whole_strips)
+
+
 def test_wire_bytes_by_hand():
     # one row leaf [4 units, 6] and a shared [4] at S = D = 2: a worker pulls 2 units x 3 numbers from each
     # device: operand 2 x 2 x 3 x 4 B = 48, half of it leaves. The merge returns them, with a slice of 2
     # shared numbers and a flag to each device: 2 x (6 + 2 + 1) x 4 B = 72 + ... and gathers 2 numbers.
     params = {"rows": np.zeros((4, 6), np.float32), "shared": np.zeros(4, np.float32)}
     axes = {"rows": ("u", None), "shared": (None,)}
-    from ist_jax import partition
-
     groups = partition.make_groups(params, axes, 2)
     layout = make_layout(params, axes, groups, 2, 2)
     assert ledger.collective_operands(layout) == ledger.Operands(48, 72, 8)

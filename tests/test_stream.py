@@ -440,6 +440,7 @@ def test_a_folder_trains_and_a_run_repeats_from_any_round(folder, tmp_path, caps
         (["--config.data.crop_aspect=(1.0,)"], "data.crop_aspect=(1.0,)"),
         (["--config.data.processes=-1"], "data.processes=-1"),
         (["--config.data.pad=4"], "data.pad=4"),
+        (["--config.data.validation=0.1"], "data.validation=0.1 is not for streamed images"),
         (["--config.data.std=(0.0,1.0,1.0)"], "data.std=(0.0, 1.0, 1.0)"),
         (["--config.data.processes=1000000", "--config.num_workers=1"], "data.processes=1000000 need"),
     ],
@@ -456,6 +457,9 @@ def test_a_mistake_is_one_line_and_exit_2(flags, message, folder, capsys, tmp_pa
     assert message in lines[0]
 
 
-def test_a_config_without_the_keys_of_streaming_says_where_they_are(folder):
-    with pytest.raises(ValueError, match=r"no data.size .*configs/resnet.py:imagenet has them"):
-        experiment.set_up(get_config("mlp", **{"data.name": "image_folder", "data.dir": str(folder)}))
+def test_any_config_streams(folder):
+    config = get_config("mlp", **{"data.name": "image_folder", "data.dir": str(folder), "data.size": 8})
+    config.data.processes = 0
+    run = experiment.set_up(config)
+    assert run.task.example.shape == (1, 8, 8, 3)
+    assert data.facts("image_folder", {"data.size": 8}).encoded == run.dataset.encoded

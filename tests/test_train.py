@@ -13,12 +13,11 @@ import pytest
 from conftest import ROOT, get_config
 from PIL import Image
 
-from ist_jax import data, evaluate, partition, train
+from ist_jax import data, deals, evaluate, partition, train
 from ist_jax.exchange.layout import iter_leaves
 from ist_jax.runtime import settings
 from ist_jax.runtime import setup as experiment
-from ist_jax.workdir import checkpoint, results
-from ist_jax.workdir import files as metrics
+from ist_jax.workdir import checkpoint, files, resume
 
 
 def read_metrics(workdir):
@@ -68,7 +67,7 @@ def test_the_hash_is_of_the_parameters_and_repeats(tmp_path):
     other = train.train(get_config("mlp", seed=1), tmp_path / "c")
     assert first["params_sha256"] == again["params_sha256"] != other["params_sha256"]
     run = experiment.set_up(get_config("mlp"), params=checkpoint.load_params(tmp_path / "a"))
-    assert metrics.params_sha256(iter_leaves(run.layout, run.state.trees[0])) == first["params_sha256"]
+    assert files.params_sha256(iter_leaves(run.layout, run.state.trees[0])) == first["params_sha256"]
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path, caplog):
@@ -89,7 +88,7 @@ def test_another_model_in_the_same_folder_is_refused(tmp_path):
     for other in (TinyTransformer(depth=8), None):
         with pytest.raises(ValueError, match="holds a run of another model"):
             train.train(config, tmp_path, model=other)
-    texts = [results.describe(nn.Dense(3, kernel_init=partial(min, key=lambda: 0))) for _ in range(2)]
+    texts = [resume.describe(nn.Dense(3, kernel_init=partial(min, key=lambda: 0))) for _ in range(2)]
     assert texts[0] == texts[1]  # no addresses, which another process would not have
     assert " at 0x" not in texts[0]
 
@@ -219,7 +218,7 @@ def test_a_model_never_seen_before_trains(num_workers, tmp_path, caplog):
 def test_an_empty_slot_of_a_model_that_ignores_gates_stays_empty():
     config = get_config("mlp", num_workers=2)  # 5 layers: 3 and 2
     run = experiment.set_up(config, model=TinyTransformer())
-    assignment = partition.sample(partition.round_rng(config.seed, 0), run.layout.groups)
+    assignment = partition.draw(config.seed, 0, run.layout.groups, deals.random)
     gates = assignment["layer"].gates.reshape(2, 1, -1)
     assert not gates.all()
     units = run.programs.gather(run.state, assignment)

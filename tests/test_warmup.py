@@ -9,12 +9,11 @@ import pytest
 import reference
 from conftest import get_config
 
-from ist_jax import partition, train
+from ist_jax import deals, partition, train
 from ist_jax.costs import formula as ledger
 from ist_jax.exchange.layout import make_layout, regroup, to_params
-from ist_jax.runtime import settings
+from ist_jax.runtime import record, settings
 from ist_jax.runtime import setup as experiment
-from ist_jax.workdir import results
 
 PER_ROUND = 2 * 2 * 8 / 1437  # passes over the digits, of a round of a smoke config
 
@@ -74,9 +73,9 @@ def test_the_bytes_of_a_warmup_are_those_of_local_sgd(name, num_workers):
     config = get_config(name, num_workers=num_workers, **({"model.width": 32} if name == "resnet" else {}))
     layout = layout_of(config)
     warm = regroup(layout, partition.with_everyone(layout.groups))
-    got = results.round_bytes(config, warm, trees=1)
+    got = record.round_bytes(config, warm, trees=1)
     config.method = "local_sgd"
-    wanted = results.round_bytes(config, layout_of(config), trees=1)
+    wanted = record.round_bytes(config, layout_of(config), trees=1)
     assert got["bytes_per_worker"] == wanted["bytes_per_worker"]
     assert ledger.paper_bytes_per_round(layout) < ledger.full_model_bytes(layout) or num_workers == 1
     for key in ("bytes_sent", "wire_bytes_per_device"):  # a neuron's rows are short: more of them is padding
@@ -99,7 +98,7 @@ def test_everyone_holds_every_unit_once(units, workers):
     shapes = {"a": np.zeros((units, 4)), "b": np.zeros((units, units))}
     axes = {"a": ("u", None), "b": ("u", "u")}
     groups = partition.with_everyone(partition.make_groups(shapes, axes, workers))
-    drawn = partition.sample(partition.round_rng(0, 3), groups)["u"]
+    drawn = partition.draw(0, 3, groups, deals.random)["u"]
     assert (drawn.indices == np.arange(units)).all()
     assert drawn.gates.all()
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ist_jax.data import Split, select
+from ist_jax.data.source import Split, select
 from ist_jax.data.sparse import Rows
 
 
@@ -130,8 +130,8 @@ def _epoch_order(seed: int, worker: int, epoch: int, num_examples: int) -> np.nd
     return np.random.default_rng((seed, worker, epoch)).permutation(num_examples).astype(np.int32)
 
 
-class EvalBatches(NamedTuple):
-    """Fixed batches in which every example has weight 1 exactly once.
+class EvalPlan(NamedTuple):
+    """The examples of fixed batches, in which every example has weight 1 exactly once.
 
     `indices` int32 and `weights` float32 are [D, batches per device, batch size].
     """
@@ -140,7 +140,7 @@ class EvalBatches(NamedTuple):
     weights: np.ndarray
 
 
-def eval_batches(num_examples: int, batch_size: int, num_devices: int) -> EvalBatches:
+def eval_batches(num_examples: int, batch_size: int, num_devices: int) -> EvalPlan:
     """Deals a test set into batches, mixed by a fixed permutation, each whole on one device.
 
     Batch statistics depend on all examples of a batch, so what is missing at the end is filled up with
@@ -159,4 +159,4 @@ def eval_batches(num_examples: int, batch_size: int, num_devices: int) -> EvalBa
     # batch k is on device k % D, so that the batches themselves do not depend on the devices
     shape = (per_device, num_devices, batch_size)
     indices = np.resize(order, total).reshape(shape).swapaxes(0, 1)
-    return EvalBatches(indices, weights.reshape(shape).swapaxes(0, 1))
+    return EvalPlan(indices, weights.reshape(shape).swapaxes(0, 1))

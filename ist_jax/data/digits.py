@@ -4,18 +4,23 @@ Reference: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI M
 Repository, 1998 (its test set).
 """
 
-import numpy as np
-from sklearn import datasets, model_selection
+from collections.abc import Mapping
+from typing import Any
 
-from ist_jax.data import ArraySource, DataSet
+import numpy as np
+
+from ist_jax.data.source import ArraySource, DataSet, Entry, Facts
 
 _INK_LEVELS = 16
 _TEST_FRACTION = 0.2
 _SPLIT_SEED = 0  # a property of the data set, the same whatever a run's seed is
 
 
-def load() -> DataSet:
+def load(directory: str, options: Mapping[str, Any]) -> DataSet:
     """A fixed, stratified split: 1,437 images to train on, 360 to test on; ink is bright."""
+    from sklearn import datasets, model_selection  # slow to import
+
+    del directory, options  # it is embedded, and there is nothing to choose
     images, labels = datasets.load_digits(return_X_y=True)
     images = np.round(images * (255 / _INK_LEVELS)).astype(np.uint8).reshape(-1, 8, 8, 1)
     train, test = model_selection.train_test_split(
@@ -27,3 +32,6 @@ def load() -> DataSet:
         test=ArraySource(images[test], labels[test]),
         classes=tuple(str(digit) for digit in range(10)),
     )
+
+
+DIGITS = Entry(load, lambda _: Facts((8, 8, 1), 10, 1_437))

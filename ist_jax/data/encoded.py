@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ist_jax.data import EncodedSource, batches
+from ist_jax.data import batches
 from ist_jax.data.images import UNREADABLE, Transform
+from ist_jax.data.source import EncodedSource
 
 _CROP_STREAM = 1  # sets the generator of a batch's crops apart from those of `batches`
 _MOST_IN_A_ROW = 100  # unreadable images, after which something else must be wrong
@@ -119,7 +120,7 @@ class EvalBatches:
     """
 
     source: EncodedSource
-    plan: batches.EvalBatches
+    plan: batches.EvalPlan
     devices: Sequence[int]
     transform: Transform
 

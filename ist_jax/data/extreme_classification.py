@@ -12,13 +12,14 @@ Reference: Bhatia et al., The extreme classification repository: Multi-label dat
 import logging
 import re
 from array import array
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
-from ist_jax.data import DataSet, SparseSource
+from ist_jax.data.source import DataSet, Entry, Facts, SparseSource
 from ist_jax.data.sparse import Rows
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ _PAIR = re.compile(rb"\d+:" + _NUMBER)
 _PAIRS = re.compile(rb"(?:\s+\d+:" + _NUMBER + rb")*\s*")
 
 
-def load(directory: str) -> DataSet:
+def load(directory: str, options: Mapping[str, Any]) -> DataSet:
     """Opens the two files of a folder: `train.txt` or `*_train.txt`, and `test.txt` or `*_test.txt`.
 
     Points without a label have nothing to learn or to find: they are left out, and their number is said.
@@ -37,6 +38,7 @@ def load(directory: str) -> DataSet:
     Raises:
       ValueError: a file is missing, or a line of it is malformed; the message names file and line.
     """
+    del options
     train, test = _find(directory, "train"), _find(directory, "test")
     splits = [read(path) for path in (train, test)]
     sizes = [(source.feature.width, source.label.width) for source in splits]
@@ -161,3 +163,8 @@ def _show(text: bytes) -> str:
 
 def _fail(path: Path, number: int, what: str) -> NoReturn:
     raise ValueError(f"{path}, line {number}: {what}")
+
+
+ANY = Entry(load, lambda _: Facts(sparse=True))
+AMAZON670K = Entry(load, lambda _: Facts((135_909,), 670_091, 490_449, sparse=True))
+DELICIOUS = Entry(load, lambda _: Facts((500,), 983, 12_920, sparse=True))

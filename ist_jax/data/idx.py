@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ist_jax.data import ArraySource
+from ist_jax.data.source import ArraySource
 
 _UINT8 = 0x08
 

@@ -1,12 +1,14 @@
 """A folder of image files per class: `train/<class>/*.JPEG` and `val/<class>/*.JPEG`."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ist_jax.data import DataSet
+from ist_jax.data import images
+from ist_jax.data.source import DataSet, Entry
 
 _ENDINGS = (".jpeg", ".jpg", ".png")  # in any case
 
@@ -39,15 +41,17 @@ class FolderSource:
         return {"image": Path(self.name(index)).read_bytes(), "label": int(self.labels[index])}
 
 
-def load(directory: str) -> DataSet:
+def load(directory: str, options: Mapping[str, Any]) -> DataSet:
     """Opens a folder; the classes are those of its training split.
 
     Args:
       directory: holds `train` and `val`, both with a folder of files per class (.jpeg, .jpg or .png).
+      options: how the images are cut, which is done when they are read.
 
     Raises:
       ValueError: a split or its files are missing, or it has a class that training has not.
     """
+    del options
     root = Path(directory)
     classes = {split: _folders(root / split) if directory else () for split in ("train", "val")}
     for split, names in classes.items():
@@ -64,9 +68,9 @@ def load(directory: str) -> DataSet:
     train, test = (FolderSource(root / split, classes["train"]) for split in ("train", "val"))
     if not len(train) or not len(test):
         raise ValueError(f"data.dir={directory!r} has {len(train)} images in train/ and {len(test)} in val/")
-    images, own = len(train) + len(test), len(classes["train"])
+    count, own = len(train) + len(test), len(classes["train"])
     return DataSet(
-        description=f"image_folder: {images:,} images of {own:,} classes in {directory}",
+        description=f"image_folder: {count:,} images of {own:,} classes in {directory}",
         train=train,
         test=test,
         classes=classes["train"],
@@ -83,3 +87,6 @@ def _files(folder: Path) -> list[bytes]:
         return []
     with os.scandir(folder) as entries:
         return [os.fsencode(e.name) for e in entries if e.name.lower().endswith(_ENDINGS)]
+
+
+IMAGE_FOLDER = Entry(load, images.facts, images.OPTIONS)

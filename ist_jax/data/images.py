@@ -7,14 +7,46 @@ References:
 import functools
 import io
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from ist_jax.data.source import Facts
+from ist_jax.key import Key
+
 _TRIES = 10  # random boxes per image, before a fixed one that always fits
 Box = tuple[float, float, float, float]  # left, top, width, height, in pixels
+OPTIONS = {
+    "data.size": Key(
+        224, "of streamed images: pixels of both sides of the square that the net sees", least=1
+    ),
+    "data.resize": Key(
+        256, "of streamed images: pixels of the shorter side before evaluation cuts out the centre", least=1
+    ),
+    "data.crop_area": Key(
+        (0.08, 1.0), "of streamed images: area of a random crop, as a fraction of the image", kind=float
+    ),
+    "data.crop_aspect": Key(
+        (3 / 4, 4 / 3), "of streamed images: width / height of a random crop", kind=float
+    ),
+    "data.mean": Key((123.675, 116.28, 103.53), "of streamed images: mean per channel, 0 to 255", kind=float),
+    "data.std": Key(
+        (58.395, 57.12, 57.375), "of streamed images: deviation per channel, 0 to 255", kind=float
+    ),
+    "data.processes": Key(
+        8,
+        "of streamed images: processes that read and decode; 0: a thread of the program does",
+        least=0,
+        resume=True,
+    ),
+}
+
+
+def facts(options: Mapping[str, Any]) -> Facts:
+    """What is known of a folder of images: how they are cut."""
+    return Facts(example=(options["data.size"], options["data.size"], 3), encoded=True)
 
 
 class Transform(NamedTuple):
@@ -53,6 +85,39 @@ class Transform(NamedTuple):
             box = random_box(*image.size, draws, self.area, self.aspect)
             pixels = cut_out(image, box, self.size)
         return pixels[:, ::-1] if self.flip and mirrored else pixels
+
+
+def make_transform(options: Mapping[str, Any], *, flip: bool) -> Transform:
+    """How images become arrays of one size.
+
+    Args:
+      options: values of `OPTIONS`.
+      flip: mirror half of the training images.
+
+    Raises:
+      ValueError: they cannot work together; the message names the keys.
+    """
+    area, aspect = options["data.crop_area"], options["data.crop_aspect"]
+    for key, values, most in (("crop_area", area, 1.0), ("crop_aspect", aspect, math.inf)):
+        if len(values) != 2 or not 0 < values[0] <= values[1] <= most:
+            upper = " and at most 1" if most == 1 else ""
+            raise ValueError(f"data.{key}={values}; set it to two ascending numbers above 0{upper}")
+    size, resize = options["data.size"], options["data.resize"]
+    if size > resize:
+        raise ValueError(f"data.size={size} and data.resize={resize}; the size must be 1 to data.resize")
+    return Transform(size, resize, area, aspect, flip)
+
+
+def channel_statistics(options: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, 0 to 255.
+
+    Raises:
+      ValueError: they are not three numbers each, or a deviation is not above 0.
+    """
+    mean, std = options["data.mean"], options["data.std"]
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"data.mean={mean} and data.std={std}; set them to three numbers each, std above 0")
+    return mean, std
 
 
 def random_box(

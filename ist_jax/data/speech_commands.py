@@ -12,15 +12,15 @@ import os
 import re
 import uuid
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from scipy import signal
-from scipy.io import wavfile
 from tqdm import tqdm
 
-from ist_jax.data import ArraySource, DataSet
+from ist_jax.data.source import ArraySource, DataSet, Entry, Facts
+from ist_jax.key import Key
 
 log = logging.getLogger(__name__)
 
@@ -31,22 +31,37 @@ _HOP = 512  # samples between frames: 32 frames a clip
 _FLOOR = 1e-10  # power below which the logarithm is cut off
 _TEST_FRACTION = 0.2
 _WHICH_SET_BITS = 27  # of the hash, used by the data set's own split
+OPTIONS = {
+    "data.words": Key((), "of Speech Commands: words to tell apart; (): all that are there", kind=str),
+    "data.clip_length": Key(
+        "pad",
+        "of Speech Commands: clips that are not 1 s long; 'pad': are padded or cut, 'drop': left out",
+        choices=("pad", "drop"),
+    ),
+}
 
 
-def load(directory: str, *, words: Sequence[str], clip_length: str) -> DataSet:
+def facts(options: Mapping[str, Any]) -> Facts:
+    """Of the whole archive; how many clips there are of some words, or of 1 s exactly, is not known."""
+    words, whole = set(options["data.words"]), options["data.clip_length"] == "pad"
+    num_train = 84_663 if whole and not words else None  # about four fifths of the archive's 105,829 clips
+    return Facts((BANDS, 1 + RATE // _HOP, 1), len(words) or 35, num_train)
+
+
+def load(directory: str, options: Mapping[str, Any]) -> DataSet:
     """The words of a folder, split by speaker: the same speaker is never on both sides.
 
     The features are computed once and cached in the folder, where it can be written.
 
     Args:
       directory: holds a folder of WAV files per word; names that begin with '_' are not words.
-      words: those to tell apart; (): all that are there. Labels follow the alphabet.
-      clip_length: what becomes of clips that are not one second long. 'pad': short ones are padded with
-        silence, long ones cut; 'drop': they are left out, as in the released code of IST.
+      options: values of `OPTIONS`. Labels follow the alphabet. 'pad': short clips are padded with silence,
+        long ones cut; 'drop': they are left out, as in the released code of IST.
 
     Raises:
       ValueError: there is no such folder, a word is not in it, or it has no clip to use.
     """
+    words, clip_length = options["data.words"], options["data.clip_length"]
     root = Path(directory)
     there = sorted(root.iterdir()) if directory and root.is_dir() else []
     found = [p.name for p in there if p.is_dir() and p.name[0] not in "_." and any(p.glob("*.wav"))]
@@ -135,6 +150,8 @@ def _read_cache(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
 
 def read_clip(path: Path) -> np.ndarray | None:
     """A recording, float32 [samples] in -1 to 1; None if the file cannot be read or is of another kind."""
+    from scipy.io import wavfile  # slow to import
+
     try:
         rate, samples = wavfile.read(path)
     except (ValueError, OSError, EOFError):
@@ -169,6 +186,8 @@ def log_mel(clip: np.ndarray) -> np.ndarray:
     Returns:
       float32 [128, 32], natural logarithm of power: bands x frames.
     """
+    from scipy import signal  # slow to import
+
     window = signal.get_window("hann", _FFT)
     padded = np.pad(clip, _FFT // 2)
     frames = np.lib.stride_tricks.sliding_window_view(padded, _FFT)[::_HOP]
@@ -196,3 +215,6 @@ def _hertz_to_mel(hertz: float) -> float:
 
 def _mel_to_hertz(mel: np.ndarray) -> np.ndarray:
     return np.where(mel < 15.0, mel * 200.0 / 3.0, 1000.0 * np.exp(_STEP * (mel - 15.0)))
+
+
+SPEECH_COMMANDS = Entry(load, facts, OPTIONS)

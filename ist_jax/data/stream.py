@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from ist_jax.data import EncodedSource
 from ist_jax.data.encoded import Batch, EvalBatches, TrainBatches
 from ist_jax.data.feed import Chunk
+from ist_jax.data.source import EncodedSource
 
 log = logging.getLogger(__name__)
 

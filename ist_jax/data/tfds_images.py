@@ -1,23 +1,19 @@
 """Image classification sets of tensorflow-datasets, read without TensorFlow.
 
-They must be prepared as array_record files, which `tfds.data_source` reads by index.
+They must be prepared as array_record files, which are read by index: `data.prepare` does that.
 """
 
-import contextlib
-import importlib.util
-import io
-import sys
-from collections.abc import Iterator
+import shlex
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from ist_jax.data import DataSet, Source, idx
+from ist_jax.data import idx, images
+from ist_jax.data.source import DataSet, Entry, Facts, Source
 
 # The package dataset-fashion-mnist.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -60,21 +56,23 @@ class _EncodedSplit:
         return self._records[index]["file_name"].decode()
 
 
-def load_encoded(name: str, directory: str) -> DataSet:
-    """Opens a set of JPEGs too large to be decoded beforehand, preparing it first where that is possible.
+def load_encoded(name: str, directory: str, options: Mapping[str, Any]) -> DataSet:
+    """Opens a set of JPEGs too large to be decoded beforehand.
 
     Args:
       name: of a set in TFDS with splits 'train' and 'validation', and file names.
       directory: TFDS's data_dir; '' for its default.
+      options: how the images are cut, which is done when they are read.
 
     Raises:
       ValueError: as `load`.
     """
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder(name, data_dir=directory or None, file_format="array_record")
+    del options
+    builder = make_builder(name, directory)
     if not builder.info.splits:
-        _prepare(builder, name)
+        raise _unprepared(builder, name, directory)
     decoders = {"image": tfds.decode.SkipDecoding()}
     splits = {
         key: _EncodedSplit(builder.as_data_source(key, decoders=decoders)) for key in ("train", "validation")
@@ -88,31 +86,47 @@ def load_encoded(name: str, directory: str) -> DataSet:
     )
 
 
-def load(name: str, directory: str) -> DataSet:
-    """Opens a set, preparing it first where that is possible.
+def load(name: str, directory: str, options: Mapping[str, Any]) -> DataSet:
+    """Opens a set that is prepared.
 
     Fashion-MNIST that is not prepared is read where Debian's package puts it, if that is installed.
 
     Args:
       name: of an image classification set in TFDS with splits 'train' and 'test'.
       directory: TFDS's data_dir; '' for its default.
+      options: none.
 
     Raises:
-      ValueError: it is not there and cannot be prepared; the message says what to run.
+      ValueError: it is not there; the message says what to run.
     """
-    import tensorflow_datasets as tfds  # slow to import, and only these sets need it
-
-    builder = tfds.builder(name, data_dir=directory or None, file_format="array_record")
+    del options
+    builder = make_builder(name, directory)
     if not builder.info.splits:
         if name == "fashion_mnist" and DEBIAN_FASHION_MNIST.is_dir():
             return _open_debian(tuple(builder.info.features["label"].names))
-        _prepare(builder, name)
+        raise _unprepared(builder, name, directory)
     splits: dict[str, Source] = {key: _Split(builder.as_data_source(key)) for key in ("train", "test")}
     return DataSet(
         description=f"{name}: tensorflow-datasets {builder.info.version} in {builder.data_dir}",
         train=splits["train"],
         test=splits["test"],
         classes=tuple(builder.info.features["label"].names),
+    )
+
+
+def make_builder(name: str, directory: str) -> Any:
+    """TFDS's builder of a set, for array_record files in its data_dir `directory`; '': in its default."""
+    import tensorflow_datasets as tfds  # slow to import, and only these sets need it
+
+    return tfds.builder(name, data_dir=directory or None, file_format="array_record")
+
+
+def _unprepared(builder: Any, name: str, directory: str) -> ValueError:
+    command = f"python -m ist_jax.data.prepare {name}" + f" --dir={shlex.quote(directory)}" * bool(directory)
+    package = ", or install Debian's dataset-fashion-mnist" if name == "fashion_mnist" else ""
+    return ValueError(
+        f"data.name={name!r} is not prepared in {builder.data_dir}; run {command}, here or on a machine "
+        f"with a network, from which the folder is copied{package}"
     )
 
 
@@ -132,39 +146,19 @@ def _open_debian(classes: tuple[str, ...]) -> DataSet:
     )
 
 
-@contextlib.contextmanager
-def _without_tensorflow(builder: Any) -> Iterator[None]:
-    """Stands in for what TFDS takes from TensorFlow to prepare these sets: opening files and writing PNG."""
-    from tensorflow_datasets.core.features import image_feature
-
-    readers = {c.__module__ for c in type(builder).__mro__ if "tensorflow_datasets.core" not in c.__module__}
-    tensorflow = SimpleNamespace(io=SimpleNamespace(gfile=SimpleNamespace(GFile=open)))
-    with contextlib.ExitStack() as stack:
-        if importlib.util.find_spec("tensorflow") is None:
-            for module in (sys.modules[name] for name in readers if hasattr(sys.modules[name], "tf")):
-                stack.enter_context(mock.patch.object(module, "tf", tensorflow))
-            stack.enter_context(mock.patch.object(image_feature._ImageEncoder, "_encode_image", _encode_png))
-        yield
+def _decoded(name: str, shape: tuple[int, ...], num_classes: int, num_train: int) -> Entry:
+    return Entry(partial(load, name), lambda _: Facts(shape, num_classes, num_train))
 
 
-def _encode_png(encoder: Any, image: np.ndarray) -> bytes:
-    del encoder
-    content = io.BytesIO()
-    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(content, "PNG")
-    return content.getvalue()
-
-
-def _prepare(builder: Any, name: str) -> None:
-    """Downloads and prepares, with TFDS's own progress bars."""
-    try:
-        with _without_tensorflow(builder):
-            builder.download_and_prepare()
-    except Exception as error:  # whatever a download can fail by: no network, a mirror's error, a full disk
-        package = " (or install Debian's dataset-fashion-mnist)" if name == "fashion_mnist" else ""
-        raise ValueError(
-            f"data.name={name!r} is not prepared in {builder.data_dir} and cannot be downloaded here "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); on a machine "
-            f"with a network run: python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', "
-            "data_dir='DIR', file_format='array_record').download_and_prepare()\", copy DIR here and set "
-            f"config.data.dir to it{package}"
-        ) from error
+SETS: dict[str, Entry] = {
+    "cifar10": _decoded("cifar10", (32, 32, 3), 10, 50_000),
+    "cifar100": _decoded("cifar100", (32, 32, 3), 100, 50_000),
+    "fashion_mnist": _decoded("fashion_mnist", (28, 28, 1), 10, 60_000),
+    "imagenet2012": Entry(
+        partial(load_encoded, "imagenet2012"),
+        lambda options: images.facts(options)._replace(num_classes=1_000, num_train=1_281_167),
+        images.OPTIONS,
+    ),
+    "mnist": _decoded("mnist", (28, 28, 1), 10, 60_000),
+    "svhn_cropped": _decoded("svhn_cropped", (32, 32, 3), 10, 73_257),
+}

@@ -64,6 +64,7 @@ def _conv_fwd(x: jax.Array, w: jax.Array, strides: tuple, pads: tuple) -> tuple:
 
 
 def _conv_bwd(strides: tuple, pads: tuple, residuals: tuple, dy: jax.Array) -> tuple:
+    """From dy [N, H', W', O]: dx [N, H, W, I], a convolution of dy, and dw [h, w, I, O], one of x with dy."""
     x, w = residuals
     zero = dy.dtype.type(0)
     dy = lax.pad(dy, zero, [(0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)])

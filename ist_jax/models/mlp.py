@@ -12,15 +12,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ist_jax.models import Fetch, streamed
+from ist_jax.key import Key
+from ist_jax.models.interface import Entry, Fetch, streamed
 from ist_jax.models.norm import BatchNorm, at_least_float32
 from ist_jax.models.sparse import Sparse
 
+OPTIONS = {
+    "model.hidden": Key((1024, 1024), "neurons of each hidden layer", kind=int, least=1),
+    "model.output_norm": Key(True, "BatchNorm on the logits, which makes all classes equally likely"),
+}
 _KERNEL = "dense/kernel"
 
 
 class _Dense(nn.Module):
-    """x @ kernel, which with `fetch` is the part of it that this device keeps."""
+    """x @ kernel, [B, F] -> [B, features]; with `fetch`, of the kernel this device keeps a part."""
 
     features: int
     dtype: Any
@@ -91,6 +96,16 @@ class MLP(nn.Module):
         """The net with `sizes['hidden1']` neurons in the first hidden layer, and so on."""
         return self.clone(hidden=tuple(sizes.get(f"hidden{i + 1}", w) for i, w in enumerate(self.hidden)))
 
+    def check_groups(self, groups: Mapping[str, Any]) -> None:
+        """Raises ValueError where a worker would have an empty layer. groups: of `partition`, by name."""
+        for group in groups.values():
+            if min(group.counts) < 1:
+                raise ValueError(
+                    f"num_workers={group.num_workers} leaves a worker without a neuron of the {group.size} "
+                    f"of {group.name}; lower config.num_workers, even out config.partition.shares, or set "
+                    "config.partition.min_units to at least 1"
+                )
+
     @nn.compact
     def __call__(
         self,
@@ -115,3 +130,13 @@ class MLP(nn.Module):
             y = y if gate is None else jnp.where(gate, y, 0)
         logits = layer(y, self.num_classes, "output", True, self.output_norm)
         return logits if self.output_norm else logits * (scale or {}).get(f"hidden{len(self.hidden)}", 1.0)
+
+
+def build(options: Mapping[str, Any], num_classes: int, dtype: Any) -> MLP:
+    """The net that the values of `OPTIONS` describe; dtype: as for `MLP`."""
+    if not options["model.hidden"]:
+        raise ValueError("model.hidden=(); set config.model.hidden to one or more positive widths")
+    return MLP(options["model.hidden"], num_classes, dtype, options["model.output_norm"])
+
+
+FEED_FORWARD = Entry(build, OPTIONS)

@@ -16,7 +16,7 @@ class BatchNorm(nn.Module):
     The papers use batch statistics in training and evaluation alike; averages collected by subnets
     would not describe the global net. Statistics are never narrower than float32. When the collection
     `batch_stats` is mutable, the mean and the mean square of the batch are stored there; when it is given
-    and fixed, it is used instead of the batch's own (`evaluation.estimate_batch_stats`), so that a single
+    and fixed, it is used instead of the batch's own (`scoring.estimate_batch_stats`), so that a single
     example can be classified.
 
     Attributes:
@@ -29,6 +29,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Args: x [..., C]. Returns: of its shape and dtype."""
         axes = tuple(range(x.ndim - 1))
         if self.has_variable("batch_stats", "mean") and not self.is_mutable_collection("batch_stats"):
             mean: jax.Array = self.get_variable("batch_stats", "mean")

@@ -15,11 +15,27 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ist_jax.models import Fetch, streamed
+from ist_jax.key import Key
 from ist_jax.models.conv import conv_general_dilated
+from ist_jax.models.interface import Entry, Fetch, streamed
 from ist_jax.models.norm import BatchNorm, at_least_float32
 
-_Conv = partial(nn.Conv, use_bias=False, conv_general_dilated=conv_general_dilated)
+
+def _conv(width: int, size: int, strides: int = 1, dtype: Any = None, name: str | None = None) -> nn.Conv:
+    """A size x size convolution that pads size // 2 pixels on each side, as PyTorch's nets do.
+
+    'SAME' is the same only where the stride is 1: of an even number of pixels at stride 2 it pads 0 and 1.
+    """
+    return nn.Conv(
+        width,
+        (size, size),
+        strides=strides,
+        padding=size // 2,
+        use_bias=False,
+        dtype=dtype,
+        conv_general_dilated=conv_general_dilated,
+        name=name,
+    )
 
 
 class Block(nn.Module):
@@ -40,11 +56,11 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         self.norm1 = BatchNorm()
-        self.conv1 = _Conv(self.width, (3, 3), strides=self.strides, dtype=self.dtype)
+        self.conv1 = _conv(self.width, 3, self.strides, self.dtype)
         self.norm2 = BatchNorm()
-        self.conv2 = _Conv(self.width, (3, 3), dtype=self.dtype)
+        self.conv2 = _conv(self.width, 3, dtype=self.dtype)
         if self.project:
-            self.shortcut = _Conv(self.width, (1, 1), strides=self.strides, dtype=self.dtype)
+            self.shortcut = _conv(self.width, 1, self.strides, self.dtype)
 
     def _residual(self, x: jax.Array, scale: jax.Array | float) -> jax.Array:
         y = nn.relu(self.norm1(x))
@@ -61,14 +77,15 @@ class Block(nn.Module):
         """
         if gate is None:
             return self._residual(x, scale), None
-        return nn.cond(gate, type(self)._residual, type(self)._pass_on, self, x, scale), None
 
-    def _pass_on(self, x: jax.Array, _: jax.Array | float) -> jax.Array:
-        return pass_on(x, self.strides, self.expansion * self.width)
+        def skip(block: "Block", x: jax.Array, _: jax.Array | float) -> jax.Array:
+            return _pass_on(x, block.strides, block.expansion * block.width)
+
+        return nn.cond(gate, type(self)._residual, skip, self, x, scale), None
 
 
-def pass_on(x: jax.Array, strides: int, channels: int) -> jax.Array:
-    """What skips a block: every `strides`-th pixel, with channels of zeros where more come out."""
+def _pass_on(x: jax.Array, strides: int, channels: int) -> jax.Array:
+    """What skips a block, [N, H, W, C] -> [N, H', W', channels]: every `strides`-th pixel, new channels 0."""
     return jnp.pad(x[:, ::strides, ::strides], ((0, 0),) * 3 + ((0, channels - x.shape[-1]),))
 
 
@@ -79,13 +96,13 @@ class Bottleneck(Block):
 
     def setup(self) -> None:
         self.norm1 = BatchNorm()
-        self.conv1 = _Conv(self.width, (1, 1), dtype=self.dtype)
+        self.conv1 = _conv(self.width, 1, dtype=self.dtype)
         self.norm2 = BatchNorm()
-        self.conv2 = _Conv(self.width, (3, 3), strides=self.strides, dtype=self.dtype)
+        self.conv2 = _conv(self.width, 3, self.strides, self.dtype)
         self.norm3 = BatchNorm()
-        self.conv3 = _Conv(self.expansion * self.width, (1, 1), dtype=self.dtype)
+        self.conv3 = _conv(self.expansion * self.width, 1, dtype=self.dtype)
         if self.project:
-            self.shortcut = _Conv(self.expansion * self.width, (1, 1), strides=self.strides, dtype=self.dtype)
+            self.shortcut = _conv(self.expansion * self.width, 1, self.strides, self.dtype)
 
     def _residual(self, x: jax.Array, scale: jax.Array | float) -> jax.Array:
         y = nn.relu(self.norm1(x))
@@ -96,7 +113,24 @@ class Bottleneck(Block):
 
 
 BLOCKS = {"basic": Block, "bottleneck": Bottleneck}
-STEMS = ("small", "imagenet")
+OPTIONS = {
+    "model.sections": Key(
+        (1, 1, 9, 1), "blocks per section; the first of each is shared by all workers", kind=int, least=1
+    ),
+    "model.width": Key(16, "channels of section 1, doubled in each", least=1),
+    "model.block": Key(
+        "basic", "kind of block; 'bottleneck': 4 x width channels between blocks", choices=tuple(BLOCKS)
+    ),
+    "model.stem": Key(
+        "small",
+        "first layer; 'small': 3x3, 'imagenet': 7x7 and max-pool, both of stride 2",
+        choices=("small", "imagenet"),
+    ),
+    "partition.sections": Key((3,), "sections whose blocks are dealt out, counted from 1", kind=int),
+    "partition.deal_strided": Key(
+        False, "deal out the strided blocks of those sections too: one worker has it, the others skip it"
+    ),
+}
 
 
 class ResNet(nn.Module):
@@ -158,6 +192,20 @@ class ResNet(nn.Module):
             )
         )
 
+    def check_groups(self, groups: Mapping[str, Any]) -> None:
+        """Raises ValueError where every worker would hold a dealt block. groups: of `partition`, by name."""
+        least = max((group.min_units for group in groups.values()), default=0)
+        if self.deal_strided and least:
+            raise ValueError(
+                f"partition.min_units={least} gives every worker the strided blocks that "
+                "partition.deal_strided=True deals out; set config.partition.min_units to 0"
+            )
+
+    def check_example(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError for examples that are no images [H, W, C]."""
+        if len(shape) != 3:
+            raise ValueError(f"an example of shape {','.join(map(str, shape))} is no image for a ResNet")
+
     @nn.compact
     def __call__(
         self,
@@ -167,16 +215,13 @@ class ResNet(nn.Module):
     ) -> jax.Array:
         """Args: x [N, H, W, C], normalised; gates and scale: see `models`. Returns: [N, classes]."""
         if self.stem == "imagenet":
-            pads = ((3, 3), (3, 3))
-            x = _Conv(self.width, (7, 7), strides=2, padding=pads, dtype=self.dtype, name="stem")(x)
+            x = _conv(self.width, 7, 2, self.dtype, name="stem")(x)
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         else:
-            x = _Conv(self.width, (3, 3), dtype=self.dtype, name="stem")(x)
+            x = _conv(self.width, 3, dtype=self.dtype, name="stem")(x)
         gates, scale = gates or {}, scale or {}
         for i, count in enumerate(self.sections, 1):
-            own = {
-                name: (gates.get(name), scale.get(name, 1.0)) for name in (f"section{i}", f"section{i}_first")
-            }
+            uses = [(gates.get(name), scale.get(name, 1.0)) for name in (f"section{i}", f"section{i}_first")]
             x = _Section(
                 name=f"section{i}",
                 block=BLOCKS[self.block],
@@ -187,11 +232,13 @@ class ResNet(nn.Module):
                 dtype=self.dtype,
                 fetch=self.fetch,
                 unroll=self.unroll,
-            )(x, *own.values())
+            )(x, *uses)
         return at_least_float32(nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x.mean((1, 2))))
 
 
 class _Section(nn.Module):
+    """The first block, then count - 1 stacked ones: [N, H, W, C] -> [N, H / strides, W / strides, C']."""
+
     block: type[Block]
     count: int
     width: int
@@ -211,8 +258,8 @@ class _Section(nn.Module):
         gate = None if gates is None else gates[0]
         y, _ = block(self.width, self.strides, project, self.dtype, name="first")(x, gate)
         if self.dealt and gate is None:  # what x + scale * branch is to the blocks that keep the shape
-            y = scale * y + (1 - scale) * pass_on(x, self.strides, y.shape[-1])
-        x, (gates, scale) = y, rest
+            y = scale * y + (1 - scale) * _pass_on(x, self.strides, y.shape[-1])
+        gates, scale = rest
         if self.count > 1:
             blocks = nn.scan(
                 streamed(self.block, f"{self.name}/blocks", self.fetch),
@@ -222,11 +269,11 @@ class _Section(nn.Module):
                 length=self.count - 1,
                 unroll=self.unroll,
             )
-            x, _ = blocks(self.width, dtype=self.dtype, name="blocks")(x, gates, scale)
-        return x
+            y, _ = blocks(self.width, dtype=self.dtype, name="blocks")(y, gates, scale)
+        return y
 
 
-_Use = tuple[jax.Array | None, jax.Array | float]  # gates and scale of a group
+_Use = tuple[jax.Array | None, jax.Array | float]  # gates [units] and scale of a group
 
 
 def _with_unit_axis(block: type[Block], init: bool) -> type[Block]:
@@ -238,3 +285,22 @@ def _with_unit_axis(block: type[Block], init: bool) -> type[Block]:
         trans_out_fn=partial(jax.tree.map, lambda x: x[None]),
         init=init,
     )
+
+
+def build(options: Mapping[str, Any], num_classes: int, dtype: Any) -> ResNet:
+    """The net that the values of `OPTIONS` describe; dtype: as for `ResNet`."""
+    if not options["model.sections"]:
+        raise ValueError("model.sections=(); set config.model.sections to one or more positive numbers")
+    return ResNet(
+        sections=options["model.sections"],
+        width=options["model.width"],
+        num_classes=num_classes,
+        partitioned=options["partition.sections"],
+        deal_strided=options["partition.deal_strided"],
+        dtype=dtype,
+        block=options["model.block"],
+        stem=options["model.stem"],
+    )
+
+
+RESNET = Entry(build, OPTIONS)

@@ -4,7 +4,8 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart; curves d
 too, stacked parts in hatching. Colours of the frame are left to the page's style sheet (light and dark).
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,15 @@ from bokeh.models import CDSView, ColumnDataSource, HoverTool, IndexFilter, Line
 from bokeh.palettes import viridis
 from bokeh.plotting import figure
 
-from ist_jax.report.runs import Curve, Deals, Series, Trace, modelled_seconds
+from ist_jax.report.runs import Curve, RunFiles, Series, UnitMap, modelled_seconds
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442", "#999999")
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "12 4", "4 2 1 2 1 2")
 MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "hex")
-PHASES = ("gather", "local", "merge", "evaluate", "rest")
-PHASE_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999")
-_PHASE_HATCHES = ("/", " ", "\\", ".", "x")
+_REST = "rest"  # of a round, beside its phases
+_LAST = {"evaluate": ("#CC79A7", "."), _REST: ("#999999", "x")}  # colour and hatching
+_PHASES = (("#0072B2", "/"), ("#E69F00", " "), ("#009E73", "\\"), ("#56B4E9", "-"), ("#D55E00", "|"))
+_BAR = "where a bar stands"  # a column's name, which no phase has
 _MARKS = 20  # markers per curve, at most
 _BARS = 60  # bars over the rounds, at most
 _UNITS = 64  # bars over the units, at most
@@ -52,7 +54,7 @@ def accuracy_figures(series: Sequence[Series], bits_per_second: float) -> dict[s
     }
     figures = {name: _figure(label, "test accuracy (%)") for name, label in labels.items()}
     for index, one in enumerate(series):
-        runs = [(curve, True) for curve in one.curves()] if len(one.traces) > 1 else []
+        runs = [(curve, True) for curve in one.curves()] if len(one.runs) > 1 else []
         means = [(mean, False)] if len((mean := one.mean()).round) else []
         for curve, thin in runs + means:
             for name, fig in figures.items():
@@ -96,51 +98,65 @@ def _add_curve(fig: Any, source: ColumnDataSource, style: dict[str, str], thin: 
                     size=5 if thin else 8, color=style["color"], name="points")  # fmt: skip
 
 
+def phase_styles(runs: Sequence[RunFiles]) -> dict[str, tuple[str, str]]:
+    """Colour and hatching of every phase that a run had, in order; then of the evaluation and the rest."""
+    names = dict.fromkeys(phase for run in runs for phase in run.phases if phase not in _LAST)
+    return dict(zip(names, itertools.cycle(_PHASES), strict=False)) | _LAST
+
+
 def phase_figure(series: Sequence[Series]) -> Any:
     """Mean time of a round per series, split into its phases; one bar each."""
+    styles = phase_styles([run for one in series for run in one.runs])
     labels = [one.label for one in series][::-1]
-    means = {s.label: np.mean([[c.mean() for c in _phases(t)] for t in s.traces], axis=0) for s in series}
     fig = _figure("time of a round, mean over rounds (ms)", "", y_range=labels, height=80 + 34 * len(labels))
-    data = {phase: [1000 * means[label][i] for label in labels] for i, phase in enumerate(PHASES)}
-    source = ColumnDataSource({"label": labels, **data})
-    _stack(fig, fig.hbar_stack, source, y="label", height=0.7)
+    means = {
+        one.label: 1000 * np.mean([_split_rounds(run, styles).mean(1) for run in one.runs], axis=0)
+        for one in series
+    }
+    columns = dict(zip(styles, np.transpose([means[label] for label in labels]), strict=True))
+    _stack(fig, fig.hbar_stack, ColumnDataSource({_BAR: labels} | columns), styles, y=_BAR, height=0.7)
     fig.x_range.start = 0
     fig.ygrid.visible = False
     return fig
 
 
-def phase_history_figure(trace: Trace) -> Any:
+def phase_history_figure(run: RunFiles) -> Any:
     """The same over the rounds of a run; in long runs a bar is the mean of several rounds."""
-    phases = 1000 * np.array(_phases(trace))
-    total = phases.shape[1]
+    styles = phase_styles([run])
+    seconds = _split_rounds(run, styles)
+    total = seconds.shape[1]
     width = -(-total // _BARS)
     starts = np.arange(0, total, width)
     middle = [(start + 1 + min(start + width, total)) / 2 for start in starts]
-    means = np.add.reduceat(phases, starts, axis=1) / np.diff([*starts, total])
-    source = ColumnDataSource({"x": middle} | dict(zip(PHASES, means, strict=True)))
+    means = 1000 * np.add.reduceat(seconds, starts, axis=1) / np.diff([*starts, total])
+    source = ColumnDataSource({_BAR: middle} | dict(zip(styles, means, strict=True)))
     label = "round" if width == 1 else f"round (a bar: the mean of {width})"
     fig = _figure(label, "time of a round (ms)")
-    _stack(fig, fig.vbar_stack, source, x="x", width=0.8 * width)
+    _stack(fig, fig.vbar_stack, source, styles, x=_BAR, width=0.8 * width)
     fig.y_range.start = 0
     fig.xgrid.visible = False
     return fig
 
 
-def _phases(trace: Trace) -> list[np.ndarray]:
-    """Seconds of every round by phase; the rest is the host's work between them."""
-    known = [trace.column(f"seconds_{phase}") for phase in PHASES[:-1]]
-    return [*known, np.maximum(0, trace.column("seconds_round") - np.sum(known, axis=0))]
+def _split_rounds(run: RunFiles, names: Iterable[str]) -> np.ndarray:
+    """Seconds [names, rounds] of a run's phases; the rest is the host's work between them."""
+    seconds = {name: run.seconds(name) for name in names if name != _REST}
+    seconds[_REST] = np.maximum(0, run.column("seconds_round") - sum(seconds.values()))
+    return np.array([seconds[name] for name in names])
 
 
-def _stack(fig: Any, stack: Any, source: ColumnDataSource, **where: Any) -> None:
-    stack(PHASES, source=source, fill_color=list(PHASE_COLORS), hatch_pattern=list(_PHASE_HATCHES),
+def _stack(
+    fig: Any, stack: Any, source: ColumnDataSource, styles: Mapping[str, tuple[str, str]], **where: Any
+) -> None:
+    colors, hatches = zip(*styles.values(), strict=True)
+    stack(list(styles), source=source, fill_color=list(colors), hatch_pattern=list(hatches),
           hatch_color="black", hatch_alpha=0.5, hatch_scale=6, line_color=None, **where)  # fmt: skip
     fig.add_tools(HoverTool(tooltips=[("phase", "$name"), ("ms", "@$name{0,0.00}")]))
 
 
-def deal_figures(deals: Deals) -> dict[str, Any]:
+def map_figures(units: UnitMap) -> dict[str, Any]:
     """Who trained which unit in which round; and in how many rounds each worker trained each unit."""
-    return {"map": _map_figure(deals), "counts": _counts_figure(deals)}
+    return {"map": _map_figure(units), "counts": _counts_figure(units)}
 
 
 def worker_colors(num_workers: int) -> list[str]:
@@ -148,45 +164,45 @@ def worker_colors(num_workers: int) -> list[str]:
     return list(COLORS[:num_workers]) if num_workers <= len(COLORS) else list(viridis(min(256, num_workers)))
 
 
-def _map_figure(deals: Deals) -> Any:
-    wide = int(deals.columns[1] - deals.columns[0]) if len(deals.columns) > 1 else 1
-    high = int(deals.rows[1]) if len(deals.rows) > 1 else deals.group.size
-    column, worker, row = np.nonzero(deals.trained)
-    share = deals.trained.sum(1)[column, row]  # a unit of several workers: its cell is divided among them
-    place = (deals.trained.cumsum(1) - 1)[column, worker, row]
+def _map_figure(units: UnitMap) -> Any:
+    wide = int(units.columns[1] - units.columns[0]) if len(units.columns) > 1 else 1
+    high = int(units.rows[1]) if len(units.rows) > 1 else units.group.size
+    column, worker, row = np.nonzero(units.trained)
+    share = units.trained.sum(1)[column, row]  # a unit of several workers: its cell is divided among them
+    place = (units.trained.cumsum(1) - 1)[column, worker, row]
     tall = high * (1 - _GAP)
-    left, top = deals.columns[column] - 0.5, deals.rows[row] - 0.5 + place / share * tall
+    left, top = units.columns[column] - 0.5, units.rows[row] - 0.5 + place / share * tall
     fig = _figure(
         "round" + _every(wide),
-        f"unit of {deals.group.name}" + _every(high),
-        x_range=(deals.columns[0] - 0.5, deals.columns[-1] - 0.5 + wide),
-        y_range=(deals.rows[-1] - 0.5 + high, -0.5),
+        f"unit of {units.group.name}" + _every(high),
+        x_range=(units.columns[0] - 0.5, units.columns[-1] - 0.5 + wide),
+        y_range=(units.rows[-1] - 0.5 + high, -0.5),
         height=320,
     )
     corners = {"left": left, "right": left + wide, "top": top, "bottom": top + tall / share}
-    _add_cells(fig, corners, worker, deals, {"round": deals.columns[column], "unit": deals.rows[row]})
+    _add_cells(fig, corners, worker, units, {"round": units.columns[column], "unit": units.rows[row]})
     fig.grid.visible = False
     fig.add_tools(_hover([("round", "@round"), ("unit", "@unit"), ("worker", "@worker")], fig, "cells"))
     return fig
 
 
-def _counts_figure(deals: Deals) -> Any:
-    size = deals.group.size
+def _counts_figure(units: UnitMap) -> Any:
+    size = units.group.size
     width = -(-size // _UNITS)
     starts = np.arange(0, size, width)
     widths = np.diff([*starts, size])
-    counts = deals.counts if len(deals.counts) <= _STACKED_WORKERS else deals.counts.sum(0, keepdims=True)
+    counts = units.counts if len(units.counts) <= _STACKED_WORKERS else units.counts.sum(0, keepdims=True)
     bars = np.add.reduceat(counts, starts, axis=1) / widths
     worker, bar = np.nonzero(bars)
     top = bars.cumsum(0)[worker, bar]
     left = starts[bar] - 0.5
     fig = _figure(
-        f"unit of {deals.group.name}" + (f" (a bar: the mean of {width})" if width > 1 else ""),
-        f"trained (times in {len(deals.rounds):,} rounds)",
+        f"unit of {units.group.name}" + (f" (a bar: the mean of {width})" if width > 1 else ""),
+        f"trained (times in {len(units.rounds):,} rounds)",
         height=320,
     )
     corners = {"left": left, "right": left + widths[bar], "bottom": top - bars[worker, bar], "top": top}
-    _add_cells(fig, corners, worker, deals, {"unit": starts[bar], "count": bars[worker, bar]})
+    _add_cells(fig, corners, worker, units, {"unit": starts[bar], "count": bars[worker, bar]})
     fig.y_range.start = 0
     fig.xgrid.visible = False
     fig.add_tools(
@@ -196,10 +212,10 @@ def _counts_figure(deals: Deals) -> Any:
 
 
 def _add_cells(
-    fig: Any, corners: dict[str, Any], worker: np.ndarray, deals: Deals, more: dict[str, Any]
+    fig: Any, corners: dict[str, Any], worker: np.ndarray, units: UnitMap, more: dict[str, Any]
 ) -> None:
     """Rectangles in the workers' colours; the page's script fades all but a chosen worker's."""
-    colors = worker_colors(deals.group.num_workers)
+    colors = worker_colors(units.group.num_workers)
     columns = corners | more | {
         "worker": worker, "color": [colors[w % len(colors)] for w in worker], "alpha": np.ones(len(worker)),
     }  # fmt: skip

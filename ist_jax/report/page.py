@@ -13,8 +13,7 @@ from bokeh.resources import Resources
 
 from ist_jax import BANDWIDTHS
 from ist_jax.report import figures
-from ist_jax.report import runs as trace
-from ist_jax.report.runs import Series, Trace
+from ist_jax.report.runs import RunFiles, Series, draw_maps, group_by_config, modelled_seconds, read_run
 
 _BANDWIDTH = 1e9  # chosen when the page opens
 _COLUMNS, _UNITS = 64, 48  # of a partition map
@@ -34,19 +33,19 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
       ValueError: a folder holds no finished run.
       OSError: the file cannot be written.
     """
-    page = render([trace.read_trace(Path(folder)) for folder in folders])
+    page = render([read_run(Path(folder)) for folder in folders])
     try:
         Path(out).write_text(page, encoding="utf-8")
     except OSError as error:
         raise OSError(f"cannot write {out}: {error.strerror}") from None
 
 
-def render(traces: Sequence[Trace]) -> str:
+def render(runs: Sequence[RunFiles]) -> str:
     """The page as text."""
-    series = trace.group_by_config(traces)
+    series = group_by_config(runs)
     charts = figures.accuracy_figures(series, _BANDWIDTH) | {"phases": figures.phase_figure(series)}
-    if len(traces) == 1:
-        charts["history"] = figures.phase_history_figure(traces[0])
+    if len(runs) == 1:
+        charts["history"] = figures.phase_history_figure(runs[0])
     partition, maps = _partition(series)
     items = {name: json_item(chart, ID(name)) for name, chart in (charts | maps).items()}
     settings = _settings(series)
@@ -55,12 +54,12 @@ def render(traces: Sequence[Trace]) -> str:
     )
     folder = Path(__file__).parent / "templates"
     return environment.get_template("report.html").render(
-        title=f"ist_jax: {', '.join(s.label for s in series)} on {traces[0].config['data.name']}",
-        data=traces[0].summary["data"],
-        workers=", ".join(sorted({_workers(t) for t in traces})),
-        several=any(len(s.traces) > 1 for s in series),
+        title=f"ist_jax: {', '.join(s.label for s in series)} on {runs[0].config['data.name']}",
+        data=runs[0].summary["data"],
+        workers=", ".join(sorted({_workers(run) for run in runs})),
+        several=any(len(s.runs) > 1 for s in series),
         history="history" in charts,
-        phases=dict(zip(figures.PHASES, figures.PHASE_COLORS, strict=True)),
+        phases=figures.phase_styles(runs),
         legend=[{"label": s.label, **figures.style(index)} for index, s in enumerate(series)],
         bandwidth=f"{_BANDWIDTH / 1e9:g}",
         bandwidths=[
@@ -69,11 +68,11 @@ def render(traces: Sequence[Trace]) -> str:
         ],
         results=_results(series),
         modelled=[_modelled(s) for s in series],
-        ledgers=[_ledger(s) for s in series if s.traces[0].ledger],
+        ledgers=[_ledger(s) for s in series if s.runs[0].ledger],
         differing=[row for row in settings if len(set(row[1])) > 1],
         common=[(key, values[:1]) for key, values in settings if len(set(values)) == 1],
-        runs=[_run(t) for t in traces],
-        made_with=sorted({_made_with(t) for t in traces}),
+        runs=[_run(run) for run in runs],
+        made_with=sorted({_made_with(run) for run in runs}),
         figures=json.dumps(items).replace("</", "<\\/"),
         bokeh=Resources(mode="inline", components=["bokeh"]).render_js(),
         css=(folder / "report.css").read_text(),
@@ -84,32 +83,32 @@ def render(traces: Sequence[Trace]) -> str:
 
 def _partition(series: Sequence[Series]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the template needs for the maps of the first run that was partitioned, and their figures."""
-    parted = [s for s in series if s.traces[0].summary["units"]]
-    draws = ((s, trace.draw_deals(s.traces[0], columns=_COLUMNS, rows=_UNITS, budget=DRAWN)) for s in parted)
-    drawn = next(((s, deals) for s, deals in draws if deals), None)
+    parted = [s for s in series if s.runs[0].summary["units"]]
+    draws = ((s, draw_maps(s.runs[0], columns=_COLUMNS, rows=_UNITS, budget=DRAWN)) for s in parted)
+    drawn = next(((s, maps) for s, maps in draws if maps), None)
     if drawn is None:
-        return {"deals": [], "never_dealt": bool(parted)}, {}
-    shown, deals = drawn
-    first = shown.traces[0]
+        return {"maps": [], "never_dealt": bool(parted)}, {}
+    shown, maps = drawn
+    first = shown.runs[0]
     groups = []
     charts: dict[str, Any] = {}
-    for index, deal in enumerate(deals[:_GROUPS]):
+    for index, units in enumerate(maps[:_GROUPS]):
         names = {kind: f"{kind}{index}" for kind in ("map", "counts")}
-        charts |= {names[kind]: chart for kind, chart in figures.deal_figures(deal).items()}
-        title = f"{deal.group.name}: {_count(deal.group.size, 'unit')}"
+        charts |= {names[kind]: chart for kind, chart in figures.map_figures(units).items()}
+        title = f"{units.group.name}: {_count(units.group.size, 'unit')}"
         groups.append(names | {"title": title})
-    others = [f"the groups {', '.join(d.group.name for d in deals[_GROUPS:])}"] if deals[_GROUPS:] else []
+    others = [f"the groups {', '.join(m.group.name for m in maps[_GROUPS:])}"] if maps[_GROUPS:] else []
     others += [f"the partitions of {s.label}" for s in parted if s is not shown]
     context = {
-        "deals": groups,
-        "deals_rounds": (len(deals[0].rounds), len(first.records)),
-        "deals_label": f"{shown.label}, seed {first.config['seed']}" if len(series) > 1 else "",
-        "deal_figures": " ".join(charts),
-        "deal_workers": range(first.summary["num_workers"]),
-        "deal_colors": figures.worker_colors(first.summary["num_workers"])[:_COLORS_SHOWN],
-        "deals_left_out": "; ".join(others),
+        "maps": groups,
+        "map_rounds": (len(maps[0].rounds), len(first.records)),
+        "map_label": f"{shown.label}, seed {first.config['seed']}" if len(series) > 1 else "",
+        "map_figures": " ".join(charts),
+        "map_workers": range(first.summary["num_workers"]),
+        "map_colors": figures.worker_colors(first.summary["num_workers"])[:_COLORS_SHOWN],
+        "maps_left_out": "; ".join(others),
         "absent": any(r["workers_absent"] + r["workers_left_out"] for r in first.records),
-        "overlap": any(not deal.group.disjoint for deal in deals),
+        "overlap": any(not units.group.disjoint for units in maps),
     }
     return context, charts
 
@@ -118,14 +117,14 @@ def _results(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
     """The rows of the table of results; a column per series, means over its runs."""
 
     def row(name: str, key: str, form: str, scale: float = 1.0) -> tuple[str, list[str]]:
-        return name, [form.format(scale * np.mean([t.summary[key] for t in s.traces])) for s in series]
+        return name, [form.format(scale * np.mean([run.summary[key] for run in s.runs])) for s in series]
 
     rows = [row("test accuracy, %", "test_accuracy", "{:.2f}", 100)]
-    if any(len(s.traces) > 1 for s in series):
+    if any(len(s.runs) > 1 for s in series):
         rows.append(
             (
                 "each seed",
-                [", ".join(f"{100 * t.summary['test_accuracy']:.2f}" for t in s.traces) for s in series],
+                [", ".join(f"{100 * run.summary['test_accuracy']:.2f}" for run in s.runs) for s in series],
             )
         )
     return [
@@ -141,22 +140,22 @@ def _results(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
 
 def _modelled(series: Series) -> dict[str, Any]:
     """All rounds' modelled time, and what it is made of for the page's script; means over the runs."""
-    seconds_local = float(np.mean([t.column("seconds_local").sum() for t in series.traces]))
-    bytes_sent = float(np.mean([t.column("bytes_sent").sum() for t in series.traces]))
-    seconds = trace.modelled_seconds(np.array(seconds_local), np.array(bytes_sent), _BANDWIDTH)
+    seconds_local = float(np.mean([run.seconds("local").sum() for run in series.runs]))
+    bytes_sent = float(np.mean([run.column("bytes_sent").sum() for run in series.runs]))
+    seconds = modelled_seconds(np.array(seconds_local), np.array(bytes_sent), _BANDWIDTH)
     return {"seconds_local": seconds_local, "bytes_sent": bytes_sent, "text": f"{seconds:,.2f}"}
 
 
 def _settings(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
     """Every key of the configs with its value in each series; the seeds are in the table of runs."""
-    first = [s.traces[0].config for s in series]
+    first = [s.runs[0].config for s in series]
     keys = sorted(set().union(*first) - {"seed"})
     return [(key, [json.dumps(config.get(key)) for config in first]) for key in keys]
 
 
 def _ledger(series: Series) -> dict[str, Any]:
     """The table of a ledger.json: numbers as text; columns of which nothing is known are left out."""
-    ledger = series.traces[0].ledger
+    ledger = series.runs[0].ledger
     columns = {
         k: v for k, v in ledger["columns"].items() if any(row[k] is not None for row in ledger["rows"])
     }
@@ -175,26 +174,26 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}"
 
 
-def _run(one: Trace) -> dict[str, str]:
-    summary = one.summary
+def _run(run: RunFiles) -> dict[str, str]:
+    summary = run.summary
     finished = summary["finished"][:16].replace("T", " ") + " UTC"
     return {
-        "folder": str(one.folder),
+        "folder": str(run.folder),
         "method": summary["method"],
         "seed": summary["seed"],
         "finished": finished,
     }
 
 
-def _made_with(one: Trace) -> str:
+def _made_with(run: RunFiles) -> str:
     """Hardware and versions in a sentence."""
-    summary = one.summary
+    summary = run.summary
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
-    return f"{_workers(one)}; {versions}."
+    return f"{_workers(run)}; {versions}."
 
 
-def _workers(one: Trace) -> str:
-    summary = one.summary
+def _workers(run: RunFiles) -> str:
+    summary = run.summary
     kind = "virtual CPU" if summary["device_kind"] == "cpu" else summary["device_kind"]
     devices = _count(summary["num_devices"], f"{kind} device")
     return f"{_count(summary['num_workers'], 'worker')} on {devices}"

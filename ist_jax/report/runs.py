@@ -1,12 +1,13 @@
 """What a finished run recorded, and what its rounds would take over a network.
 
-The modelled time of a round is that of S workers on machines of their own: the local steps took as long as
-they were measured here, and everything a worker sends passes through its link of a given bandwidth,
+The modelled time of a round is that of S workers on machines of their own: its local steps, the phase called
+'local', took as long as they were measured here, and everything a worker sends passes through its link of a
+given bandwidth,
 
   modelled seconds = measured seconds of the local steps + 8 x bytes sent by a worker / bits per second.
 
-Left out: the measured gather and merge (copies within this machine), evaluation, latency, and any
-overlap of sending with computing.
+Left out: the measured time of other phases (copies within this machine), evaluation, latency, and any overlap
+of sending with computing.
 """
 
 import json
@@ -15,13 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax import traverse_util
 
-from ist_jax import partition
-from ist_jax.workdir import results
+from ist_jax import extension, partition
+from ist_jax.deals import DEALS
+from ist_jax.workdir import files
+
+_SECONDS = "seconds_"  # and the name of a phase: a key of a record
 
 
-class Trace(NamedTuple):
+class RunFiles(NamedTuple):
     """A finished run: what its folder holds."""
 
     folder: Path
@@ -35,6 +38,17 @@ class Trace(NamedTuple):
         values = (record.get(key) for record in self.records)
         return np.array([np.nan if value is None else value for value in values], float)
 
+    @property
+    def phases(self) -> list[str]:
+        """What the time of a round goes to, in the order of the records; the evaluation is one."""
+        keys = dict.fromkeys(key for record in self.records for key in record)
+        names = [key.removeprefix(_SECONDS) for key in keys if key.startswith(_SECONDS)]
+        return [name for name in names if name != "round"]
+
+    def seconds(self, phase: str) -> np.ndarray:
+        """Of all rounds, float64 [rounds]; 0 in those that had no such phase."""
+        return np.nan_to_num(self.column(_SECONDS + phase))
+
 
 class Curve(NamedTuple):
     """Test accuracy after each evaluated round, of a run or of several on average; float64 [evaluations]."""
@@ -42,7 +56,7 @@ class Curve(NamedTuple):
     round: np.ndarray
     examples: np.ndarray  # of all workers
     bytes_sent: np.ndarray  # by a worker
-    seconds_local: np.ndarray  # of the local steps, as measured
+    seconds_local: np.ndarray  # of the phase "local", as measured
     accuracy: np.ndarray  # percent
 
 
@@ -50,11 +64,11 @@ class Series(NamedTuple):
     """Runs of one config that differ in nothing but the seed."""
 
     label: str
-    traces: list[Trace]
+    runs: list[RunFiles]
 
     def curves(self) -> list[Curve]:
         """A curve per run."""
-        return [_curve(trace) for trace in self.traces]
+        return [_curve(run) for run in self.runs]
 
     def mean(self) -> Curve:
         """The mean over the runs, after the rounds that all of them evaluated; empty where there is none.
@@ -67,14 +81,13 @@ class Series(NamedTuple):
         return Curve(*np.mean(kept, axis=0))
 
 
-def read_trace(folder: Path) -> Trace:
+def read_run(folder: Path) -> RunFiles:
     """Reads a run's folder.
 
     Raises:
       ValueError: it holds no finished run, or a file of it cannot be read.
     """
-    config = traverse_util.flatten_dict(results.read_config(folder).to_dict(), sep=".")
-    summary = results.read_summary(folder)
+    config, summary = files.flatten(files.read_config(folder)), files.read_summary(folder)
     try:
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         ledger = json.loads(path.read_text()) if (path := folder / "ledger.json").is_file() else None
@@ -82,7 +95,7 @@ def read_trace(folder: Path) -> Trace:
         raise ValueError(f"cannot read the metrics or the ledger of {folder}: {error}") from None
     if not records:
         raise ValueError(f"{folder / 'metrics.jsonl'} holds no round")
-    return Trace(folder, config, summary, records, ledger)
+    return RunFiles(folder, config, summary, records, ledger)
 
 
 def modelled_seconds(seconds_local: np.ndarray, bytes_sent: np.ndarray, bits_per_second: float) -> np.ndarray:
@@ -101,16 +114,16 @@ def modelled_seconds(seconds_local: np.ndarray, bytes_sent: np.ndarray, bits_per
     return seconds_local + 8 * bytes_sent / bits_per_second
 
 
-def group_by_config(traces: Sequence[Trace]) -> list[Series]:
+def group_by_config(runs: Sequence[RunFiles]) -> list[Series]:
     """Puts runs together that differ in nothing but the seed, in the order of their first runs.
 
     Labels are the methods and, where several configs share one, the keys in which they differ.
     """
-    groups: dict[str, list[Trace]] = {}
-    for trace in traces:
-        settings = {k: v for k, v in trace.config.items() if k != "seed"}
-        settings["custom_model"] = trace.summary["custom_model"]
-        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(trace)
+    groups: dict[str, list[RunFiles]] = {}
+    for run in runs:
+        settings = {k: v for k, v in run.config.items() if k != "seed"}
+        settings["custom_model"] = run.summary["custom_model"]
+        groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     firsts = [group[0] for group in groups.values()]
     labels = [_label(first, firsts) for first in firsts]
     if len(set(labels)) < len(labels):  # models of the user's own
@@ -118,13 +131,13 @@ def group_by_config(traces: Sequence[Trace]) -> list[Series]:
     return [Series(label, group) for label, group in zip(labels, groups.values(), strict=True)]
 
 
-def differing_keys(traces: Sequence[Trace]) -> list[str]:
+def differing_keys(runs: Sequence[RunFiles]) -> list[str]:
     """The keys of the config, the seed aside, in which runs differ."""
-    keys = sorted(set().union(*(trace.config for trace in traces)) - {"seed"})
-    return [k for k in keys if any(t.config.get(k) != traces[0].config.get(k) for t in traces)]
+    keys = sorted(set().union(*(run.config for run in runs)) - {"seed"})
+    return [k for k in keys if any(run.config.get(k) != runs[0].config.get(k) for run in runs)]
 
 
-class Deals(NamedTuple):
+class UnitMap(NamedTuple):
     """Who trained the units of a group, in evenly spaced rounds of a run."""
 
     group: partition.Group
@@ -135,14 +148,14 @@ class Deals(NamedTuple):
     trained: np.ndarray  # bool [c, S, u]
 
 
-def draw_deals(trace: Trace, *, columns: int, rows: int, budget: int) -> list[Deals]:
+def draw_maps(run: RunFiles, *, columns: int, rows: int, budget: int) -> list[UnitMap]:
     """Draws a run's partitions again, from its seed and the groups in its summary.
 
     Rounds that were drawn for another number of workers, or by other rules, before the run was resumed are
     passed over. Workers that were absent or left out have trained nothing.
 
     Args:
-      trace: of the run; the baselines have no groups.
+      run: what its folder holds.
       columns: the most rounds in `trained`.
       rows: the most units in `trained`.
       budget: draw no more than so many entries, each a worker and unit of a round (at least one round).
@@ -150,40 +163,47 @@ def draw_deals(trace: Trace, *, columns: int, rows: int, budget: int) -> list[De
     Returns:
       Per group, alphabetically; [] where all rounds are passed over, as in a warm-up to the end.
     """
-    config, workers = trace.config, trace.summary["num_workers"]
-    groups = [
-        partition.make_group(
-            name, unit["size"], workers, unit["strips"],
-            config["partition.min_units"], config["partition.shares"],
-        )
-        for name, unit in sorted(trace.summary["units"].items())
-    ]  # fmt: skip
-    if not groups:
-        return []
-    by_name, same = {g.name: g for g in groups}, partition.fingerprint(tuple(groups))
-    records = [record for record in trace.records if record["partition"] == same]
+    config, groups, (deal, rule) = run.config, _groups(run), _deal(run)
+    same = partition.fingerprint(tuple(groups.values()), rule)
+    records = [record for record in run.records if groups and record["partition"] == same]
     if not records:
         return []
-    entries = workers * sum(group.size for group in groups)
+    workers = run.summary["num_workers"]
+    entries = workers * sum(group.size for group in groups.values())
     chosen = [records[i] for i in _spaced(len(records), max(1, budget // entries))]
     draws, took_part = [], []
     for record in chosen:
         index = record["round"] - 1
-        draws.append(partition.sample(partition.round_rng(config["seed"], index), by_name))
-        present = partition.sample_present(config["seed"], index, workers, config["participation"])
+        draws.append(partition.draw(config["seed"], index, groups, deal))
+        present = partition.draw_present(config["seed"], index, workers, config["participation"])
         took_part.append(present & ~np.isin(np.arange(workers), record["left_out"]))
     rounds = np.array([record["round"] for record in chosen])
-    return [_deals(g, rounds, [d[g.name] for d in draws], took_part, columns, rows) for g in groups]
+    return [
+        _map(group, rounds, [draw[name] for draw in draws], took_part, columns, rows)
+        for name, group in groups.items()
+    ]
 
 
-def _deals(
+def _groups(run: RunFiles) -> dict[str, partition.Group]:
+    """What was dealt; none where an earlier version recorded too little to deal it again."""
+    units = sorted(run.summary["units"].items())
+    return {name: partition.Group.from_dict(unit) for name, unit in units if "num_workers" in unit}
+
+
+def _deal(run: RunFiles) -> tuple[partition.Deal, str]:
+    """Who got which units, and what tells that rule from others in a fingerprint."""
+    name = run.config.get("partition.deal", "random")  # earlier versions have no other
+    return extension.load(name, DEALS), extension.identity(name)
+
+
+def _map(
     group: partition.Group,
     rounds: np.ndarray,
     drawn: Sequence[partition.Assignment],
     took_part: Sequence[np.ndarray],
     columns: int,
     rows: int,
-) -> Deals:
+) -> UnitMap:
     counts = np.zeros((group.num_workers, group.size), int)
     chosen, units = _spaced(len(rounds), columns), _spaced(group.size, rows)
     shown = np.zeros((len(chosen), group.num_workers, len(units)), bool)
@@ -193,7 +213,7 @@ def _deals(
         trained &= here[:, None]
         counts += trained
         shown[chosen == place] = trained[:, units]
-    return Deals(group, rounds, counts, rounds[chosen], units, shown)
+    return UnitMap(group, rounds, counts, rounds[chosen], units, shown)
 
 
 def _spaced(size: int, most: int) -> np.ndarray:
@@ -201,20 +221,20 @@ def _spaced(size: int, most: int) -> np.ndarray:
     return np.arange(0, size, -(-size // most))
 
 
-def _label(trace: Trace, others: Sequence[Trace]) -> str:
-    method = trace.config["method"]
+def _label(run: RunFiles, others: Sequence[RunFiles]) -> str:
+    method = run.config["method"]
     alike = [other for other in others if other.config["method"] == method]
-    return ", ".join([method, *(f"{key}={trace.config.get(key)}" for key in differing_keys(alike))])
+    return ", ".join([method, *(f"{key}={run.config.get(key)}" for key in differing_keys(alike))])
 
 
-def _curve(trace: Trace) -> Curve:
-    accuracy = trace.column("test_accuracy")
+def _curve(run: RunFiles) -> Curve:
+    accuracy = run.column("test_accuracy")
     evaluated = np.isfinite(accuracy)
     columns = (
-        trace.column("round"),
-        trace.column("examples"),
-        np.cumsum(trace.column("bytes_sent")),
-        np.cumsum(trace.column("seconds_local")),
+        run.column("round"),
+        run.column("examples"),
+        np.cumsum(run.column("bytes_sent")),
+        np.cumsum(run.seconds("local")),
         100 * accuracy,
     )
     return Curve(*(column[evaluated] for column in columns))

@@ -1,7 +1,6 @@
 """What the rounds and the evaluation are fed: sets in memory, or streamed from disk."""
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from operator import itemgetter
@@ -12,12 +11,12 @@ import numpy as np
 from ml_collections import config_dict
 
 from ist_jax import data
-from ist_jax.data import augment, batches
+from ist_jax.config import options
+from ist_jax.data import augment, batches, images
 from ist_jax.data.encoded import EvalBatches, TrainBatches
 from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
-from ist_jax.data.images import Transform
 from ist_jax.data.stream import StreamingEvaluation, StreamingFeed, check_shared_memory
-from ist_jax.runtime import devices, settings
+from ist_jax.runtime import devices
 from ist_jax.task import Task, classification, multi_label
 
 log = logging.getLogger(__name__)
@@ -47,9 +46,8 @@ class Inputs(NamedTuple):
 
 def open_inputs(config: config_dict.ConfigDict) -> Inputs:
     """The data set that `config` names; decoded, but where it is too large for that."""
-    name = settings.get(config, "data.name")
-    options = {key: settings.get(config, f"data.{key}") for key in data.OPTIONS.get(name, ())}
-    dataset = data.open_data_set(name, settings.get(config, "data.dir"), **options)
+    given = options(config, data.options())
+    dataset = data.open_data_set(config.data.name, config.data.dir, given)
     opened = _open_encoded(config, dataset) if dataset.encoded else _open_decoded(config, dataset)
     test = opened.test if dataset.encoded else opened.test["label"]
     held_out = "" if opened.validation is None else f"{len(opened.validation['label']):,} to stop by, "
@@ -62,14 +60,9 @@ def open_inputs(config: config_dict.ConfigDict) -> Inputs:
 
 def _open_encoded(config: config_dict.ConfigDict, dataset: data.DataSet) -> Inputs:
     size = make_transform(config).size
-    if config.data.validation:
-        raise ValueError(
-            f"data.validation={config.data.validation} is not for streamed images; set config.data.validation"
-            "=0"
-        )
     together = config.batch_size + config.eval_batch_size  # the next round waits while the model is evaluated
     check_shared_memory(config.data.processes, together, size)
-    normalize = augment.make_normalize(*get_channel_statistics(config))
+    normalize = augment.make_normalize(*images.channel_statistics(options(config, images.OPTIONS)))
     task = classification(normalize, (size, size, 3), pad=0, flip=False)  # they arrive augmented
     return Inputs(dataset, dataset.train, dataset.test, None, task)
 
@@ -89,38 +82,20 @@ def _open_decoded(config: config_dict.ConfigDict, dataset: data.DataSet) -> Inpu
     return Inputs(dataset, train, data.load(dataset.test), held_out, task)
 
 
-def make_transform(config: config_dict.ConfigDict) -> Transform:
+def make_transform(config: config_dict.ConfigDict) -> images.Transform:
     """How streamed images become arrays of one size.
 
     Raises:
-      ValueError: a key of `config.data` that only streamed images need is missing or cannot work.
+      ValueError: a key of `config.data` that cannot work with streamed images.
     """
-    if "size" not in settings.get(config, "data"):
+    if config.data.validation:
         raise ValueError(
-            f"data.name={config.data.name!r} is streamed, and the config has no data.size and the like; "
-            "configs/resnet.py:imagenet has them"
+            f"data.validation={config.data.validation} is not for streamed images; set config.data.validation"
+            "=0"
         )
-    area, aspect = (settings.get_tuple(config, f"data.{key}", float) for key in ("crop_area", "crop_aspect"))
-    for key, values, most in (("crop_area", area, 1.0), ("crop_aspect", aspect, math.inf)):
-        if len(values) != 2 or not 0 < values[0] <= values[1] <= most:
-            upper = " and at most 1" if most == 1 else ""
-            raise ValueError(f"data.{key}={values}; set it to two ascending numbers above 0{upper}")
-    size, resize = settings.get(config, "data.size"), settings.get(config, "data.resize")
-    if not 1 <= size <= resize:
-        raise ValueError(f"data.size={size} and data.resize={resize}; the size must be 1 to data.resize")
-    if settings.get(config, "data.processes") < 0:
-        raise ValueError(f"data.processes={config.data.processes}; set config.data.processes to 0 or more")
     if config.data.pad:
         raise ValueError(f"data.pad={config.data.pad}; streamed images are cropped at random, set it to 0")
-    return Transform(size, resize, area, aspect, config.data.flip)
-
-
-def get_channel_statistics(config: config_dict.ConfigDict) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of streamed images, 0 to 255."""
-    mean, std = settings.get_tuple(config, "data.mean", float), settings.get_tuple(config, "data.std", float)
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"data.mean={mean} and data.std={std}; set them to three numbers each, std above 0")
-    return mean, std
+    return images.make_transform(options(config, images.OPTIONS), flip=config.data.flip)
 
 
 def feed_rounds(
@@ -181,7 +156,7 @@ def calibration_batches(config: config_dict.ConfigDict, inputs: Inputs, most: in
     if not inputs.dataset.encoded:
         chosen = data.select(inputs.train, order)
         return (jax.tree.map(itemgetter(number), chosen) for number in range(len(order)))
-    plan = batches.EvalBatches(order[None], np.ones((1, *order.shape), np.float32))
+    plan = batches.EvalPlan(order[None], np.ones((1, *order.shape), np.float32))
     make = EvalBatches(inputs.train, plan, [0], make_transform(config))
     stream = StreamingEvaluation(make, processes=config.data.processes, put=lambda chunk: chunk)
     return (jax.tree.map(itemgetter((0, 0)), chunk) for chunk in stream)

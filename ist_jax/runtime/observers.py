@@ -1,41 +1,71 @@
-"""What looks on while a run goes round by round: TensorBoard event files, and a trace of the profiler.
+"""What looks on while a run goes round by round: the progress bar, TensorBoard's event files, the profiler.
 
-A watcher is a function that is called with every round's record, as in metrics.jsonl, after the round.
+An observer is a function that is called with every round's record, as in metrics.jsonl, after the round.
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
-Watcher = Callable[[Mapping[str, Any]], None]
+Observer = Callable[[Mapping[str, Any]], None]
 
 
 @contextmanager
-def opened(workdir: Path, *, tensorboard: bool, profile: int) -> Iterator[list[Watcher]]:
-    """The watchers that are asked for, writing to folders of their names in `workdir`.
+def open_observers(workdir: Path, *, tensorboard: bool, profile: int) -> Iterator[list[Observer]]:
+    """The observers that are asked for, writing to folders of their names in `workdir`.
 
     Args:
       workdir: of the run.
       tensorboard: write event files.
-      profile: rounds to trace, 0: none.
+      profile: rounds to profile, 0: none.
     """
     with ExitStack() as stack:
-        watchers = []
+        observers = []
         if tensorboard:
-            watchers.append(stack.enter_context(write_events(workdir / "tensorboard")))
+            observers.append(stack.enter_context(write_events(workdir / "tensorboard")))
         if profile:
-            watchers.append(stack.enter_context(trace_rounds(workdir / "profile", profile)))
-        yield watchers
+            observers.append(stack.enter_context(profile_rounds(workdir / "profile", profile)))
+        yield observers
 
 
 @contextmanager
-def write_events(folder: Path) -> Iterator[Watcher]:
+def show_progress(total: int, desc: str, done: int = 0) -> Iterator[Observer]:
+    """A bar in rounds on a terminal; elsewhere a plain line about twenty times a run.
+
+    Args:
+      total: rounds of the run.
+      desc: what is being trained.
+      done: rounds of earlier sessions.
+    """
+    every, score = max(1, total // 20), ""
+    plain = not sys.stderr.isatty()
+
+    def show(record: Mapping[str, Any]) -> None:
+        nonlocal score
+        for split in ("validation", "test"):
+            if f"{split}_accuracy" in record:
+                score = f", {split} accuracy {record[f'{split}_accuracy']:.2%} (round {record['round']})"
+        speed = f"{record['examples_per_second']:,.0f} examples/s"
+        text = f"loss {record['train_loss']:.3f}{score}, {speed}"
+        bar.set_postfix_str(text, refresh=False)
+        bar.update()
+        if plain and (record["round"] == total or record["round"] % every == 0):
+            print(f"round {record['round']}/{total}: {text}", file=sys.stderr, flush=True)
+
+    with tqdm(total=total, desc=desc, unit="round", initial=done, disable=plain) as bar:
+        yield show
+
+
+@contextmanager
+def write_events(folder: Path) -> Iterator[Observer]:
     """Writes the numbers of every record as scalars of its round: `tensorboard --logdir=FOLDER`.
 
     Of a run that goes on, what an earlier session wrote of the same rounds is hidden.
@@ -60,11 +90,11 @@ def write_events(folder: Path) -> Iterator[Watcher]:
 
 
 @contextmanager
-def trace_rounds(folder: Path, rounds: int) -> Iterator[Watcher]:
-    """Traces so many rounds with `jax.profiler`, from the second of the session on; for Perfetto or XProf."""
+def profile_rounds(folder: Path, rounds: int) -> Iterator[Observer]:
+    """Profiles so many rounds with `jax.profiler`, from the session's second on; for Perfetto or XProf."""
     seen = 0
 
-    def trace(record: Mapping[str, Any]) -> None:
+    def start_or_stop(record: Mapping[str, Any]) -> None:
         nonlocal seen
         del record
         seen += 1
@@ -74,7 +104,7 @@ def trace_rounds(folder: Path, rounds: int) -> Iterator[Watcher]:
             jax.profiler.stop_trace()
 
     try:
-        yield trace
+        yield start_or_stop
     finally:
         if 0 < seen <= rounds:
             jax.profiler.stop_trace()

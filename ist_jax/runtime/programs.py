@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from ist_jax.exchange.kinds import init_parts, split_leaf
+from ist_jax.exchange.kinds import init_parts, shard_shapes, split_leaf
 from ist_jax.exchange.layout import Layout, Shards
 from ist_jax.methods.method import AXES, Method, State, TracedPhase
 from ist_jax.runtime import devices
@@ -107,12 +107,13 @@ def init_state(method: Method, shards: Shards, chosen: Sequence[jax.Device]) -> 
 def restore_state(
     method: Method, layout: Layout, saved: checkpoint.Saved, chosen: Sequence[jax.Device]
 ) -> State:
-    """The state of a checkpoint, placed leaf by leaf: no process ever holds the whole model.
+    """The state of a checkpoint, placed array by array: no process ever holds the whole model.
 
     Raises:
       ValueError: the checkpoint is not of this model or method, or damaged.
     """
-    raise NotImplementedError
+    like = jax.eval_shape(method.init, shard_shapes(layout))
+    return saved.restore(layout, like, partial(devices.put, devices=chosen))
 
 
 def _on_one_device(tree: Any) -> Any:

@@ -1,15 +1,25 @@
-"""What is recorded of a round, and of a run."""
+"""What a run leaves behind in figures and words: a record per round, the summary, the page."""
 
+import datetime
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ist_jax import __version__
+from ist_jax.costs import formula, ledger
 from ist_jax.methods.method import Told
 from ist_jax.runtime.run import Run, Stage
 
+log = logging.getLogger(__name__)
+
 
 def round_record(run: Run, stage: Stage, index: int, told: Told, present: np.ndarray) -> dict[str, Any]:
-    """The record of a round, but for its times.
+    """The record of a round, but for its times; says which workers were left out.
 
     Args:
       run: of which it is a round.
@@ -20,6 +30,10 @@ def round_record(run: Run, stage: Stage, index: int, told: Told, present: np.nda
     """
     schedule, workers = run.schedule, stage.layout.num_workers
     merged, sick = told.healthy & present, np.flatnonzero(~told.healthy & present)
+    for worker in sick:
+        log.warning(
+            "round %d: worker %d had a non-finite loss or update, which is left out", index + 1, worker
+        )
     return {
         "round": index + 1,
         "examples": schedule.examples_after(index),
@@ -39,3 +53,94 @@ def round_record(run: Run, stage: Stage, index: int, told: Told, present: np.nda
 def _mean_where(chosen: np.ndarray, values: np.ndarray) -> float:
     """Mean over the chosen workers; NaN where there is none."""
     return float(values[chosen].mean()) if chosen.any() else float("nan")
+
+
+def about_checkpoint(run: Run, record: Mapping[str, Any], custom_model: str | None) -> dict[str, Any]:
+    """What a checkpoint says of the run and of its last round, by that round's record."""
+    scores = {key: record.get(key) for key in ("test_accuracy", "validation_accuracy")}
+    about = {key: record[key] for key in ("round", "examples")}
+    return about | scores | {"custom_model": custom_model, "config": run.settings}
+
+
+def make_ledger(run: Run) -> dict[str, Any]:
+    """The ledger of a run's last stage; see `costs.ledger`."""
+    stage, (chunks, program) = run.stages[-1], run.splits["test"]
+    subject = ledger.Subject(
+        name=run.name,
+        recipe=stage.recipe,
+        method=stage.method,
+        phases=stage.phases,
+        programs=stage.programs,
+        score=program,
+        batches=chunks.spec,
+        chunks=len(chunks),
+        example=run.inputs.task.example,
+        steps=(run.settings["local_steps"], run.settings["batch_size"]),
+        paper=stage.apart.paper,
+    )
+    return ledger.ledger_of(subject)
+
+
+def summarize(
+    run: Run, records: Sequence[Mapping[str, Any]], custom_model: str | None, params_sha256: str
+) -> dict[str, Any]:
+    """The final figures of a run; bytes as its records count them, times in seconds.
+
+    Args:
+      run: of which they are.
+      records: of all rounds, as in metrics.jsonl.
+      custom_model: from `workdir.resume.describe`.
+      params_sha256: hash of the final parameters.
+    """
+    last, rounds, layout, device = records[-1], len(records), run.layout, run.devices[0]
+    keys = dict.fromkeys(key for r in records for key in r if key.startswith("seconds_"))
+    seconds = {key: sum(r.get(key, 0.0) for r in records) for key in keys}
+    wire = [r["wire_bytes_per_device"] for r in records]  # earlier versions had none for some methods
+    return {
+        "method": run.name,
+        **{key: value for key, value in last.items() if key.startswith(("test_", "validation_"))},
+        "train_loss": last["train_loss"],
+        "rounds": rounds,
+        "examples": last["examples"],
+        "seconds_total": seconds.pop("seconds_round"),
+        "seconds_compile": run.seconds_compile,
+        **seconds,
+        "parameters": formula.model_parameters(layout),
+        "parameters_per_worker": formula.subnet_parameters(layout) / layout.num_workers,
+        "bytes_exchanged_per_worker": sum(r["bytes_per_worker"] for r in records),
+        "bytes_local_sgd_per_worker": formula.local_sgd_bytes(layout, run.state.travels) * rounds,
+        "wire_bytes_per_device": None if None in wire else sum(wire),
+        "workers_left_out": sum(r["workers_left_out"] for r in records),
+        "workers_absent": sum(r["workers_absent"] for r in records),
+        "units": {name: group.to_dict() for name, group in layout.groups.items()},
+        "params_sha256": params_sha256,
+        "data": run.inputs.dataset.description,
+        "num_workers": layout.num_workers,
+        "num_devices": layout.num_devices,
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "seed": run.settings["seed"],
+        "custom_model": custom_model,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()}
+        | {"ist_jax": __version__}
+        | {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
+    }
+
+
+def write_report(workdir: Path) -> Path:
+    """Writes report.html about a finished run into its folder; returns its path."""
+    from ist_jax.report import page  # with its plotting library, which nothing else needs
+
+    page.write_report([workdir], workdir / "report.html")
+    return workdir / "report.html"
+
+
+def last_line(summary: Mapping[str, Any]) -> str:
+    """A run's result in a line for people."""
+    exchanged, full = summary["bytes_exchanged_per_worker"], summary["bytes_local_sgd_per_worker"]
+    return (
+        f"{summary['method']}: test accuracy {summary['test_accuracy']:.2%} "
+        f"in {summary['seconds_total']:.1f} s; each worker exchanged {exchanged / 1e6:,.1f} MB, "
+        f"{exchanged / full:.1%} of the {full / 1e6:,.1f} MB of local SGD"
+    )

@@ -5,6 +5,7 @@ Here a config becomes values; nothing below sees one.
 
 import logging
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -14,19 +15,22 @@ import numpy as np
 import optax
 from ml_collections import config_dict
 
-from ist_jax import methods, partition
+from ist_jax import extension, methods, partition
+from ist_jax.config import build_model, check, record
 from ist_jax.costs import formula
 from ist_jax.costs.traffic import Traffic, round_traffic
+from ist_jax.deals import DEALS
+from ist_jax.exchange.codec import CODECS
 from ist_jax.exchange.kinds import from_params, shard_shapes
 from ist_jax.exchange.layout import Layout, make_layout, regroup
 from ist_jax.methods.method import Method, Recipe, State, TracedPhase, Turn, trace
 from ist_jax.methods.steps import POLICIES
-from ist_jax.runtime import devices, inputs, processes, programs, scoring, settings
+from ist_jax.runtime import devices, inputs, processes, programs, scoring
 from ist_jax.runtime.clock import Clock
 from ist_jax.runtime.run import Run, Split, Stage
 from ist_jax.runtime.schedule import NOTHING_DONE, Progress, Rates, Schedule, count_rounds, learning_rates
 from ist_jax.task import Task
-from ist_jax.workdir import checkpoint
+from ist_jax.workdir import checkpoint, files
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +55,10 @@ def set_up(
     Raises:
       ValueError: a setting that cannot work; the message names the key.
     """
-    settings.check(config)
+    check(config)
     devices.prepare(-(-(config.num_devices or config.num_workers) // processes.count()))
     opened = inputs.open_inputs(config)
-    model = model or settings.build_model(config, len(opened.dataset.classes))
+    model = model or build_model(config, len(opened.dataset.classes))
     chosen = devices.choose(config.num_workers, config.num_devices)
     recipe = make_recipe(config, model, opened.task, len(chosen))
     layout, method = recipe.layout, method_of(config).make(recipe)
@@ -78,7 +82,7 @@ def set_up(
         stages = tuple(_make_stage(config, until, recipe, feed, chosen) for until, recipe in recipes)
     run = Run(
         name=config.method,
-        settings=config.to_dict(),
+        settings=record(config),
         inputs=opened,
         model=model,
         scale=scale,
@@ -97,8 +101,22 @@ def set_up(
 
 
 def method_of(config: config_dict.ConfigDict) -> methods.Entry:
-    """The method that a config names."""
-    return methods.METHODS[config.method]
+    """The method that a config names.
+
+    Raises:
+      ValueError: there is no such method.
+    """
+    found = _load(config, "method", methods.METHODS)
+    return found if isinstance(found, methods.Entry) else methods.Entry(found, deals_units=True)
+
+
+def _load(config: config_dict.ConfigDict, key: str, table: Mapping[str, Any]) -> Any:
+    """What a key names: of its table, or of a file of the user's own."""
+    name = files.flatten(config.to_dict())[key]
+    try:
+        return extension.load(name, table)
+    except ValueError as error:
+        raise ValueError(f"{key}={name}: {error}") from None
 
 
 def make_recipe(config: config_dict.ConfigDict, model: nn.Module, task: Task, num_devices: int) -> Recipe:
@@ -117,8 +135,9 @@ def make_recipe(config: config_dict.ConfigDict, model: nn.Module, task: Task, nu
     init_params = partial(_init_params, model, task.example)
     shapes = jax.eval_shape(init_params, jax.random.key(0))
     axes = partition.resolve_axes(shapes, model.unit_axes() if entry.deals_units else {})
-    groups = settings.make_groups(config, model, shapes, axes) if entry.deals_units else {}
-    layout = make_layout(shapes, axes, groups, config.num_workers, num_devices)
+    groups = _make_groups(config, model, shapes, axes) if entry.deals_units else {}
+    codec = _load(config, "exchange.codec", CODECS)
+    layout = make_layout(shapes, axes, groups, config.num_workers, num_devices, codec)
     subnet = model.subnet({name: group.slots for name, group in groups.items()}) if groups else model
     return Recipe(
         layout=layout,
@@ -131,6 +150,28 @@ def make_recipe(config: config_dict.ConfigDict, model: nn.Module, task: Task, nu
         seed=config.seed,
         vmapped=config.workers_on_device == "vmap",
     )
+
+
+def _make_groups(
+    config: config_dict.ConfigDict, model: nn.Module, shapes: Any, axes: partition.Axes
+) -> dict[str, partition.Group]:
+    """The unit groups that `config` partitions."""
+    if not any(name for names in axes.values() for name in names):
+        raise ValueError(
+            f"method={config.method!r} has nothing to partition: the model names no unit axes "
+            "(partition.sections, for a ResNet); name some, or set config.method to 'local_sgd' or "
+            "'data_parallel'"
+        )
+    groups = partition.make_groups(
+        shapes,
+        axes,
+        config.num_workers,
+        min_units=config.partition.min_units,
+        shares=tuple(config.partition.shares),
+    )
+    if check_groups := getattr(model, "check_groups", None):
+        check_groups(groups)
+    return groups
 
 
 def warmup_recipe(recipe: Recipe, model: nn.Module, task: Task, scale: dict[str, float]) -> Recipe:
@@ -256,7 +297,7 @@ def _make_stage(
     if layout.num_devices < layout.num_workers:
         alone = recipe._replace(layout=layout._replace(num_devices=layout.num_workers))
         apart = round_traffic(trace_round(entry, alone, *sizes), alone.layout)
-    deal = partition.fingerprint(tuple(layout.groups.values()))
+    deal = partition.fingerprint(tuple(layout.groups.values()), extension.identity(config.partition.deal))
     compiled = programs.compile_phases(method, phases, chosen)
     return Stage(until, recipe, method, phases, compiled, here, apart, deal)
 
@@ -296,18 +337,19 @@ def _make_splits(
 def _turn_maker(config: config_dict.ConfigDict, feed: Any, schedule: Schedule) -> Any:
     """(stage, round's number) -> the inputs of the round."""
     seed, participation, workers = config.seed, config.participation, config.num_workers
+    deal = _load(config, "partition.deal", DEALS)
 
     def turn(stage: Stage, index: int) -> Turn:
         layout = stage.layout
         grid = (layout.num_devices, layout.workers_per_device)
         data, indices = feed(index)
-        draw = partition.sample(partition.round_rng(seed, index), layout.groups)
+        draw = partition.draw(seed, index, layout.groups, deal)
         gates = {
             name: np.asarray(dealt.gates).reshape(*grid, -1)
             for name, dealt in draw.items()
             if not layout.groups[name].even
         }
-        present = partition.sample_present(seed, index, workers, participation).reshape(grid)
+        present = partition.draw_present(seed, index, workers, participation).reshape(grid)
         rates = schedule.learning_rates[index]
         return Turn(draw, gates, present, data, indices, rates, np.int32(index))
 

@@ -1,20 +1,29 @@
 """Checkpoints on disk: what is in them, and how they are read.
 
-    params = ist_jax.checkpoint.load_params("runs/digits")    # for model.apply
+    params = ist_jax.workdir.checkpoint.load_params("runs/digits")    # for model.apply
 
-`checkpoint_writer` writes them. Every leaf is a zarr array in a form that does not depend on devices, workers
-or padding: shared leaves as they are, others with their unit axes first and the rest raveled. A device's part
-is a chunk, which its process writes. `index-<process>.json` has the SHA-256 of every part, and one
-of itself: zarr (and orbax) read flipped bits and missing files without complaint.
+`checkpoint_writer` writes them. Every array of a `State` is a zarr array in a form that does not depend on
+devices or padding:
+
+  params/<path>       a leaf of the parameters: shared ones as they are, others with their unit axes first and
+                      the rest raveled.
+  travels/<i>/<path>  the same of the i-th tree shaped like the parameters; `stays` likewise.
+  travels/<i>         the i-th part where it is no such tree, but an array that is the same on all devices.
+  own/<i>             [S, ...], the i-th array of what workers keep.
+
+A device's part is a chunk, which its process writes. `index-<process>.json` has the SHA-256 of every part,
+and one of itself: zarr (and orbax) read flipped bits and missing files without complaint.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
@@ -22,7 +31,8 @@ from flax import traverse_util
 
 from ist_jax import errors
 from ist_jax.exchange.kinds import kind_of
-from ist_jax.exchange.layout import Leaf, restore
+from ist_jax.exchange.layout import Layout, Leaf, restore
+from ist_jax.methods.method import State
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +44,93 @@ _DAMAGED = "damaged-"
 
 class Damaged(ValueError):
     """A checkpoint that is incomplete or does not have the content that was written."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How an array of a state is stored.
+
+    Attributes:
+      name: on disk.
+      shape: of the whole array.
+      dtype: its.
+      leaf: how the devices share it; None: each keeps the rows [W, ...] of its workers.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    leaf: Leaf | None
+
+    def piece(self, device: int, num_devices: int) -> tuple[int, int, int]:
+        """(axis, start, stop): the part of the stored form that a device writes."""
+        if self.leaf is not None:
+            return kind_of(self.leaf).stored_piece(self.leaf, device, num_devices)
+        rows = self.shape[0] // num_devices
+        return 0, device * rows, (device + 1) * rows
+
+    def to_stored(self, kept: np.ndarray, device: int, num_devices: int) -> np.ndarray:
+        """That part, from what the device keeps."""
+        if self.leaf is None:
+            return kept
+        return kind_of(self.leaf).to_stored(kept, self.leaf, device, num_devices)
+
+    def split(self, whole: np.ndarray, num_devices: int) -> np.ndarray:
+        """What each device keeps, [D, ...]."""
+        if self.leaf is None:
+            return whole.reshape(num_devices, -1, *whole.shape[1:])
+        return kind_of(self.leaf).split(whole, self.leaf, num_devices)
+
+    def entry(self, num_devices: int) -> dict[str, Any]:
+        """What an index says of the array, the pieces aside."""
+        axes = self.leaf.unit_axes if self.leaf else ()
+        entry = {"shape": self.shape, "unit_axes": axes, "dtype": str(self.dtype)}
+        axis, start, stop = self.piece(0, num_devices)
+        chunk = tuple(stop - start if a == axis else s for a, s in enumerate(shape_on_disk(entry)))
+        return entry | {"chunk": chunk}
+
+
+def stored_arrays(layout: Layout, like: State) -> State:
+    """A `Stored` for every array of a state, in the state's structure.
+
+    Args:
+      layout: of the model.
+      like: the state of one device; arrays or shapes.
+
+    Raises:
+      ValueError: an array of `own` has no axis of workers.
+    """
+
+    def tree(name: str, parts: Mapping[str, Any]) -> Any:
+        return {
+            path: Stored(f"{name}/{path}", leaf.shape, parts[path].dtype, leaf)
+            for path, leaf in layout.leaves.items()
+        }
+
+    def everywhere(name: str, x: Any) -> Stored:
+        return Stored(name, x.shape, x.dtype, Leaf(x.shape, (), ()))
+
+    def field(name: str, value: Any) -> Any:
+        parts, treedef = jax.tree.flatten(value, is_leaf=layout.is_tree)
+        numbered = [(f"{name}/{i}", x) for i, x in enumerate(parts)]
+        stored = [(tree if layout.is_tree(x) else everywhere)(name, x) for name, x in numbered]
+        return jax.tree.unflatten(treedef, stored)
+
+    def rows(number: int, x: Any) -> Stored:
+        if x.shape[:1] != (layout.workers_per_device,):
+            raise ValueError(
+                f"array {number} of a state's `own` has shape {tuple(x.shape)} on a device; its first axis "
+                f"must be that of the device's {layout.workers_per_device} workers"
+            )
+        return Stored(f"own/{number}", (layout.num_workers, *x.shape[1:]), x.dtype, None)
+
+    own, treedef = jax.tree.flatten(like.own)
+    return State(
+        params=tree(PARAMS, like.params),
+        travels=field("travels", like.travels),
+        stays=field("stays", like.stays),
+        own=jax.tree.unflatten(treedef, [rows(i, x) for i, x in enumerate(own)]),
+    )
 
 
 class Saved(NamedTuple):
@@ -54,16 +151,46 @@ class Saved(NamedTuple):
     def round(self) -> int:
         return self.about["round"]
 
-    def trees(self) -> list[str]:
-        """Names of the parameter-shaped trees: 'params', then carried moments."""
-        names = dict.fromkeys(name.split("/")[0] for name in self.arrays if not name.startswith("rest/"))
-        return sorted(names, key=lambda name: (name != PARAMS, name))
-
-    def leaves(self, tree: str) -> Iterator[tuple[str, np.ndarray]]:
-        """(path, whole leaf) of a tree, one at a time, verified. Raises Damaged."""
+    def params(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(path, whole leaf) of the parameters, one at a time, verified. Raises Damaged."""
         for name in self.arrays:
-            if name.startswith(f"{tree}/"):
-                yield name.removeprefix(f"{tree}/"), self.read(name)
+            if name.startswith(f"{PARAMS}/"):
+                yield name.removeprefix(f"{PARAMS}/"), self.read(name)
+
+    def restore(self, layout: Layout, like: State, put: Callable[[np.ndarray], jax.Array]) -> State:
+        """The state that was saved, placed array by array: no process ever holds the whole model.
+
+        Args:
+          layout: of the model.
+          like: shapes of the state of one device, as of the method's `init` by `jax.eval_shape`.
+          put: places what each device keeps of an array, [D, ...].
+
+        Raises:
+          Damaged: it is not what was written.
+          ValueError: it is of another model, method or version, or of other workers where they keep anything.
+        """
+        stored = stored_arrays(layout, like)
+        self._check(jax.tree.leaves(stored), layout)
+        return jax.tree.map(lambda one: put(one.split(self.read(one.name), layout.num_devices)), stored)
+
+    def _check(self, wanted: list[Stored], layout: Layout) -> None:
+        there = {name: (tuple(x["shape"]), x["dtype"]) for name, x in self.arrays.items()}
+        here = {one.name: (tuple(one.shape), str(one.dtype)) for one in wanted}
+        differing = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
+        if not differing:
+            return
+        name = differing[0]
+        if name.startswith("own/") and name in there.keys() & here.keys():
+            (before, *before_rest), (_, *rest) = there[name][0], here[name][0]
+            if before_rest == rest:
+                raise ValueError(
+                    f"{self.folder} holds what each of {before} workers kept for itself, and num_workers="
+                    f"{layout.num_workers}; set config.num_workers to {before}, or choose another --workdir"
+                )
+        raise ValueError(
+            f"{self.folder} is of another model, method or version: {name} is {_text(there.get(name))} there "
+            f"and {_text(here.get(name))} here; choose another --workdir"
+        )
 
     def read(self, name: str) -> np.ndarray:
         """One whole leaf, verified. Raises Damaged."""
@@ -82,6 +209,10 @@ class Saved(NamedTuple):
         except Exception as error:  # tensorstore's errors have no common base class
             raise Damaged(f"{self.folder}: {name} cannot be read: {errors.one_line(error)}") from error
         return restore(whole, leaf) if leaf.unit_axes else whole
+
+
+def _text(found: tuple[tuple[int, ...], str] | None) -> str:
+    return "missing" if found is None else f"{found[1]} {list(found[0])}"
 
 
 def rounds(workdir: Path) -> list[int]:
@@ -177,7 +308,7 @@ def load_params(workdir: str | Path, which: int | str = "last") -> Any:
     number = there[-1] if which == "last" else which
     if number not in there:
         raise ValueError(f"{workdir} holds no checkpoint of round {which}; there are {there}")
-    return traverse_util.unflatten_dict(dict(open_round(workdir, int(number)).leaves(PARAMS)), sep="/")
+    return traverse_util.unflatten_dict(dict(open_round(workdir, int(number)).params()), sep="/")
 
 
 def accuracy(record: Mapping[str, Any]) -> float | None:
@@ -205,8 +336,9 @@ def array_spec(folder: Path, name: str) -> dict[str, Any]:
 
 
 def shape_on_disk(entry: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of an array: unit axes first and the rest raveled, where it has any."""
     leaf = Leaf(tuple(entry["shape"]), tuple(entry["unit_axes"]), ())
-    return kind_of(leaf).stored_shape(leaf)
+    return (*(leaf.shape[a] for a in leaf.unit_axes), leaf.row_size) if leaf.unit_axes else leaf.shape
 
 
 def region(ndim: int, axis: int, start: int, stop: int) -> tuple[slice, ...]:

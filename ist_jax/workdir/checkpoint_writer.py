@@ -19,18 +19,19 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from ist_jax import errors
-from ist_jax.exchange.layout import Layout, stored_piece, stored_shape, to_stored
-from ist_jax.methods.local_sgd import State
+from ist_jax.exchange.layout import Layout
+from ist_jax.methods.method import State
 from ist_jax.workdir import checkpoint
 from ist_jax.workdir.checkpoint import (
     FOLDER,
     ITEM,
-    PARAMS,
+    Stored,
     array_spec,
     digest_of,
     region,
     rounds,
     shape_on_disk,
+    stored_arrays,
 )
 
 log = logging.getLogger(__name__)
@@ -45,27 +46,22 @@ class Piece(NamedTuple):
     data: np.ndarray
 
 
-def snapshot(layout: Layout, state: State) -> list[Piece]:
-    """Copies of what this process's devices keep, for a write in the background.
+def snapshot(layout: Layout, state: State) -> tuple[list[Piece], list[Stored]]:
+    """Copies of what this process's devices keep, for a write in the background; and how arrays are stored.
 
-    Shared leaves are taken from device 0 alone.
+    What is the same on all devices is taken from device 0 alone.
     """
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
+    arrays = jax.tree.leaves(stored_arrays(layout, like))
     pieces = []
-    for number, tree in enumerate(state.trees):
-        for path, leaf in layout.leaves.items():
-            for shard in tree[path].addressable_shards:
-                device = shard.index[0].start or 0
-                axis, start, stop = stored_piece(leaf, device, layout.num_devices)
-                if start < stop:
-                    part = to_stored(np.asarray(shard.data)[0], leaf, device, layout.num_devices)
-                    pieces.append(Piece(_name(number, path), axis, start, np.array(part, order="C")))
-    for number, x in enumerate(state.rest):
-        pieces += [
-            Piece(f"rest/{number}", 0, 0, np.array(shard.data)[0])
-            for shard in x.addressable_shards
-            if not shard.index[0].start
-        ]
-    return pieces
+    for stored, x in zip(arrays, jax.tree.leaves(state), strict=True):
+        for shard in x.addressable_shards:
+            device = shard.index[0].start or 0
+            axis, start, stop = stored.piece(device, layout.num_devices)
+            if start < stop:
+                part = stored.to_stored(np.asarray(shard.data)[0], device, layout.num_devices)
+                pieces.append(Piece(stored.name, axis, start, np.array(part, order="C")))
+    return pieces, arrays
 
 
 class Writer:
@@ -99,7 +95,9 @@ class Writer:
         self.wait()
         scored = ((r["round"], checkpoint.accuracy(r)) for r in records)
         self._kept.accuracies = {number: accuracy for number, accuracy in scored if accuracy is not None}
-        item = _Save(snapshot(self.layout, state), _entries(self.layout, state), dict(about))
+        pieces, arrays = snapshot(self.layout, state)
+        entries = {stored.name: stored.entry(self.layout.num_devices) for stored in arrays}
+        item = _Save(pieces, entries, dict(about))
         try:
             self._manager.save(about["round"], args=ocp.args.Composite(**{ITEM: item}), force=True)
         except OSError as error:
@@ -150,7 +148,7 @@ class _Handler(ocp.AsyncCheckpointHandler):
         asyncio.run(_write(Path(directory), args))
 
     def restore(self, directory: Any, args: Any = None) -> Any:
-        raise NotImplementedError("checkpoints are read by ist_jax.checkpoint.open_round")
+        raise NotImplementedError("checkpoints are read by workdir.checkpoint.open_round")
 
 
 @ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
@@ -159,27 +157,6 @@ class _Save(ocp.args.CheckpointArgs):
     pieces: list[Piece]
     arrays: dict[str, dict[str, Any]]
     about: dict[str, Any]
-
-
-def _entries(layout: Layout, state: State) -> dict[str, dict[str, Any]]:
-    """What there is to know of every array; the same in all processes."""
-    entries = {}
-    for number in range(len(state.trees)):
-        for path, leaf in layout.leaves.items():
-            axis, start, stop = stored_piece(leaf, 0, layout.num_devices)
-            chunk = tuple(stop - start if a == axis else s for a, s in enumerate(stored_shape(leaf)))
-            entries[_name(number, path)] = _entry(leaf.shape, leaf.unit_axes, layout.dtype, chunk)
-    for number, x in enumerate(state.rest):
-        entries[f"rest/{number}"] = _entry(x.shape[1:], (), x.dtype, x.shape[1:])
-    return entries
-
-
-def _entry(shape: Sequence[int], unit_axes: Sequence[int], dtype: Any, chunk: Sequence[int]) -> dict:
-    return {"shape": shape, "unit_axes": unit_axes, "dtype": str(dtype), "chunk": chunk}
-
-
-def _name(tree: int, path: str) -> str:
-    return f"{PARAMS if tree == 0 else f'moment{tree}'}/{path}"
 
 
 async def _write(folder: Path, save: _Save) -> None:

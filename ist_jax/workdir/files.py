@@ -1,58 +1,18 @@
-"""What a run leaves behind and what people see of it while it runs."""
+"""The files of a run's folder beside its checkpoints: config.json, metrics.jsonl, summary.json and others."""
 
 import hashlib
 import json
-import logging
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
-
-log = logging.getLogger(__name__)
+from flax import traverse_util
 
 
-class Progress:
-    """A bar in rounds on a terminal; elsewhere a plain line about twenty times a run.
-
-    Args:
-      total: rounds of the run.
-      desc: what is being trained.
-      done: rounds of earlier sessions.
-      quiet: show nothing.
-    """
-
-    def __init__(self, total: int, desc: str, done: int = 0, *, quiet: bool = False):
-        self._every, self._quiet = max(1, total // 20), quiet
-        self._bar = tqdm(
-            total=total, desc=desc, unit="round", initial=done, disable=quiet or not sys.stderr.isatty()
-        )
-        self._total = total
-        self._score = ""
-
-    def update(self, record: Mapping[str, Any]) -> None:
-        """Shows a round's record."""
-        for split in ("validation", "test"):
-            if f"{split}_accuracy" in record:
-                accuracy, at = record[f"{split}_accuracy"], record["round"]
-                self._score = f", {split} accuracy {accuracy:.2%} (round {at})"
-        speed = f"{record['examples_per_second']:,.0f} examples/s"
-        text = f"loss {record['train_loss']:.3f}{self._score}, {speed}"
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update()
-        last = record["round"] == self._total
-        if self._bar.disable and not self._quiet and (last or record["round"] % self._every == 0):
-            print(f"round {record['round']}/{self._total}: {text}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-def append_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds a line of JSON; a loss that is not finite is written as null."""
-    with path.open("a") as file:
+def append_record(workdir: Path, record: Mapping[str, Any]) -> None:
+    """Adds a line to metrics.jsonl; a loss that is not finite is written as null."""
+    with (workdir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(_plain(dict(record)), allow_nan=False) + "\n")
 
 
@@ -82,6 +42,50 @@ def write_records(workdir: Path, records: Iterable[Mapping[str, Any]]) -> None:
     part.replace(workdir / "metrics.jsonl")
 
 
+def read_config(workdir: Path) -> dict[str, Any]:
+    """The config of a run, nested.
+
+    Raises:
+      ValueError: there is none.
+    """
+    path = workdir / "config.json"
+    if not is_file(path):
+        raise ValueError(f"--workdir={workdir} holds no config.json, so no run")
+    return read_json(path)
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested config by dotted key."""
+    return traverse_util.flatten_dict(config, sep=".")
+
+
+def read_summary(workdir: Path) -> dict[str, Any]:
+    """What summary.json holds.
+
+    Raises:
+      ValueError: there is none, so the run is not finished.
+    """
+    if not is_file(workdir / "summary.json"):
+        raise ValueError(f"--workdir={workdir} holds no summary.json, so no finished run")
+    return read_json(workdir / "summary.json")
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file. Raises ValueError where that cannot be told."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise ValueError(f"cannot look into {path.parent}: {error.strerror}") from None
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds. Raises ValueError where it cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a file whole or not at all; numbers that are not finite as null."""
     part = path.with_suffix(".part")
@@ -105,17 +109,3 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     value = value.item() if isinstance(value, (np.generic, np.ndarray)) else value
     return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def mean_where(chosen: np.ndarray, values: np.ndarray) -> float:
-    """Mean over the chosen workers; NaN where there is none."""
-    return float(values[chosen].mean()) if chosen.any() else float("nan")
-
-
-def warn_left_out(round_number: int, workers: np.ndarray, what: str) -> None:
-    """Says which workers' rounds (or, data-parallel, single steps) were left out."""
-    for worker in workers:
-        log.warning(
-            "round %d: worker %d had a non-finite loss or update; its %s left out",
-            round_number, worker, "round is" if what == "round" else "steps that had one are",
-        )  # fmt: skip

@@ -1,6 +1,7 @@
 """The folder of a run: that it can be written, and that one run alone writes to it."""
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -17,6 +18,7 @@ def claimed(workdir: Path) -> Iterator[None]:
 
     Raises:
       ValueError: the folder cannot be written or made, or another run is writing to it.
+      OSError: the disk is full.
     """
     missing = check_writable(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -42,6 +44,7 @@ def check_writable(workdir: Path) -> list[Path]:
 
     Raises:
       ValueError: the folder cannot be written or made.
+      OSError: the disk is full, which is no mistake in a command.
     """
     missing: list[Path] = []
     try:
@@ -50,7 +53,8 @@ def check_writable(workdir: Path) -> list[Path]:
         with tempfile.NamedTemporaryFile(dir=workdir):
             pass
     except OSError as error:
-        raise ValueError(f"cannot write to --workdir={workdir}: {error.strerror}") from None
+        kind = OSError if error.errno in (errno.ENOSPC, errno.EDQUOT) else ValueError
+        raise kind(f"cannot write to --workdir={workdir}: {error.strerror}") from None
     finally:
         for path in missing:
             if path.is_dir():

@@ -1,7 +1,7 @@
 "use strict";
 
 /**
- * Modelled time, entry by entry; the same as `ist_jax.trace.modelled_seconds`.
+ * Modelled time, entry by entry; the same as `ist_jax.report.runs.modelled_seconds`.
  * @param {ArrayLike<number>} secondsLocal measured seconds of the local steps
  * @param {ArrayLike<number>} bytesSent bytes sent by a worker
  * @param {number} bitsPerSecond bandwidth of a worker's link

@@ -1,0 +1,301 @@
+"""Every setting, once: default, meaning, bounds, and whether a run may go on with another value.
+
+`COMMON` holds those that every config has; those of a model or a data set stand beside it and come from the
+tables `models.MODELS` and `data.SETS`. `configs/*.py` say what an experiment sets.
+"""
+
+import textwrap
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import traverse_util
+from ml_collections import config_dict
+
+from ist_jax import data, extension
+from ist_jax.deals import DEALS
+from ist_jax.errors import did_you_mean
+from ist_jax.exchange.codec import CODECS
+from ist_jax.key import Key
+from ist_jax.methods import METHODS
+from ist_jax.methods.steps import POLICIES
+from ist_jax.models import MODELS
+
+COMMON: dict[str, Key] = {
+    "method": Key("ist", "what a worker trains, and what an exchange is", choices=METHODS, file=True),
+    "seed": Key(0, "seed of parameters, partitions and the order of examples", least=0, most=2**31 - 1),
+    "num_workers": Key(4, "workers S", least=1, resume=True),
+    "num_devices": Key(
+        0,
+        "devices that host the workers; 0: on CPU a virtual one per worker, else as many as fit",
+        least=0,
+        resume=True,
+    ),
+    "workers_on_device": Key(
+        "map",
+        "how a device trains several workers; 'map': one after another, 'vmap': together",
+        choices=("map", "vmap"),
+        resume=True,
+    ),
+    "compute_dtype": Key(
+        "float32",
+        "dtype of the layers; parameters, merges and losses stay float32",
+        choices=("float32", "bfloat16"),
+    ),
+    "local_steps": Key(50, "steps of a worker between two exchanges", least=1),
+    "batch_size": Key(64, "examples per worker and step", least=1),
+    "rounds": Key(
+        None, "rounds of the run; unset: as many as epochs take", kind=int, least=1, resume=True, extends=True
+    ),
+    "epochs": Key(
+        40.0,
+        "passes of all workers together over the training set, where rounds is unset",
+        least=0,
+        above=True,
+        resume=True,
+        extends=True,
+    ),
+    "eval_every": Key(5, "rounds between evaluations; 0: after the last round only", least=0, resume=True),
+    "eval_batch_size": Key(128, "examples per evaluation batch, whose statistics are part of it", least=1),
+    "patience": Key(
+        0,
+        "evaluations without a better validation accuracy before a run stops; 0: never",
+        least=0,
+        resume=True,
+        extends=True,
+    ),
+    "participation": Key(
+        1.0, "chance of each worker to take part in a round; the others change nothing", least=0, most=1
+    ),
+    "max_rounds_left_out": Key(
+        10,
+        "rounds in a row of a worker with non-finite values that stop the run; 0: never",
+        least=0,
+        resume=True,
+    ),
+    "lost_after": Key(
+        60.0, "seconds without a sign of life until a process counts as lost", least=1, resume=True
+    ),
+    "stuck_after": Key(
+        1800.0, "seconds without progress, though all processes live; 0: wait for ever", least=0, resume=True
+    ),
+    "checkpoint.every": Key(50, "rounds between checkpoints; 0: at the end alone", least=0, resume=True),
+    "checkpoint.keep": Key(
+        2, "latest checkpoints that stay; the best one does as well", least=1, resume=True
+    ),
+    "data.name": Key("digits", f"data set: {', '.join(data.SETS)}"),
+    "data.dir": Key("", "folder of the data set; embedded ones need none", resume=True),
+    "data.pad": Key(0, "pixels of padding before a random crop of a training image", least=0),
+    "data.flip": Key(False, "mirror half of the training images"),
+    "data.sharing": Key(
+        "all",
+        "who draws from which training examples; 'all': everybody from all, 'disjoint': from a shard, "
+        "'skewed': from a shard with its own mix of classes",
+        choices=("all", "disjoint", "skewed"),
+    ),
+    "data.concentration": Key(
+        0.5, "of the Dirichlet distribution of 'skewed'; the smaller, the more skewed", least=0, above=True
+    ),
+    "data.validation": Key(
+        0.0, "fraction of the training examples that is held out to stop by", least=0, most=0.9
+    ),
+    "model.name": Key("resnet", f"model: {', '.join(MODELS)}; a config file has the keys of one"),
+    "partition.deal": Key("random", "how units are dealt to the workers", choices=DEALS, file=True),
+    "partition.min_units": Key(
+        0, "least units per worker and group, reached by overlap; 0: none", least=0, resume=True
+    ),
+    "partition.shares": Key((), "relative speed of each worker; (): equal", kind=float, resume=True),
+    "partition.warmup_epochs": Key(
+        0.0, "passes, at the start, in which all workers train the whole model", least=0
+    ),
+    "partition.scale_at_evaluation": Key(
+        True, "scale what units add (an MLP's logits) by the fraction of the workers that held them"
+    ),
+    "exchange.codec": Key(
+        "none", "what an exchange sends; 'none': the numbers as they are", choices=CODECS, file=True
+    ),
+    "optimizer.learning_rate": Key(0.1, "learning rate at its highest", least=0),
+    "optimizer.momentum": Key(0.9, "momentum of SGD; 0: none", least=0, most=1),
+    "optimizer.nesterov": Key(False, "Nesterov's momentum"),
+    "optimizer.weight_decay": Key(0.0, "what of each parameter is added to its gradient", least=0),
+    "optimizer.schedule": Key(
+        "constant", "of the learning rate, by examples seen", choices=("constant", "cosine", "step")
+    ),
+    "optimizer.warmup": Key(
+        0.0, "fraction of all examples in which the learning rate rises from 0", least=0, most=1
+    ),
+    "optimizer.step_at": Key(
+        (0.5, 0.75), "fractions of all examples at which 'step' takes a step", kind=float, least=0, most=1
+    ),
+    "optimizer.step_factor": Key(0.1, "of the learning rate at a step of 'step'", least=0),
+    "optimizer_state": Key(
+        "reset",
+        "at a round's start; 'reset': new, 'carry': what travels with the units",
+        choices=POLICIES,
+    ),
+}
+
+
+def make(model: str, *settings: Mapping[str, Any]) -> config_dict.ConfigDict:
+    """A config with all of its keys, locked.
+
+    Args:
+      model: one of `MODELS`.
+      *settings: values by key, such as {'model.width': 64}; the later ones count.
+
+    Raises:
+      ValueError: a key or the model does not exist.
+    """
+    keys = _keys(model)
+    flat = {
+        name: config_dict.placeholder(key.kind) if key.default is None else key.default
+        for name, key in keys.items()
+    }
+    config = config_dict.ConfigDict(traverse_util.unflatten_dict(flat, sep="."))
+    config.model.name = model
+    config.lock()  # a misspelt key would be kept
+    for name, value in (item for own in settings for item in own.items()):
+        if name not in keys:
+            raise ValueError(f"the config has no key {name!r}; {did_you_mean(name, keys)}".rstrip("; "))
+        config.update_from_flattened_dict({name: value})
+    return config
+
+
+def choose(modes: Mapping[str, Mapping[str, Any]], mode: str) -> Mapping[str, Any]:
+    """What a mode of a config file sets.
+
+    Raises:
+      ValueError: the file has no such mode.
+    """
+    if mode not in modes:
+        raise ValueError(f"the config has no mode {mode!r}; it has {', '.join(modes)}")
+    return modes[mode]
+
+
+def keys_of(config: config_dict.ConfigDict) -> dict[str, Key]:
+    """All keys that a config must have, by whole names: the common ones, its model's, those of all data sets.
+
+    Raises:
+      ValueError: there is no such model.
+    """
+    return _keys(_get(config, "model.name"))
+
+
+def check(config: config_dict.ConfigDict) -> None:
+    """Raises ValueError, naming the key and what is allowed, for values that cannot work."""
+    for name, key in keys_of(config).items():
+        value = _get(config, name)
+        if name != "epochs" or config.rounds is None:  # rounds win
+            key.check(name, value)
+    if config.patience and not (config.data.validation and config.eval_every):
+        raise ValueError(
+            f"patience={config.patience} counts evaluations of a validation split; set "
+            "config.data.validation and config.eval_every above 0, or config.patience to 0"
+        )
+
+
+def options(config: config_dict.ConfigDict, names: Iterable[str]) -> dict[str, Any]:
+    """The values of some keys by whole names, tuples as such.
+
+    Raises:
+      ValueError: the config has no such key.
+    """
+    values = {name: _get(config, name) for name in names}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def build_model(config: config_dict.ConfigDict, num_classes: int) -> nn.Module:
+    """The model that `config.model` describes.
+
+    Raises:
+      ValueError: there is no such model, or its options cannot work.
+    """
+    _keys(config.model.name)
+    entry = MODELS[config.model.name]
+    dtype = None if config.compute_dtype == "float32" else jnp.bfloat16  # None: the parameters'
+    return entry.build(options(config, entry.options), num_classes, dtype)
+
+
+def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded config.json with the defaults of those keys that were added since.
+
+    Args:
+      recorded: nested, as in the file; tuples are lists.
+    """
+    flat = traverse_util.flatten_dict(dict(recorded), sep=".")
+    model = flat.get("model.name")
+    for name, key in (_keys(model) if model in MODELS else COMMON).items():
+        flat.setdefault(name, list(key.default) if isinstance(key.default, tuple) else key.default)
+    return _plainly(traverse_util.unflatten_dict(flat, sep="."))
+
+
+def _plainly(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that say what is done: a method with one policy of the optimizer's state has that one."""
+    entry = METHODS.get(settings["method"])
+    forced = entry.optimizer_state if entry is not None else ""
+    return settings | ({"optimizer_state": forced} if forced else {})
+
+
+def record(config: config_dict.ConfigDict) -> dict[str, Any]:
+    """A config as a run records it: nested, with the hashes of the files of the user's own by key.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    settings = _plainly(config.to_dict())
+    return settings | {"files": extension.digests(traverse_util.flatten_dict(settings, sep="."))}
+
+
+def restore(recorded: Mapping[str, Any]) -> config_dict.ConfigDict:
+    """The config of a recorded one.
+
+    Raises:
+      ValueError: a file of the user's own is missing or not the one that the run was made with.
+    """
+    settings = complete(recorded)
+    digests = settings.pop("files", {})
+    for key, name in traverse_util.flatten_dict(settings, sep=".").items():
+        if key in digests and extension.digest(name) != digests[key]:
+            raise ValueError(f"{key}={name}: the file is not the one that the run was made with")
+    return config_dict.ConfigDict(settings)
+
+
+def may_change(name: str) -> bool:
+    """Whether a run may go on with another value of a key."""
+    return any(name in keys and keys[name].resume for keys in map(_keys, MODELS))
+
+
+def extends(name: str) -> bool:
+    """Whether a finished run is not finished with another value of a key."""
+    return name in COMMON and COMMON[name].extends
+
+
+def help_text(config: config_dict.ConfigDict) -> str:
+    """Two lines per key: what it means; its value in the config, what is allowed, may it change on resume."""
+    lines = []
+    for name, key in sorted(keys_of(config).items(), key=lambda item: item[0].rpartition(".")[0]):
+        notes = [f"default: {_get(config, name)!r}", key.allowed(), "may change on resume" * key.resume]
+        for text, indent in (
+            (f"--config.{name}: {key.help}", "  "),
+            (f"({'; '.join(filter(None, notes))})", "    "),
+        ):
+            lines += textwrap.wrap(
+                text, 100, initial_indent=indent, subsequent_indent="    ", break_on_hyphens=False
+            )
+    return "\n".join(lines)
+
+
+def _keys(model: str) -> dict[str, Key]:
+    if model not in MODELS:
+        raise ValueError(f"model.name={model!r}; set config.model.name to {' or '.join(map(repr, MODELS))}")
+    return COMMON | MODELS[model].options | data.options()
+
+
+def _get(config: config_dict.ConfigDict, name: str) -> Any:
+    value = config
+    for part in name.split("."):
+        if part not in value:
+            raise ValueError(f"the config has no key {name!r}; keys beside it: {', '.join(sorted(value))}")
+        value = value[part]
+    return value

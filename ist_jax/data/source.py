@@ -1,0 +1,159 @@
+"""What a data set is: a random-access source per split, facts known beforehand, and arrays in memory."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from ist_jax.data.sparse import Rows, take
+from ist_jax.key import Key
+
+Split = Mapping[str, Any]  # all examples of a split: 'image' or 'feature', and 'label'; arrays or `Rows`
+
+
+class Source(Protocol):
+    """One split of a data set, by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """Example `index`: 'image' [H, W, C] (uint8, or float32 for features) and 'label' int.
+
+        Of sparse, multi-label examples: 'feature' int32 [k], 'value' float32 [k] and 'label' int32 [l].
+        """
+
+
+class EncodedSource(Protocol):
+    """One split of a set of compressed images that is too large to be decoded beforehand."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [N]; may have to read the whole split."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        """Example `index`: 'image', the bytes of an image file, and 'label' int."""
+
+    def name(self, index: int) -> str:
+        """What to call example `index` in a message."""
+
+
+class DataSet(NamedTuple):
+    """A data set for classification.
+
+    Attributes:
+      description: a line for the log: what it is and where it came from.
+      train: source of the training split.
+      test: source of the test split.
+      classes: names, in the order of the labels.
+      encoded: the sources are `EncodedSource`s, to be streamed.
+    """
+
+    description: str
+    train: Any
+    test: Any
+    classes: tuple[str, ...]
+    encoded: bool = False
+
+
+class Facts(NamedTuple):
+    """What is known of a data set before it is opened; None: that depends on the folder or the config.
+
+    Attributes:
+      example: shape of an example, [H, W, C].
+      num_classes: how many.
+      num_train: examples in the training split.
+      sparse: sparse vectors with several labels each; the example's shape is their length.
+      encoded: the sources are `EncodedSource`s, to be streamed.
+    """
+
+    example: tuple[int, ...] | None = None
+    num_classes: int | None = None
+    num_train: int | None = None
+    sparse: bool = False
+    encoded: bool = False
+
+
+def _nothing_known(options: Mapping[str, Any]) -> Facts:
+    del options
+    return Facts()
+
+
+class Entry(NamedTuple):
+    """A data set in the table `data.SETS`.
+
+    Attributes:
+      load: (folder, options) -> the opened set.
+      facts: options -> what is known of it before.
+      options: its keys of the config, by whole names such as 'data.words'; the functions get their values.
+    """
+
+    load: Callable[[str, Mapping[str, Any]], DataSet]
+    facts: Callable[[Mapping[str, Any]], Facts] = _nothing_known
+    options: Mapping[str, Key] = MappingProxyType({})
+
+
+class ArraySource:
+    """A source over arrays in memory.
+
+    Args:
+      image: uint8 [N, H, W, C], or float32 for features.
+      label: int [N].
+    """
+
+    def __init__(self, image: np.ndarray, label: np.ndarray):
+        self.image = image
+        self.label = label
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.image[index], "label": self.label[index]}
+
+
+class SparseSource:
+    """A source of sparse, multi-label examples in memory.
+
+    Args:
+      feature: N rows, with values.
+      label: N rows; none is empty.
+    """
+
+    def __init__(self, feature: Rows, label: Rows):
+        self.feature = feature
+        self.label = label
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        feature, label = (take(rows, np.array([index])) for rows in (self.feature, self.label))
+        size = int(feature.start[1])
+        return {"feature": feature.index[:size], "value": feature.value[:size], "label": label.index}
+
+
+def load(source: Source) -> dict[str, Any]:
+    """All examples of a source, decoded once: 'image' [N, H, W, C], 'label' int32 [N].
+
+    Of a `SparseSource`: 'feature' and 'label', `Rows`.
+    """
+    if isinstance(source, ArraySource):
+        return {"image": source.image, "label": source.label.astype(np.int32)}
+    if isinstance(source, SparseSource):
+        return {"feature": source.feature, "label": source.label}
+    first = source[0]["image"]
+    images = np.empty((len(source), *first.shape), first.dtype)  # filled in place: a list would double it
+    labels = np.empty(len(source), np.int32)
+    for i in tqdm(range(len(source)), desc="decoding", unit="image", leave=False, disable=None):
+        example = source[i]
+        images[i], labels[i] = example["image"], example["label"]
+    return {"image": images, "label": labels}
+
+
+def select(split: Split, numbers: np.ndarray) -> dict[str, Any]:
+    """The examples with the given numbers [...], on the host; `Rows` as by `sparse.take`."""
+    return {name: take(x, numbers) if isinstance(x, Rows) else x[numbers] for name, x in split.items()}

@@ -1,0 +1,91 @@
+"""Things of the user's own, named like those of a table: FILE.py:NAME."""
+
+import hashlib
+import importlib.util
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ist_jax.errors import did_you_mean, last_line
+from ist_jax.key import FILE
+
+T = TypeVar("T")
+
+
+def load(reference: str, table: Mapping[str, T]) -> T:
+    """What a table has under a name, or what a file of the user's own has.
+
+    A file is executed once, as long as it does not change.
+
+    Args:
+      reference: a name in the table, or FILE.py:NAME.
+      table: of such things.
+
+    Raises:
+      ValueError: there is no such name or file, or the file raises something.
+    """
+    if reference in table:
+        return table[reference]
+    match = FILE.fullmatch(reference)
+    if match is None:
+        raise ValueError(
+            f"{reference!r} is not there; {did_you_mean(reference, table)}give one of "
+            f"{', '.join(map(repr, table))}, or FILE.py:NAME"
+        )
+    path, name = match.groups()
+    module = _execute(Path(path), digest(reference))
+    if name not in vars(module):
+        own = [n for n, x in vars(module).items() if n[0] != "_" and not isinstance(x, types.ModuleType)]
+        raise ValueError(
+            f"{path} has no name {name!r}; {did_you_mean(name, own)}names there: {', '.join(own) or 'none'}"
+        )
+    return getattr(module, name)
+
+
+def digest(reference: str) -> str | None:
+    """The first 16 hexadecimal digits of the SHA-256 of a FILE.py:NAME's file; None for another name.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    if (match := FILE.fullmatch(reference)) is None:
+        return None
+    try:
+        return hashlib.sha256(Path(match[1]).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise ValueError(f"cannot read {match[1]} of {reference!r}: {error.strerror}") from None
+
+
+def identity(reference: str) -> str:
+    """What tells a thing from others of its name: the name, and of FILE.py:NAME the digest of the file."""
+    return reference if (found := digest(reference)) is None else f"{FILE.fullmatch(reference)[2]} {found}"  # type: ignore[index]
+
+
+def digests(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The digests of those settings that are FILE.py:NAME, by their keys.
+
+    Raises:
+      ValueError: there is no such file.
+    """
+    found = {key: digest(value) for key, value in settings.items() if isinstance(value, str)}
+    return {key: hexadecimal for key, hexadecimal in found.items() if hexadecimal is not None}
+
+
+def _execute(path: Path, version: str | None) -> types.ModuleType:
+    """The module of a file, under a name that no other version of it has."""
+    whole = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+    name = f"ist_jax_extension_{path.stem}_{whole}_{version}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # pickle and dataclasses look there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # the file is the user's own code
+        del sys.modules[name]
+        raise ValueError(f"{path} fails: {last_line(error)}") from error
+    return module

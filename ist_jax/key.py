@@ -1,0 +1,80 @@
+"""A setting: its default, what it means, and what is allowed."""
+
+import math
+import re
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+FILE = re.compile(r"(.+\.py):([^\W\d]\w*)")  # FILE.py:NAME, something of the user's own
+_EXAMPLES = {int: ("ints", "'(1,2)'"), float: ("floats", "'(1,2)'"), str: ("strings", "('yes','no')")}
+
+
+class Key(NamedTuple):
+    """What is known of a setting; `OPTIONS` of a model or a data set, and the tables of `config`, hold them.
+
+    Attributes:
+      default: a bool, number, string, or tuple; None: unset, of the given kind.
+      help: a line about it, with its unit.
+      least: the least number that is allowed; of tuples, for every element.
+      most: the greatest one; it must be finite in any case.
+      above: `least` itself is not allowed.
+      choices: the names that are allowed; (): any.
+      file: something of the user's own, FILE.py:NAME, is allowed as well.
+      kind: of a tuple's elements, or of what is unset by default.
+      resume: a run may go on with another value: what was trained so far does not depend on it.
+      extends: with another value a finished run is not finished.
+    """
+
+    default: Any
+    help: str
+    least: float | None = None
+    most: float = math.inf
+    above: bool = False
+    choices: Collection[str] = ()
+    file: bool = False
+    kind: type | None = None
+    resume: bool = False
+    extends: bool = False
+
+    def allowed(self) -> str:
+        """What is allowed, in words; '' where anything of the type is."""
+        if self.choices:
+            return f"one of {', '.join(map(repr, self.choices))}" + ", or FILE.py:NAME" * self.file
+        if self.least is None:
+            return ""
+        if self.above:
+            return f"a number above {self.least}"
+        if self.most < math.inf:
+            return f"{self.least} to {self.most}"
+        return f"{self.least} or more" + ", or leave it unset" * (self.default is None)
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ValueError, naming the setting and what is allowed, for a value that cannot work.
+
+        Args:
+          name: of the setting, such as 'optimizer.warmup'.
+          value: of it; a list is as good as a tuple.
+        """
+        if isinstance(self.default, tuple):
+            self._check_elements(name, value)
+        elif self.choices and value not in self.choices and not (self.file and FILE.fullmatch(str(value))):
+            raise ValueError(f"{name}={value!r}; set config.{name} to {self.allowed()}")
+        if self.least is not None and value is not None:
+            for number in value if isinstance(value, tuple | list) else (value,):
+                right = math.isfinite(number) and self.least <= number <= self.most
+                if not right or (self.above and number == self.least):
+                    finite = " (a finite number)" * (not math.isfinite(number) and self.most == math.inf)
+                    raise ValueError(f"{name}={value}; set config.{name} to {self.allowed()}{finite}")
+
+    def _check_elements(self, name: str, values: Any) -> None:
+        kinds: Any = (int, float) if self.kind is float else self.kind
+
+        def fits(value: Any) -> bool:
+            right = isinstance(value, kinds) and not isinstance(value, bool)
+            return right and (self.kind is str or math.isfinite(value))
+
+        if not isinstance(values, tuple | list) or not all(map(fits, values)):
+            plural, example = _EXAMPLES[self.kind or str]
+            raise ValueError(
+                f"{name}={values!r}; set config.{name} to a tuple of {plural}, such as {example}"
+            )

@@ -1,0 +1,122 @@
+"""Whether a run is finished, where one goes on, and the folder made ready for it."""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+
+from ist_jax import config
+from ist_jax.workdir import checkpoint, files
+
+log = logging.getLogger(__name__)
+
+
+def find_finished(
+    settings: dict[str, Any], workdir: Path, model: nn.Module | None = None
+) -> dict[str, Any] | None:
+    """The summary of the finished run of this config, length and model in the folder; None: there is none.
+
+    Args:
+      settings: of the run that is asked for, from `config.record`.
+      workdir: the folder.
+      model: the model, where it is not the config's.
+
+    Raises:
+      ValueError: it holds a run of another config or model.
+    """
+    if not files.is_file(workdir / "config.json"):
+        return None
+    recorded = config.complete(files.read_config(workdir))
+    before, now = (files.flatten(x) for x in (recorded, json.loads(json.dumps(settings))))
+    differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+    refused = [k for k in differing if not config.may_change(k)]
+    if refused:
+        raise ValueError(
+            f"{workdir} holds a run with other settings: "
+            + ", ".join(_difference(k, before, now) for k in refused)
+            + "; choose another --workdir"
+        )
+    if not files.is_file(workdir / "summary.json"):
+        return None
+    summary = files.read_summary(workdir)
+    check_model(workdir, summary["custom_model"], model)
+    if any(map(config.extends, differing)):
+        return None
+    log.info("%s is finished already; nothing to do", workdir)
+    return summary
+
+
+def _difference(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+    if key.startswith("files."):  # what a user's own file held
+        named = key.removeprefix("files.")
+        return f"{named}={now.get(named)} is not the file that it was begun with"
+    return f"{key} is {before.get(key)!r} there and {now.get(key)!r} here"
+
+
+def find_start(workdir: Path, model: nn.Module | None = None) -> checkpoint.Saved | None:
+    """The checkpoint to go on from; None where there is no run yet, or one that did not get that far.
+
+    Args:
+      workdir: the folder.
+      model: the model, where it is not the config's.
+
+    Raises:
+      ValueError: checkpoints are damaged or missing, or of another model; never a silent start from scratch.
+    """
+    records = files.read_records(workdir)
+    if not files.is_file(workdir / "config.json"):
+        if records or checkpoint.rounds(workdir):
+            raise ValueError(
+                f"{workdir} holds a run without its config.json; restore it from a copy, or choose another "
+                "--workdir"
+            )
+        return None
+    saved = checkpoint.newest_intact(workdir, len(records))
+    every = files.read_config(workdir)["checkpoint"]["every"]
+    if saved is None:
+        if (every and len(records) > every) or files.is_file(workdir / "summary.json"):
+            raise ValueError(
+                f"{workdir} holds a run of {len(records)} rounds without a checkpoint; restore its "
+                f"{checkpoint.FOLDER}/ from a copy, or choose another --workdir to start over"
+            )
+        log.info("%s holds a run that did not get to its first checkpoint; it starts over", workdir)
+        return None
+    check_model(workdir, saved.about["custom_model"], model)
+    lost = len(records) - saved.round
+    log.info(
+        "resuming %s after round %d%s",
+        workdir,
+        saved.round,
+        f"; {lost} later ones are trained again" if lost else "",
+    )
+    return saved
+
+
+def open_workdir(settings: dict[str, Any], workdir: Path, start: checkpoint.Saved | None) -> None:
+    """Makes the folder ready for the rounds after `start`: config.json, metrics up to it, no summary.
+
+    Raises:
+      OSError: they cannot be written, on a full disk say.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        records = files.read_records(workdir)[: start.round] if start else []
+        files.write_records(workdir, records)
+        (workdir / "summary.json").unlink(missing_ok=True)
+        files.write_json(workdir / "config.json", settings)
+    except OSError as error:
+        raise OSError(f"no result can be written to {workdir}: {error.strerror}") from error
+
+
+def check_model(workdir: Path, recorded: str | None, model: nn.Module | None) -> None:
+    """Raises ValueError when a run was of another model."""
+    if recorded != describe(model):
+        raise ValueError(f"{workdir} holds a run of another model; choose another --workdir")
+
+
+def describe(model: nn.Module | None) -> str | None:
+    """A model of the user's own as text, with its fields; None for the config's."""
+    return None if model is None else re.sub(r" at 0x[0-9a-f]+", "", " ".join(repr(model).split()))

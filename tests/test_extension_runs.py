@@ -1,0 +1,186 @@
+"""Methods, deals and codecs of a user's own, from files outside the package, in every command.
+
+Each is at most 30 lines. Nothing but its name stands in the command.
+"""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import reference
+from conftest import ROOT, get_config
+
+from ist_jax import compare, main, plan, train
+from ist_jax.report.__main__ import main as report
+from ist_jax.runtime.setup import set_up
+
+METHOD = '''\
+"""SlowMo: the owner's momentum on what a merge brings (Wang et al., arXiv:1910.00643)."""
+
+import jax
+import jax.numpy as jnp
+
+from ist_jax.methods import subnets
+
+MOMENTUM = 0.5
+
+
+def slowmo(recipe):
+    base = subnets.make(recipe)
+    last, merge = list(base.phases.items())[-1]
+
+    def init(params):
+        return base.init(params)._replace(stays=jax.tree.map(jnp.zeros_like, params))
+
+    def slow_merge(state, value, turn):
+        new, told = merge(state, value, turn)
+        speed = jax.tree.map(lambda m, a, b: MOMENTUM * m + (b - a), state.stays, state.params, new.params)
+        params = jax.tree.map(jnp.add, state.params, speed)
+        return new._replace(params=params, stays=speed), told
+
+    return base._replace(init=init, phases={**base.phases, last: slow_merge})
+'''
+DEAL = '''\
+"""A window of units that moves on by one in every round (FedRolex, arXiv:2212.01548)."""
+
+import numpy as np
+
+from ist_jax.partition import assign
+
+
+def rolling(rng, group, round_index):
+    held = np.zeros((group.num_workers, group.size), bool)
+    for start in range(0, group.size, group.strip_size):
+        stop = min(start + group.strip_size, group.size)
+        units = np.roll(np.arange(start, stop), round_index)
+        held[group.deck[start:stop], units] = True
+    return assign(held, group)
+'''
+CODEC = """\
+import jax.numpy as jnp
+
+from ist_jax.exchange.codec import Codec
+
+half = Codec(lambda x: x.astype(jnp.bfloat16), lambda y: y.astype(jnp.float32))
+"""
+FILES = {"own_method.py": METHOD, "own_deal.py": DEAL, "own_codec.py": CODEC}
+OWN = {
+    "method": "own_method.py:slowmo",
+    "partition.deal": "own_deal.py:rolling",
+    "exchange.codec": "own_codec.py:half",
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in FILES.items():
+        assert len(text.strip().splitlines()) <= 30
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def command(workdir, **overrides):
+    flags = [f"--config.{key}={value}" for key, value in overrides.items()]
+    return ["main", f"--config={ROOT}/configs/mlp.py:smoke", f"--workdir={workdir}", *flags]
+
+
+@pytest.mark.parametrize("key", OWN)
+def test_an_own_thing_works_in_main_report_and_on_resume(key, folder, capsys):
+    whole, cut = folder / "whole", folder / "cut"
+    assert main.main(command(whole, **{key: OWN[key]})) == 0
+    assert main.main(command(cut, **{key: OWN[key], "rounds": 1})) == 0
+    assert main.main(command(cut, **{key: OWN[key]})) == 0  # goes on
+    summaries = [json.loads((f / "summary.json").read_text()) for f in (whole, cut)]
+    assert summaries[0]["params_sha256"] == summaries[1]["params_sha256"]
+    rows = {row["cause"]: row for row in json.loads((whole / "ledger.json").read_text())["rows"]}
+    for cause in ("gather", "merge_units", "merge_shared", "round", "store"):
+        assert rows[cause]["expected"] == rows[cause]["hlo"], cause
+    plain = train.train(get_config("mlp"), folder / "plain")
+    assert plain["params_sha256"] != summaries[0]["params_sha256"]
+    ratio = summaries[0]["bytes_exchanged_per_worker"] / plain["bytes_exchanged_per_worker"]
+    assert ratio == (0.5 if key == "exchange.codec" else 1)
+    assert report(["report", f"--workdir={whole}"]) == 0
+    page = (whole / "report.html").read_text()
+    assert "map0" in page
+    # another file under the same name
+    name = OWN[key].split(":")[0]
+    (folder / name).write_text(FILES[name] + "\n# changed\n")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as refused:
+        main.main(command(cut, **{key: OWN[key], "rounds": 4}))
+    assert refused.value.code == 2
+    assert re.search(rf"{key}.*{name}|{name}.*{key}", capsys.readouterr().err)
+
+
+def test_plan_and_compare_know_them(folder, capsys):
+    flags = [f"--config={ROOT}/configs/mlp.py:smoke", *(f"--config.{k}={v}" for k, v in OWN.items())]
+    assert plan.main(["plan", *flags, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    own, ist = planned[OWN["method"]], planned["ist"]
+    assert own["wire_bytes_per_worker_per_round"] == ist["wire_bytes_per_worker_per_round"]
+    assert own["state_bytes_per_worker"] > ist["state_bytes_per_worker"]  # the momentum of the owner
+    methods = f"--methods=ist,{OWN['method']}"
+    assert compare.main(["compare", *flags, methods, "--seeds=1", f"--workdir={folder / 'c'}"]) == 0
+    compared = json.loads((folder / "c" / "compare.json").read_text())["methods"]
+    assert compared.keys() == {"ist", OWN["method"]}
+
+
+def test_the_rolling_window_is_dealt_and_slowmo_is_slow(folder):
+    run = set_up(get_config("mlp", **{"partition.deal": OWN["partition.deal"]}))
+    for index in (0, 5):
+        draw = run.turn(run.stages[-1], index).draw["hidden1"].indices
+        deck = run.layout.groups["hidden1"].deck
+        wanted = np.sort((np.arange(32) // 16 * 16 + (np.arange(32) % 16 - index) % 16)[deck == 0])
+        assert np.array_equal(draw[0], wanted)
+    own = set_up(get_config("mlp", method=OWN["method"]))
+    ist = set_up(get_config("mlp"))
+    moved = []
+    for run in (own, ist):
+        before = {p: np.array(x) for p, x in run.state.params.items()}
+        state, _ = train.train_round(run, run.state, 0)
+        moved.append({p: np.asarray(x) - before[p] for p, x in state.params.items()})
+    assert reference.max_difference(*moved) < 1e-6  # the first round: no momentum yet
+
+
+BAD = {
+    "unsorted": "return Assignment(indices[:, ::-1].copy(), gates)",
+    "out of range": "return Assignment(indices + 1, gates)",
+    "a strip too full": "return assign(np.arange(group.size) // group.slots == np.arange(2)[:, None], group)",
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_deal_that_breaks_the_contract_is_refused_by_name(fault, folder, capsys):
+    text = f"""\
+import numpy as np
+from ist_jax.deals import DEALS
+from ist_jax.partition import Assignment, assign
+
+def crooked(rng, group, round_index):
+    indices, gates = DEALS["random"](rng, group, round_index)
+    {BAD[fault]}
+"""
+    (folder / "crooked.py").write_text(text)
+    with pytest.raises(SystemExit) as refused:
+        main.main(command(folder / "run", **{"partition.deal": "crooked.py:crooked"}))
+    assert refused.value.code == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "crooked" in message and "hidden1" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("method", "nowhere.py:own", "nowhere.py"),
+        ("method", "own_method.py:slomo", "slowmo"),
+        ("partition.deal", "rolling", "random"),
+        ("exchange.codec", "own_codec.py:CODEC", "half"),
+    ],
+)
+def test_what_is_not_there_is_one_line(key, value, message, folder, capsys):
+    with pytest.raises(SystemExit) as refused:
+        main.main(command(folder / "run", **{key: value}))
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
