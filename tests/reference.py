@@ -1,7 +1,10 @@
 """IST and its baselines as plain Python loops, written like the papers' pseudocode.
 
-Whole pytrees, one worker after another, no sharding, no collectives, no scan: the oracle for the engine.
+Whole leaves by path, one worker after another, no sharding, no collectives, no scan: the oracle for the
+engine. Its steps run once or twice each, so they are compiled without optimisation.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,9 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from ist_jax import deals, masking, partition
+from ist_jax import masking
+
+plainly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 
 
 def flat(params):
@@ -20,74 +25,150 @@ def nested(params):
     return traverse_util.unflatten_dict(params, sep="/")
 
 
-def worker_key(seed, round_index, worker):
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), round_index), worker)
+def of_all_workers(turn):
+    """What a round is given, with axes [S, ...] in place of [D, W, ...]."""
+    first, join = (lambda x: np.asarray(x)[0]), (lambda x: np.asarray(x).reshape(-1, *x.shape[2:]))
+    return turn._replace(
+        present=join(turn.present), data=jax.tree.map(first, turn.data), indices=join(turn.indices)
+    )
 
 
-def sgd_step(recipe, params, opt_state, inputs, labels, learning_rate, gates=None):
-    grads = jax.grad(lambda p: recipe.loss_fn(p, inputs, labels, gates)[0])(params)
-    updates, opt_state = recipe.tx.update(grads, opt_state, params)
-    return {k: params[k] - learning_rate * updates[k] for k in params}, opt_state
+def subnets(recipe, axes, send=lambda x: x):
+    """The round of IST; without groups: of local SGD.
 
+    Args:
+      recipe: what a worker does.
+      axes: unit axes by path.
+      send: what becomes of an array on its way.
 
-def ist_round(recipe, params, axes, groups, data, indices, learning_rates, seed, round_index, trace=None):
-    """One round of IST; `groups` empty: of local SGD.
-
-    Momentum starts at zero, or, where `trace` (shaped like the parameters) is given, is cut out, merged and
-    returned like them.
+    Returns:
+      (params, moments, turn) -> (params, moments, healthy [S]): whole leaves by path; the optimizer's state
+      of them, which is cut out, sent and merged like them, or None: it starts anew; `of_all_workers`.
     """
-    assignment = partition.draw(seed, round_index, groups, deals.random)
+    groups = recipe.layout.groups
     axes = {path: tuple(n if n in groups else None for n in names) for path, names in axes.items()}
-    step = jax.jit(lambda *args: sgd_step(recipe, *args))
-    gather = jax.jit(lambda p, a, w: masking.gather(p, axes, a, w), static_argnums=2)
-    subnets, traces = [], []
-    for worker in range(len(indices)):  # in parallel, on a cluster
-        subnet = flat(gather(params, assignment, worker))
-        opt_state = recipe.tx.init(subnet)
-        if trace is not None:
-            treedef = jax.tree.structure(opt_state, is_leaf=lambda x: isinstance(x, dict))
-            opt_state = jax.tree.unflatten(treedef, [flat(gather(trace, assignment, worker))])
-        gates = {n: jnp.asarray(a.gates[worker]) for n, a in assignment.items() if not groups[n].even}
-        key = worker_key(seed, round_index, worker)
-        for i, batch in enumerate(indices[worker]):
-            inputs, labels = recipe.batch_fn(data, batch, jax.random.fold_in(key, i))
-            subnet, opt_state = step(subnet, opt_state, inputs, labels, learning_rates[i], gates or None)
-            for path, names in axes.items():  # empty slots are no parameters
-                for axis, name in enumerate(names):
-                    if name in gates:
-                        others = [a for a in range(len(names)) if a != axis]
-                        subnet[path] = jnp.where(jnp.expand_dims(gates[name], others), subnet[path], 0)
-        subnets.append(nested(subnet))
-        if trace is not None:
-            (own,) = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, dict))
-            traces.append(nested(own))
-    merge = jax.jit(lambda p, a, s: masking.merge(p, axes, a, s))
-    merged = merge(params, assignment, subnets)
-    return merged if trace is None else (merged, merge(trace, assignment, traces))
+    shared = [path for path, names in axes.items() if not any(names)]
+    workers = range(recipe.layout.num_workers)
+    gradient, update = _gradient(recipe), _update(recipe)
+
+    @plainly
+    def gather(tree, draw):
+        sent = nested({path: x if path in shared else send(x) for path, x in tree.items()})
+        return [flat(masking.gather(sent, axes, draw, worker)) for worker in workers]
+
+    @plainly
+    def merge(tree, draw, trained, healthy):
+        sent = [nested(jax.tree.map(send, subnet)) for subnet in trained]
+        merged = flat(masking.merge(nested(tree), axes, draw, sent, healthy))
+        return merged | {path: send(merged[path]) for path in shared}  # their means are sent as well
+
+    @plainly
+    def clear(subnet, gates):  # empty slots are no parameters
+        for path, names in axes.items():
+            for axis, name in enumerate(names):
+                if name in gates:
+                    others = [a for a in range(len(names)) if a != axis]
+                    subnet[path] = jnp.where(jnp.expand_dims(gates[name], others), subnet[path], 0)
+        return subnet
+
+    def one_round(params, moments, turn):
+        cut_out = gather(params, turn.draw)
+        carried = _each_tree(lambda x: gather(x, turn.draw), moments, other=lambda x: [x for _ in workers])
+        trained, healthy = [], []
+        for worker in workers:  # in parallel, on a cluster
+            subnet = cut_out[worker]
+            opt_state = jax.tree.map(lambda x, w=worker: x[w], carried, is_leaf=lambda x: isinstance(x, list))
+            opt_state = recipe.tx.init(subnet) if moments is None else opt_state
+            gates = {n: a.gates[worker] for n, a in turn.draw.items() if not groups[n].even}
+            sound = True
+            for i, batch in enumerate(turn.indices[worker]):
+                loss, grads = gradient(subnet, turn.data, batch, batch_key(recipe, turn, worker, i), gates)
+                subnet, opt_state = update(subnet, opt_state, grads, turn.rates[i])
+                subnet = clear(subnet, gates)
+                sound = sound and is_finite(loss)
+            sound = sound and is_finite((subnet, () if moments is None else opt_state))
+            trained.append((subnet, opt_state))
+            healthy.append(sound)
+        heard = turn.present & np.array(healthy)
+        params = merge(params, turn.draw, [subnet for subnet, _ in trained], heard)
+        if moments is not None:
+            moments = _each_tree(
+                lambda old, *new: merge(old, turn.draw, new, heard),
+                moments, *(opt_state for _, opt_state in trained),
+                other=lambda old, *new: new[0],
+            )  # fmt: skip
+        return params, moments, healthy
+
+    return one_round
 
 
-def data_parallel_round(recipe, params, opt_state, data, indices, learning_rates, seed, round_index):
-    """l steps on the mean of the workers' gradients."""
-    params = flat(params)
-    grad = jax.jit(lambda p, x, y: jax.grad(lambda p: recipe.loss_fn(p, x, y, None)[0])(p))
-    for i, learning_rate in enumerate(learning_rates):
-        grads = []
-        for worker in range(len(indices)):
-            key = jax.random.fold_in(worker_key(seed, round_index, worker), i)
-            grads.append(grad(params, *recipe.batch_fn(data, indices[worker, i], key)))
-        mean = {k: sum(g[k] for g in grads) / len(grads) for k in params}
-        updates, opt_state = recipe.tx.update(mean, opt_state, params)
-        params = {k: params[k] - learning_rate * updates[k] for k in params}
-    return nested(params), opt_state
+def data_parallel(recipe):
+    """The round of data-parallel SGD: l steps on the mean of the workers' gradients; as of `subnets`."""
+    gradient, update = _gradient(recipe), _update(recipe)
+
+    def one_round(params, moments, turn):
+        healthy = np.ones(recipe.layout.num_workers, bool)
+        for i, rate in enumerate(turn.rates):
+            sound = []
+            for worker, batches in enumerate(turn.indices):
+                key = batch_key(recipe, turn, worker, i)
+                loss, grads = gradient(params, turn.data, batches[i], key, {})
+                healthy[worker] &= is_finite((loss, grads))
+                if turn.present[worker] and is_finite((loss, grads)):
+                    sound.append(grads)
+            mean = {k: sum((g[k] for g in sound), 0 * x) / max(1, len(sound)) for k, x in params.items()}
+            stepped = update(params, moments, mean, rate)
+            healthy &= is_finite(stepped[0])
+            if sound and is_finite(stepped[0]):
+                params, moments = stepped
+        return params, moments, healthy
+
+    return one_round
+
+
+def batch_key(recipe, turn, worker, step):
+    """A function of the seed, the round, the worker and the step alone."""
+    key = jax.random.fold_in(jax.random.key(recipe.seed), turn.index)
+    return jax.random.fold_in(jax.random.fold_in(key, worker), step)
+
+
+def _gradient(recipe):
+    @plainly
+    def gradient(params, data, batch, key, gates):
+        inputs, labels = recipe.batch_fn(data, batch, key)
+        both = jax.value_and_grad(recipe.loss_fn, has_aux=True)
+        (loss, _), grads = both(params, inputs, labels, gates or None)
+        return loss, grads
+
+    return gradient
+
+
+def _update(recipe):
+    @plainly
+    def update(params, opt_state, grads, rate):
+        updates, opt_state = recipe.tx.update(grads, opt_state, params)
+        return {k: params[k] - rate * updates[k] for k in params}, opt_state
+
+    return update
+
+
+def _each_tree(fn, *states, other):
+    """`fn` of the trees of leaves by path in optimizer states, `other` of what else is in them."""
+    is_tree = lambda x: isinstance(x, dict)  # noqa: E731
+    return jax.tree.map(lambda x, *xs: (fn if is_tree(x) else other)(x, *xs), *states, is_leaf=is_tree)
+
+
+def is_finite(tree):
+    return all(np.isfinite(x).all() for x in jax.tree.leaves(tree))
 
 
 def train_plainly(loss_fn, params, batches, learning_rate, momentum, weight_decay):
     """Ordinary SGD with optax's own `sgd`, on nested parameters."""
     tx = optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum))
     opt_state = tx.init(params)
+    gradient = plainly(jax.grad(lambda p, x, y: loss_fn(p, x, y)[0]))
     for inputs, labels in batches:
-        grads = jax.grad(lambda p, x, y: loss_fn(p, x, y)[0])(params, inputs, labels)
-        updates, opt_state = tx.update(grads, opt_state, params)
+        updates, opt_state = tx.update(gradient(params, inputs, labels), opt_state, params)
         params = optax.apply_updates(params, updates)
     return params
 

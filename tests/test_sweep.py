@@ -1,0 +1,240 @@
+"""What a round means, swept over methods, what becomes of the moments, codecs and ways to place the workers.
+
+Of every case: the round is that of the loops in reference.py, a run that was stopped goes on to the same bits,
+a round without a step and one of which nobody is heard leave the state as it was, and the bytes that are
+counted in the trace are those of the compiled programs.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from rounds import copied, run_turn, set_up, whole
+
+from ist_jax import partition
+from ist_jax.costs import compiled
+from ist_jax.costs.traced import collectives, collectives_of, operands
+from ist_jax.exchange.codec import NONE, Codec
+from ist_jax.exchange.layout import AXIS
+from ist_jax.runtime import devices
+from ist_jax.runtime.programs import restore_state
+from ist_jax.workdir import checkpoint
+try:
+    from ist_jax.workdir.checkpoint_writer import Writer
+except ImportError:
+    Writer = None
+
+ROUNDS = 2
+BFLOAT16 = Codec(encode=lambda x: x.astype(jnp.bfloat16), decode=lambda x: x.astype(jnp.float32))
+
+
+class Case(NamedTuple):
+    """A run; `place`: workers, devices and, where there are several on one, how they train.
+
+    `ill`: who has a bad batch in the last round, and whether it spoils the 'loss' or the last 'update' alone.
+    """
+
+    place: tuple
+    config: str = "mlp"
+    method: str = "ist"
+    policy: str = "reset"
+    codec: Codec = NONE
+    tx: Any = None
+    overrides: Mapping[str, Any] = {}
+    ill: tuple[int, str] | None = None
+    dtype: Any = np.float32
+    tolerance: float = 2e-4
+
+
+CARRY = {"policy": "carry", "tolerance": 2e-5}
+EXACT = {"dtype": np.float64, "tolerance": 1e-10}
+ADAM = optax.scale_by_adam(eps=1e-3)
+SECTIONS = {"model.sections": (1, 6)}  # 6 blocks, of which 3 workers have 2, 2 and 1: a first one is strided
+CASES = {
+    "ist": Case((4, 4)),
+    "ist float64": Case((4, 2, "map"), **EXACT, policy="carry"),
+    "ist adam overlap": Case((4, 2, "map"), **CARRY, tx=ADAM, overrides={"partition.min_units": 20}),
+    "ist overlap": Case((2, 2), overrides={"partition.min_units": 20}),
+    "ist uneven": Case((3, 1, "vmap"), **CARRY, overrides={"partition.shares": (3.0, 2.0, 1.0)}),
+    "ist bfloat16": Case(
+        (4, 2, "map"), **EXACT, codec=BFLOAT16, policy="carry", overrides={"participation": 0.6}
+    ),
+    "ist ill update": Case((4, 2, "vmap"), **CARRY, ill=(2, "update")),
+    "ist ill loss": Case((3, 3), ill=(0, "loss"), overrides={"partition.min_units": 20}),
+    "ist alone": Case((1, 1), policy="carry"),
+    "local_sgd": Case((3, 3), method="local_sgd", ill=(1, "update")),
+    "local_sgd bfloat16": Case((4, 2, "vmap"), **EXACT, method="local_sgd", codec=BFLOAT16, policy="carry"),
+    "local_sgd absent": Case((4, 1, "map"), **CARRY, method="local_sgd", overrides={"participation": 0.6}),
+    "data_parallel": Case((4, 4), method="data_parallel", overrides={"participation": 0.6}),
+    "data_parallel ill": Case((4, 2, "vmap"), method="data_parallel", tx=ADAM, ill=(3, "update")),
+    "data_parallel ill loss": Case((4, 1, "map"), method="data_parallel", ill=(1, "loss")),
+    "resnet uneven": Case((3, 3), "resnet", overrides=SECTIONS),
+    "resnet strided": Case(
+        (2, 1, "map"), "resnet", policy="carry",
+        overrides={"model.sections": (1, 2), "partition.deal_strided": True},
+    ),
+    "resnet overlap": Case((4, 2, "vmap"), "resnet", overrides=SECTIONS | {"partition.min_units": 2}),
+}  # fmt: skip
+
+
+def set_up_case(case):
+    workers, num_devices, *mode = case.place
+
+    def change(recipe):
+        layout = recipe.layout._replace(codec=case.codec, dtype=np.dtype(case.dtype))
+        fresh = recipe.init_params
+        return recipe._replace(
+            layout=layout,
+            tx=case.tx or recipe.tx,
+            loss_fn=spoilt_by_labels(recipe.loss_fn) if case.ill else recipe.loss_fn,
+            init_params=lambda key: jax.tree.map(lambda x: x.astype(case.dtype), fresh(key)),
+        )
+
+    settings = {"num_workers": workers, "num_devices": num_devices, "optimizer_state": case.policy}
+    settings |= {"workers_on_device": mode[0]} if mode else {}
+    return set_up(case.config, change, method=case.method, **settings, **case.overrides)
+
+
+def spoilt_by_labels(loss_fn):
+    """Labels that are 100 too high make a loss NaN; 200, the gradient of a loss that is finite."""
+
+    def loss(params, inputs, labels, gates):
+        value, accuracy = loss_fn(params, inputs, labels % 100, gates)
+        value = jnp.where((labels // 100 == 1).any(), jnp.nan, value)
+        return spoil_gradient(value, (labels // 100 == 2).any()), accuracy
+
+    return loss
+
+
+@jax.custom_vjp
+def spoil_gradient(value, bad):
+    return value
+
+
+spoil_gradient.defvjp(
+    lambda value, bad: (value, bad), lambda bad, grad: (jnp.where(bad, jnp.nan, grad), None)
+)
+
+
+def with_bad_batch(run, turn, ill):
+    """The turn, one worker's last batch with a label that `spoilt_by_labels` minds."""
+    worker, kind = ill
+    drawn = turn.indices.reshape(-1, *turn.indices.shape[2:])
+    counts = np.bincount(drawn.ravel(), minlength=turn.data["label"].shape[1])
+    number = next(number for number in drawn[worker, -1] if counts[number] == 1)
+    labels = np.array(turn.data["label"])
+    labels[:, number] += {"loss": 100, "update": 200}[kind]
+    return turn._replace(data=turn.data | {"label": devices.put(labels, run.devices)})
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_round_is_what_it_means(case, tmp_path):
+    with jax.enable_x64(case.dtype is np.float64):
+        run = set_up_case(case)
+        turns = [run.turn(run.stage(index), index) for index in range(ROUNDS)]
+        if case.ill:
+            turns[-1] = with_bad_batch(run, turns[-1], case.ill)
+        states, heard = [run.state], []
+        for turn in turns:
+            state, told = run_turn(run.stages[-1], copied(states[-1], run), turn)
+            states.append(state)
+            heard.append(told)
+        check_loop(case, run, turns, states, heard)
+        check_resumption(run, turns, states, tmp_path)
+        check_no_step(case, run, turns, states)
+        check_traffic(run)
+
+
+def check_loop(case, run, turns, states, heard):
+    """The rounds are those of the plain loop."""
+    recipe, start = run.stages[-1].recipe, states[0]
+    send = (lambda x: x.astype(jnp.bfloat16).astype(x.dtype)) if case.codec is BFLOAT16 else lambda x: x
+    params, kept = whole(run, start.params), whole(run, (start.travels, start.stays))
+    if case.method == "data_parallel":
+        loop, moments = reference.data_parallel(recipe), recipe.tx.init(params)
+    else:
+        axes = partition.resolve_axes(reference.nested(params), run.model.unit_axes())
+        loop = reference.subnets(recipe, axes, send)
+        moments = recipe.tx.init(params) if case.policy == "carry" else None
+    for turn, told in zip(turns, heard, strict=True):
+        params, moments, healthy = loop(params, moments, reference.of_all_workers(turn))
+        assert told.healthy.tolist() == list(healthy)
+    if case.ill:
+        worker, kind = case.ill
+        assert [w for w in range(len(healthy)) if not healthy[w]] == [worker]
+        assert np.isfinite(told.loss[worker]) == (kind == "update")
+    if "participation" in case.overrides:
+        present = np.stack([turn.present for turn in turns])
+        assert present.any() and not present.all()
+    assert reference.max_difference(params, whole(run, states[-1].params)) < case.tolerance
+    assert reference.max_difference(params, whole(run, start.params)) > 1e-2
+    kept = [x for x in jax.tree.leaves(whole(run, (states[-1].travels, states[-1].stays)))]
+    wanted = jax.tree.leaves(moments)
+    assert len(kept) == len(wanted)
+    if wanted:
+        assert reference.max_difference(wanted, kept) < 10 * case.tolerance
+        assert max(np.abs(x).max() for x in wanted) > 0.1
+
+
+def check_resumption(run, turns, states, folder):
+    """A run that was stopped after a round goes on to the same bits, of all fields of the state."""
+    if Writer is None: return
+    writer = Writer(folder, run.layout, keep=1)
+    writer.save(states[1], {"round": 1})
+    writer.close()
+    saved = checkpoint.open_round(folder, 1)
+    state = restore_state(run.stages[-1].method, run.layout, saved, run.devices)
+    assert_same_bits(state, states[1])
+    assert_same_bits(run_turn(run.stages[-1], state, turns[1])[0], states[2])
+
+
+def check_no_step(case, run, turns, states):
+    """What is sent and comes back unchanged is as it was, and so is all of which nobody is heard."""
+    rates = np.zeros_like(turns[1].rates)
+    still, _ = run_turn(run.stages[-1], copied(states[1], run), turns[1]._replace(rates=rates))
+    if case.codec is NONE:
+        assert_same_bits(still.params, states[1].params)
+    lost, told = run_turn(run.stages[-1], copied(states[1], run), turns[1]._replace(rates=rates + np.inf))
+    assert not told.healthy.any()
+    arrays = lambda state: [x for x in jax.tree.leaves(state) if x.ndim > 1]  # noqa: E731
+    assert_same_bits(arrays(lost), arrays(states[1]))
+
+
+def check_traffic(run):
+    """The bytes in the trace are those of the compiled programs; the parts of an exchange are all of it."""
+    (stage,), layout = run.stages, run.layout
+    for name, phase in stage.phases.items():
+        found = operands(collectives_of(phase.jaxpr, layout.num_devices))
+        assert compiled_operands(stage.programs[name]) == found, name
+        parts = Counter()
+        for part in phase.parts:
+            parts[part.kind, layout.num_devices] += part.operand
+        exchanges = {key: size for key, size in found.items() if key[0] != "all-reduce"}
+        assert exchanges == (dict(parts) if layout.num_devices > 1 else {}), name
+        assert bool(found) == (layout.num_devices > 1 and (name != "local" or "merge" not in stage.phases))
+    chunks, program = run.splits["test"]
+    on_one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (run.state, chunks.spec))
+    found = collectives(stage.method.score, *on_one, axis_name=AXIS, num_devices=layout.num_devices)
+    traced, there = operands(found), compiled_operands(program)
+    assert there.keys() <= traced.keys()
+    assert all(0 < there[key] <= traced[key] for key in there)
+    assert bool(there) == (layout.num_devices > 1 and bool(layout.groups))
+
+
+def compiled_operands(program):
+    """Of the collectives between several devices."""
+    found = compiled.read(program.as_text()).operands
+    return {(kind, devices): size for (kind, devices), size in found.items() if devices > 1}
+
+
+def assert_same_bits(got, wanted):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert a.tobytes() == b.tobytes()
