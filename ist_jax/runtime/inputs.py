@@ -18,6 +18,7 @@ from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
 from ist_jax.data.images import Transform
 from ist_jax.data.stream import StreamingEvaluation, StreamingFeed, check_shared_memory
 from ist_jax.runtime import devices, settings
+from ist_jax.streams import Use, rng
 from ist_jax.task import Task, classification, multi_label
 
 log = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ def deal_batches(split: data.Split, batch_size: int, num_devices: int) -> dict[s
 def calibration_batches(config: config_dict.ConfigDict, inputs: Inputs, most: int) -> Iterator[Any]:
     """At most so many batches of training examples, not augmented, each example once."""
     size = min(config.eval_batch_size, inputs.num_train)
-    order = np.random.default_rng(config.seed).permutation(inputs.num_train).astype(np.int32)
+    order = rng(config.seed, Use.CALIBRATION).permutation(inputs.num_train).astype(np.int32)
     order = order[: min(most, len(order) // size) * size].reshape(-1, size)
     if not inputs.dataset.encoded:
         chosen = data.select(inputs.train, order)
