@@ -106,11 +106,10 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
 
     shape = run.inputs.task.example.shape[1:] if images else ()
     for name, picture in zip(images, pictures, strict=True):
-        example = (
-            inputs.make_transform(run.inputs.wanted).centre(picture)
-            if encoded
-            else to_example(picture, shape)
-        )
+        if encoded:
+            example = inputs.make_transform(run.inputs.wanted).centre(picture)
+        else:
+            example = to_example(picture, shape)
         batch = {"image": example[None], "label": np.zeros(1, np.int32)}
         probabilities = np.asarray(predict(variables, batch))[0]
         best = probabilities.argsort()[::-1][:3]

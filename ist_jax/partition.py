@@ -28,6 +28,10 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from ist_jax.streams import Use, rng
+
+_DRAWS = 2  # counted up when equal groups, rules and seeds come to give other draws
+
 Axes = Mapping[str, tuple[str | None, ...]]
 Rules = Mapping[str, Any]
 
@@ -279,10 +283,9 @@ def draw(seed: int, round_index: int, groups: Mapping[str, Group], deal: Deal) -
     Raises:
       BrokenDeal: it breaks its contract (`Deal`); names the deal, round, group and worker.
     """
-    rng = np.random.default_rng((seed, round_index))
-    drawn = {}
+    source, drawn = rng(seed, Use.PARTITION, round_index), {}
     for name, group in sorted(groups.items()):
-        assignment = deal(rng, group, round_index)
+        assignment = deal(source, group, round_index)
         if fault := _find_fault(assignment, group):
             rule = getattr(deal, "__name__", str(deal))
             raise BrokenDeal(f"deal {rule!r} in round {round_index + 1}, group {name!r}: {fault}")
@@ -292,7 +295,7 @@ def draw(seed: int, round_index: int, groups: Mapping[str, Group], deal: Deal) -
 
 def draw_present(seed: int, round_index: int, num_workers: int, participation: float) -> np.ndarray:
     """Which workers take part in a round: bool [S], each with the given probability, independently."""
-    return np.random.default_rng((seed, round_index, num_workers)).random(num_workers) < participation
+    return rng(seed, Use.PRESENCE, round_index).random(num_workers) < participation
 
 
 def assign(held: np.ndarray, group: Group) -> Assignment:
@@ -311,7 +314,7 @@ def fingerprint(groups: tuple[Group, ...], rule: str) -> str:
       rule: which deal: its name, or whatever else tells it from others, such as the hash of its file.
     """
     recorded = sorted(repr(group) for group in groups)
-    return hashlib.sha256(repr((rule, recorded)).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr((_DRAWS, rule, recorded)).encode()).hexdigest()[:12]
 
 
 def _find_fault(assignment: Assignment, group: Group) -> str:

@@ -25,6 +25,7 @@ from ist_jax.exchange.layout import AXIS
 from ist_jax.runtime import devices
 from ist_jax.runtime.programs import restore_state
 from ist_jax.workdir import checkpoint
+
 try:
     from ist_jax.workdir.checkpoint_writer import Writer
 except ImportError:
@@ -184,7 +185,8 @@ def check_loop(case, run, turns, states, heard):
 
 def check_resumption(run, turns, states, folder):
     """A run that was stopped after a round goes on to the same bits, of all fields of the state."""
-    if Writer is None: return
+    if Writer is None:
+        return
     writer = Writer(folder, run.layout, keep=1)
     writer.save(states[1], {"round": 1})
     writer.close()

@@ -15,6 +15,7 @@ from ist_jax.data.encoded import EvalBatches, TrainBatches
 from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
 from ist_jax.data.stream import StreamingEvaluation, StreamingFeed, check_shared_memory
 from ist_jax.runtime import devices
+from ist_jax.streams import Use, rng
 from ist_jax.task import Task, classification, multi_label
 
 log = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ def calibration_batches(inputs: Inputs, most: int) -> Iterator[Any]:
     """At most so many batches of training examples, not augmented, each example once."""
     wanted = inputs.wanted
     size = min(wanted.eval_batch_size, inputs.num_train)
-    order = np.random.default_rng(wanted.seed).permutation(inputs.num_train).astype(np.int32)
+    order = rng(wanted.seed, Use.CALIBRATION).permutation(inputs.num_train).astype(np.int32)
     order = order[: min(most, len(order) // size) * size].reshape(-1, size)
     if not inputs.dataset.encoded:
         chosen = data.select(inputs.train, order)
