@@ -173,8 +173,8 @@ def _make_groups(
     if not any(name for names in axes.values() for name in names):
         raise ValueError(
             f"method={config.method!r} has nothing to partition: the model names no unit axes "
-            "(partition.sections, for a ResNet); name some, or set config.method to 'local_sgd' or "
-            "'data_parallel'"
+            "(partition.sections, for a ResNet); name some, or set config.method to one that deals out no "
+            f"units: {', '.join(repr(name) for name, x in methods.METHODS.items() if not x.deals_units)}"
         )
     groups = partition.make_groups(
         shapes,
