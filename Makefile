@@ -1,5 +1,6 @@
 # make run    sets up, then trains: ResIST with 4 workers on scikit-learn's digits
 # make test   sets up, then runs the tests
+# make test-all   the slow ones too
 # make lint   style and types
 # Another interpreter: make PYTHON=python3.13 run
 
@@ -8,13 +9,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := test$(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda12)
 
-.PHONY: run test lint setup clean
+.PHONY: run test test-all lint setup clean
 
 run: setup
 	@$(BIN)/python -m ist_jax.main --config=configs/resnet.py --workdir=runs/digits
 
 test: setup
 	@$(BIN)/python -m pytest --numprocesses=2
+
+test-all: setup
+	@$(BIN)/python -m pytest --numprocesses=2 -m "slow or not slow"
 
 lint: setup
 	@$(BIN)/ruff check .
@@ -31,4 +35,4 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache

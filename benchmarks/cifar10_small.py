@@ -20,10 +20,11 @@ import numpy as np
 import runs
 from absl import flags
 from input_cost import time_round
+from ml_collections import config_dict
 
 from ist_jax import cli, errors, train
 from ist_jax.runtime import setup as experiment
-from ist_jax.workdir import checkpoint, results
+from ist_jax.workdir import checkpoint, files
 
 CONFIG = "configs/resnet.py:cifar10_small"
 VARIANTS = {
@@ -62,8 +63,8 @@ def read(folder: Path) -> dict:
     """What a finished run left: 'config', 'summary' and 'records'."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
-        "config": results.read_config(folder),
-        "summary": results.read_summary(folder),
+        "config": config_dict.ConfigDict(files.read_config(folder)),
+        "summary": files.read_summary(folder),
         "records": records,
     }
 

@@ -26,8 +26,7 @@ import numpy as np
 from absl import flags
 
 from ist_jax import cli
-from ist_jax.workdir import checkpoint, checkpoint_writer
-from ist_jax.workdir import files as metrics
+from ist_jax.workdir import checkpoint, checkpoint_writer, files
 
 SMOKE = [sys.executable, "-m", "ist_jax.main", "--config=configs/mlp.py:smoke"]
 RUN = {"num_workers": 4, "rounds": 400, "eval_every": 100, "checkpoint.every": 20, "lost_after": 15.0}
@@ -56,17 +55,17 @@ def kills(count: int, folder: Path) -> str:
     for number in range(count):
         workdir, processes = folder / str(number), 1 + number % 2
         running = launch(workdir, processes, RUN)
-        while not metrics.read_records(workdir):
+        while not files.read_records(workdir):
             assert all(process.poll() is None for process in running), finish(running)
             time.sleep(0.05)
         time.sleep(rng.uniform(0, 4))
         running[rng.randrange(processes)].send_signal(signal.SIGKILL)
         codes = finish(running)
-        done, safe = len(metrics.read_records(workdir)), max(checkpoint.rounds(workdir), default=0)
+        done, safe = len(files.read_records(workdir)), max(checkpoint.rounds(workdir), default=0)
         lost.append(done - safe)
         finish(launch(workdir, processes, RUN))
         same = json.loads((workdir / "summary.json").read_text())["params_sha256"] == wanted
-        rounds = [r["round"] for r in metrics.read_records(workdir)]
+        rounds = [r["round"] for r in files.read_records(workdir)]
         same = same and rounds == list(range(1, RUN["rounds"] + 1))
         identical += same
         print(
@@ -113,7 +112,7 @@ def memory(count: int, folder: Path) -> str:
     (process,) = launch(folder / "run", 1, settings)
     page, samples = os.sysconf("SC_PAGE_SIZE") / 2**20, []
     while process.poll() is None:
-        done = len(metrics.read_records(folder / "run"))
+        done = len(files.read_records(folder / "run"))
         resident = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * page
         samples.append((done / count, resident))
         time.sleep(0.2)
@@ -132,7 +131,7 @@ def price(_: int, folder: Path) -> str:
 
     from ist_jax import train
     from ist_jax.runtime import setup as experiment
-    from ist_jax.workdir import results
+    from ist_jax.workdir import resume
 
     values = absl_flags.FlagValues()
     config_flags.DEFINE_config_file("config", "configs/resnet.py", flag_values=values, sys_argv=[])
@@ -152,7 +151,7 @@ def price(_: int, folder: Path) -> str:
 
     checkpoint_writer.Writer = Timed
     run = experiment.set_up(values.config)
-    results.open_workdir(values.config, folder / "run", None)
+    resume.open_workdir(values.config.to_dict(), folder / "run", None)
     started = time.perf_counter()
     train.run_rounds(run, folder / "run")
     total = time.perf_counter() - started

@@ -23,7 +23,7 @@ from sklearn import datasets
 from ist_jax import cli
 from ist_jax.data import batches, image_folder, stream
 from ist_jax.data.encoded import EvalBatches, TrainBatches
-from ist_jax.runtime import inputs
+from ist_jax.runtime import inputs, setup
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 95  # about the 110 kB that ImageNet has on average
 BATCH = 32
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_multi_integer("processes", [1, 2], "to try, beside none", flag_values=values)
     cli.parse(values, argv, "python benchmarks/image_pipeline.py [--images=N]", required=[])
     with cli.errors():
-        transform = inputs.make_transform(values.config)
+        transform = inputs.make_transform(setup.wanted_data(values.config))
     if values.size:
         resize = round(values.size * transform.resize / transform.size)
         transform = transform._replace(size=values.size, resize=resize)

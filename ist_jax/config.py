@@ -23,7 +23,7 @@ from ist_jax.methods.steps import POLICIES
 from ist_jax.models import MODELS
 
 COMMON: dict[str, Key] = {
-    "method": Key("ist", "what a worker trains, and what an exchange is", choices=METHODS, file=True),
+    "method": Key("ist", "what a round does", choices=METHODS, file=True),
     "seed": Key(0, "seed of parameters, partitions and the order of examples", least=0, most=2**31 - 1),
     "num_workers": Key(4, "workers S", least=1, resume=True),
     "num_devices": Key(

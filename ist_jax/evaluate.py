@@ -83,7 +83,7 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
     score = train.score(run, run.state)
     print(f"test {score}, loss {score.loss:.4f} ({score.examples} examples, batch statistics)")
 
-    chosen = inputs.calibration_batches(config, run.inputs, _CALIBRATION_BATCHES)
+    chosen = inputs.calibration_batches(run.inputs, _CALIBRATION_BATCHES)
     shown = (run.inputs.task.eval_fn(batch)[0] for batch in chosen)
     variables = {
         "params": params,
@@ -106,7 +106,10 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
 
     shape = run.inputs.task.example.shape[1:] if images else ()
     for name, picture in zip(images, pictures, strict=True):
-        example = inputs.make_transform(config).centre(picture) if encoded else to_example(picture, shape)
+        if encoded:
+            example = inputs.make_transform(run.inputs.wanted).centre(picture)
+        else:
+            example = to_example(picture, shape)
         batch = {"image": example[None], "label": np.zeros(1, np.int32)}
         probabilities = np.asarray(predict(variables, batch))[0]
         best = probabilities.argsort()[::-1][:3]

@@ -109,6 +109,7 @@ def run_once(config: config_dict.ConfigDict, workdir: Path, *, tensorboard: bool
     """Trains, or goes on training, unless it is done already."""
     from ist_jax import config as configs
     from ist_jax import train
+    from ist_jax.partition import BrokenDeal
     from ist_jax.runtime import observers, processes, record, setup
     from ist_jax.workdir import lock, resume
 
@@ -130,7 +131,8 @@ def run_once(config: config_dict.ConfigDict, workdir: Path, *, tensorboard: bool
         opened = observers.open_observers(
             workdir, tensorboard=tensorboard and leads, profile=profile if leads else 0
         )
-        with logging_redirect_tqdm(), opened as looking_on:  # warnings go above the bar
+        # warnings go above the bar; a deal of the user's own can turn out wrong in any round
+        with logging_redirect_tqdm(), cli.errors(BrokenDeal), opened as looking_on:
             train.run_rounds(run, workdir, observers=looking_on)
 
 

@@ -27,9 +27,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import traverse_util
+from jaxtyping import Bool, Int, PyTree
 
-Axes = Mapping[str, tuple[str | None, ...]]
-Rules = Mapping[str, Any]
+from ist_jax.streams import Use, rng
+
+_DRAWS = 2  # counted up when equal groups, rules and seeds come to give other draws
+
+Names = tuple[str | None, ...]  # of one leaf: the group along each of its axes
+Axes = Mapping[str, Names]
+Rules = Mapping[str, PyTree]
 
 
 class Assignment(NamedTuple):
@@ -39,8 +45,8 @@ class Assignment(NamedTuple):
     then, in its empty slots, the number of units U. `gates` is bool [S, n], False in empty slots.
     """
 
-    indices: np.ndarray | jax.Array
-    gates: np.ndarray | jax.Array
+    indices: Int[np.ndarray | jax.Array, "S n"]
+    gates: Bool[np.ndarray | jax.Array, "S n"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +82,8 @@ class Group:
         return not self.shares
 
     @cached_property
-    def deck(self) -> np.ndarray:
-        """int [U]: the worker that gets the i-th dealt unit; each as many as its share, spread evenly."""
+    def deck(self) -> Int[np.ndarray, " U"]:
+        """The worker that gets the i-th dealt unit; each as many as its share, spread evenly."""
         shares = np.asarray(self.shares or (1.0,) * self.num_workers, float)
         ideal = self.size * shares / shares.sum()
         counts = np.floor(ideal + 1e-9).astype(int)
@@ -123,7 +129,7 @@ class Group:
         return sum(self.counts) / (self.num_workers * self.size)
 
     @property
-    def _dealt(self) -> np.ndarray:
+    def _dealt(self) -> Int[np.ndarray, " S"]:
         return np.bincount(self.deck, minlength=self.num_workers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,7 +158,7 @@ alphabetical order, from the same generator.
 """
 
 
-def resolve_axes(params: Any, rules: Rules) -> dict[str, tuple[str | None, ...]]:
+def resolve_axes(params: PyTree, rules: Rules) -> dict[str, Names]:
     """The unit axes of every leaf of `params`, by path.
 
     Args:
@@ -188,7 +194,7 @@ def resolve_axes(params: Any, rules: Rules) -> dict[str, tuple[str | None, ...]]
     return axes
 
 
-def _fit_rule(path: str, ndim: int, rule: Sequence[Any]) -> tuple[str | None, ...]:
+def _fit_rule(path: str, ndim: int, rule: Sequence[Any]) -> Names:
     names = tuple(rule)
     if names and names[-1] is ...:
         names = names[:-1] + (None,) * (ndim - len(names) + 1)
@@ -200,12 +206,12 @@ def _fit_rule(path: str, ndim: int, rule: Sequence[Any]) -> tuple[str | None, ..
 
 
 def make_groups(
-    params: Any,
+    params: PyTree,
     axes: Axes,
     num_workers: int,
     *,
     min_units: int = 0,
-    shares: Sequence[float] = (),
+    shares: Sequence[float | int] = (),
 ) -> dict[str, Group]:
     """The groups of a model, for a number of workers.
 
@@ -260,6 +266,10 @@ def with_everyone(groups: Mapping[str, Group]) -> dict[str, Group]:
 # --- a round's partition --------------------------------------------------------------------------
 
 
+class BrokenDeal(ValueError):
+    """A deal has broken its contract."""
+
+
 def draw(seed: int, round_index: int, groups: Mapping[str, Group], deal: Deal) -> dict[str, Assignment]:
     """The partition of a round: a function of its arguments alone, so that resume is exact.
 
@@ -273,26 +283,27 @@ def draw(seed: int, round_index: int, groups: Mapping[str, Group], deal: Deal) -
       Assignments by group name, indices int32 and gates bool [S, n].
 
     Raises:
-      ValueError: the deal breaks its contract (`Deal`); names the deal, round, group and worker.
+      BrokenDeal: it breaks its contract (`Deal`); names the deal, round, group and worker.
     """
-    rng = np.random.default_rng((seed, round_index))
-    drawn = {}
+    source, drawn = rng(seed, Use.PARTITION, round_index), {}
     for name, group in sorted(groups.items()):
-        assignment = deal(rng, group, round_index)
+        assignment = deal(source, group, round_index)
         if fault := _find_fault(assignment, group):
             rule = getattr(deal, "__name__", str(deal))
-            raise ValueError(f"deal {rule!r} in round {round_index + 1}, group {name!r}: {fault}")
+            raise BrokenDeal(f"deal {rule!r} in round {round_index + 1}, group {name!r}: {fault}")
         drawn[name] = Assignment(np.asarray(assignment.indices, np.int32), np.asarray(assignment.gates))
     return drawn
 
 
-def draw_present(seed: int, round_index: int, num_workers: int, participation: float) -> np.ndarray:
-    """Which workers take part in a round: bool [S], each with the given probability, independently."""
-    return np.random.default_rng((seed, round_index, num_workers)).random(num_workers) < participation
+def draw_present(
+    seed: int, round_index: int, num_workers: int, participation: float
+) -> Bool[np.ndarray, " S"]:
+    """Which workers take part in a round: each with the given probability, independently."""
+    return rng(seed, Use.PRESENCE, round_index).random(num_workers) < participation
 
 
-def assign(held: np.ndarray, group: Group) -> Assignment:
-    """The assignment in which worker w holds the units where `held[w]`; bool [S, U]."""
+def assign(held: Bool[np.ndarray, "S U"], group: Group) -> Assignment:
+    """The assignment in which worker w holds the units where `held[w]`."""
     slots = max(group.slots, held.sum(1).max())  # too many are not cut off, but for `draw` to refuse
     indices = np.sort(np.where(held, np.arange(group.size), group.size), axis=1)[:, :slots]
     return Assignment(indices.astype(np.int32), indices < group.size)
@@ -307,10 +318,10 @@ def fingerprint(groups: tuple[Group, ...], rule: str) -> str:
       rule: which deal: its name, or whatever else tells it from others, such as the hash of its file.
     """
     recorded = sorted(repr(group) for group in groups)
-    return hashlib.sha256(repr((rule, recorded)).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr((_DRAWS, rule, recorded)).encode()).hexdigest()[:12]
 
 
-def _find_fault(assignment: Assignment, group: Group) -> str:
+def _find_fault(assignment: object, group: Group) -> str:
     """How an assignment breaks the contract of a `Deal`, for people; empty where it does not."""
     if not isinstance(assignment, Assignment):
         return f"it returned a {type(assignment).__name__} instead of an Assignment"
@@ -333,7 +344,7 @@ def _find_fault(assignment: Assignment, group: Group) -> str:
     return _find_wrong_count(indices, gates, group)
 
 
-def _find_wrong_count(indices: np.ndarray, gates: np.ndarray, group: Group) -> str:
+def _find_wrong_count(indices: Int[np.ndarray, "S n"], gates: Bool[np.ndarray, "S n"], group: Group) -> str:
     """The same of an assignment whose arrays are in order: who holds how many, and together with whom."""
     held, wanted = gates.sum(1), np.array(group.counts)
     if not group.fair and (held != wanted).any():

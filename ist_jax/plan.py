@@ -233,12 +233,12 @@ def _facts(config: config_dict.ConfigDict, example: Sequence[int], classes: int)
     """What is known of the config's data set; what the flags say comes first."""
     from ist_jax import data
     from ist_jax.config import build_model, check, options
-    from ist_jax.runtime import inputs
+    from ist_jax.runtime import inputs, setup
 
     check(config)
     known = data.facts(config.data.name, options(config, data.options()))
     if known.encoded:
-        inputs.make_transform(config)  # refuses what training refuses
+        inputs.make_transform(setup.wanted_data(config))  # refuses what training refuses
     shape, num_classes = tuple(example) or known.example, classes or known.num_classes
     if shape is None or num_classes is None:
         flag = "--classes" if shape else "--example and --classes"

@@ -97,7 +97,7 @@ def test_sick_workers_are_named_counted_and_written_as_null(tmp_path, caplog):
     config = get_config("mlp")
     config.optimizer.learning_rate = 1e38
     summary = train.train(config, tmp_path)
-    assert "round 3: worker 1 had a non-finite loss or update; its round is left out" in caplog.text
+    assert "round 3: worker 1 had a non-finite loss or update, which is left out" in caplog.text
     assert summary["workers_left_out"] == 6
     assert read_metrics(tmp_path)[-1]["train_loss"] is None
     assert "NaN" not in (tmp_path / "summary.json").read_text()

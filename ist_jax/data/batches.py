@@ -9,6 +9,7 @@ import numpy as np
 
 from ist_jax.data.source import Split, select
 from ist_jax.data.sparse import Rows
+from ist_jax.streams import Use, rng
 
 
 def split_validation(
@@ -35,7 +36,7 @@ def split_validation(
         raise ValueError(
             f"data.validation={fraction} leaves none of the {total} examples to train on; lower it"
         )
-    order = np.random.default_rng((seed, total)).permutation(total)
+    order = rng(seed, Use.VALIDATION).permutation(total)
     return select(train, np.sort(order[held_out:])), select(train, np.sort(order[:held_out]))
 
 
@@ -69,9 +70,9 @@ def share_examples(
         return [examples] * num_workers
     if len(labels) < num_workers:
         raise ValueError(f"num_workers={num_workers} is more than the {len(labels)} examples to share out")
-    rng = np.random.default_rng((seed, num_workers))
+    source = rng(seed, Use.SHARING)
     if sharing == "disjoint":
-        return [np.sort(part) for part in np.array_split(rng.permutation(examples), num_workers)]
+        return [np.sort(part) for part in np.array_split(source.permutation(examples), num_workers)]
     if isinstance(labels, Rows):
         raise ValueError(
             "data.sharing='skewed' is not for examples with several labels; set config.data.sharing to 'all' "
@@ -79,8 +80,8 @@ def share_examples(
         )
     shards: list[list[np.ndarray]] = [[] for _ in range(num_workers)]
     for label in np.unique(labels):
-        own = rng.permutation(examples[labels == label])
-        shares = rng.dirichlet(np.full(num_workers, concentration))
+        own = source.permutation(examples[labels == label])
+        shares = source.dirichlet(np.full(num_workers, concentration))
         ends = np.round(np.cumsum(shares)[:-1] * len(own)).astype(int)
         for shard, part in zip(shards, np.split(own, ends), strict=True):
             shard.append(part)
@@ -127,7 +128,7 @@ def worker_indices(
 
 @functools.lru_cache(maxsize=16)  # of a million examples 5 MB each, in every process that reads
 def _epoch_order(seed: int, worker: int, epoch: int, num_examples: int) -> np.ndarray:
-    return np.random.default_rng((seed, worker, epoch)).permutation(num_examples).astype(np.int32)
+    return rng(seed, Use.EXAMPLES, worker, epoch).permutation(num_examples).astype(np.int32)
 
 
 class EvalPlan(NamedTuple):
@@ -154,7 +155,7 @@ def eval_batches(num_examples: int, batch_size: int, num_devices: int) -> EvalPl
     batch_size = min(batch_size, num_examples)
     per_device = -(-num_examples // (batch_size * num_devices))
     total = per_device * num_devices * batch_size
-    order = np.random.default_rng(0).permutation(num_examples).astype(np.int32)
+    order = rng(0, Use.EVALUATION).permutation(num_examples).astype(np.int32)
     weights = (np.arange(total) < num_examples).astype(np.float32)
     # batch k is on device k % D, so that the batches themselves do not depend on the devices
     shape = (per_device, num_devices, batch_size)

@@ -14,8 +14,8 @@ import numpy as np
 from ist_jax.data import batches
 from ist_jax.data.images import UNREADABLE, Transform
 from ist_jax.data.source import EncodedSource
+from ist_jax.streams import Use, rng
 
-_CROP_STREAM = 1  # sets the generator of a batch's crops apart from those of `batches`
 _MOST_IN_A_ROW = 100  # unreadable images, after which something else must be wrong
 Batch = dict[str, np.ndarray]
 
@@ -98,8 +98,8 @@ class TrainBatches:
         round_index, worker, step = self.place(number)
         shard, indices = self.examples(number)
         position = round_index * self.local_steps + step
-        rng = np.random.default_rng((self.seed, worker, position, _CROP_STREAM))
-        return read_batch(self.source, shard, indices, self.transform.training(rng, len(indices)))
+        crops = self.transform.training(rng(self.seed, Use.CROPS, worker, position), len(indices))
+        return read_batch(self.source, shard, indices, crops)
 
     def place(self, number: int) -> tuple[int, int, int]:
         """(round, worker, step) of a batch."""

@@ -103,7 +103,7 @@ def put_back(layout: Layout, old: Shards, parts: Shards, draw: Draw, flags: jax.
         _, local = _strip_tables(layout, leaf.groups[0], draw)
         strip = jnp.broadcast_to(jnp.arange(workers)[None, :, None, None], (len(local), workers, 1, 1))
         where = (strip, local[..., None], indices[:, None, None, :])
-        return scatter(shard, where, got, disjoint=all(group.disjoint for group in leaf.groups))
+        return scatter(shard, where, got, disjoint=any(group.disjoint for group in leaf.groups))
 
     return {path: own(path, shard) for path, shard in old.items()}
 

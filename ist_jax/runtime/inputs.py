@@ -8,24 +8,58 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import config_dict
 
 from ist_jax import data
-from ist_jax.config import options
 from ist_jax.data import augment, batches, images
 from ist_jax.data.encoded import EvalBatches, TrainBatches
 from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
 from ist_jax.data.stream import StreamingEvaluation, StreamingFeed, check_shared_memory
 from ist_jax.runtime import devices
+from ist_jax.streams import Use, rng
 from ist_jax.task import Task, classification, multi_label
 
 log = logging.getLogger(__name__)
+
+
+class Wanted(NamedTuple):
+    """What a run asks of its data.
+
+    Attributes:
+      name: of the data set.
+      directory: of its files.
+      options: values of `data.options()`, by whole names.
+      pad: pixels of padding before a random crop of a training image.
+      flip: mirror half of the training images.
+      validation: fraction of the training examples that is held out to stop by.
+      sharing: who draws from which examples, as of `batches.share_examples`.
+      concentration: of 'skewed' sharing.
+      seed: of the run.
+      num_workers: S.
+      local_steps: l.
+      batch_size: B, per worker.
+      eval_batch_size: examples per evaluation batch.
+    """
+
+    name: str
+    directory: str
+    options: dict[str, Any]
+    pad: int
+    flip: bool
+    validation: float
+    sharing: str
+    concentration: float
+    seed: int
+    num_workers: int
+    local_steps: int
+    batch_size: int
+    eval_batch_size: int
 
 
 class Inputs(NamedTuple):
     """A data set that is open.
 
     Attributes:
+      wanted: of it.
       dataset: what it is.
       train: from `data.load`; or, to be streamed, a `data.EncodedSource`.
       test: the same.
@@ -33,6 +67,7 @@ class Inputs(NamedTuple):
       task: what is learned from them.
     """
 
+    wanted: Wanted
     dataset: data.DataSet
     train: Any
     test: Any
@@ -44,11 +79,14 @@ class Inputs(NamedTuple):
         return len(self.train if self.dataset.encoded else self.train["label"])
 
 
-def open_inputs(config: config_dict.ConfigDict) -> Inputs:
-    """The data set that `config` names; decoded, but where it is too large for that."""
-    given = options(config, data.options())
-    dataset = data.open_data_set(config.data.name, config.data.dir, given)
-    opened = _open_encoded(config, dataset) if dataset.encoded else _open_decoded(config, dataset)
+def open_inputs(wanted: Wanted) -> Inputs:
+    """The data set that is wanted; decoded, but where it is too large for that.
+
+    Raises:
+      ValueError: it is not there, or a setting does not fit it; the message names the key.
+    """
+    dataset = data.open_data_set(wanted.name, wanted.directory, wanted.options)
+    opened = _open_encoded(wanted, dataset) if dataset.encoded else _open_decoded(wanted, dataset)
     test = opened.test if dataset.encoded else opened.test["label"]
     held_out = "" if opened.validation is None else f"{len(opened.validation['label']):,} to stop by, "
     log.info(
@@ -58,18 +96,18 @@ def open_inputs(config: config_dict.ConfigDict) -> Inputs:
     return opened
 
 
-def _open_encoded(config: config_dict.ConfigDict, dataset: data.DataSet) -> Inputs:
-    size = make_transform(config).size
-    together = config.batch_size + config.eval_batch_size  # the next round waits while the model is evaluated
-    check_shared_memory(config.data.processes, together, size)
-    normalize = augment.make_normalize(*images.channel_statistics(options(config, images.OPTIONS)))
+def _open_encoded(wanted: Wanted, dataset: data.DataSet) -> Inputs:
+    size = make_transform(wanted).size
+    together = wanted.batch_size + wanted.eval_batch_size  # the next round waits while the model is evaluated
+    check_shared_memory(wanted.options["data.processes"], together, size)
+    normalize = augment.make_normalize(*images.channel_statistics(wanted.options))
     task = classification(normalize, (size, size, 3), pad=0, flip=False)  # they arrive augmented
-    return Inputs(dataset, dataset.train, dataset.test, None, task)
+    return Inputs(wanted, dataset, dataset.train, dataset.test, None, task)
 
 
-def _open_decoded(config: config_dict.ConfigDict, dataset: data.DataSet) -> Inputs:
-    train, held_out = batches.split_validation(config.seed, data.load(dataset.train), config.data.validation)
-    pad, flip = config.data.pad, config.data.flip
+def _open_decoded(wanted: Wanted, dataset: data.DataSet) -> Inputs:
+    train, held_out = batches.split_validation(wanted.seed, data.load(dataset.train), wanted.validation)
+    pad, flip = wanted.pad, wanted.flip
     if "image" in train:
         normalize = augment.make_normalize(*augment.channel_statistics(train["image"]))
         task = classification(normalize, train["image"].shape[1:], pad=pad, flip=flip)
@@ -79,67 +117,64 @@ def _open_decoded(config: config_dict.ConfigDict, dataset: data.DataSet) -> Inpu
         )
     else:
         task = multi_label(train["feature"].width)
-    return Inputs(dataset, train, data.load(dataset.test), held_out, task)
+    return Inputs(wanted, dataset, train, data.load(dataset.test), held_out, task)
 
 
-def make_transform(config: config_dict.ConfigDict) -> images.Transform:
+def make_transform(wanted: Wanted) -> images.Transform:
     """How streamed images become arrays of one size.
 
     Raises:
       ValueError: a key of `config.data` that cannot work with streamed images.
     """
-    if config.data.validation:
+    if wanted.validation:
         raise ValueError(
-            f"data.validation={config.data.validation} is not for streamed images; set config.data.validation"
-            "=0"
+            f"data.validation={wanted.validation} is not for streamed images; set config.data.validation=0"
         )
-    if config.data.pad:
-        raise ValueError(f"data.pad={config.data.pad}; streamed images are cropped at random, set it to 0")
-    return images.make_transform(options(config, images.OPTIONS), flip=config.data.flip)
+    if wanted.pad:
+        raise ValueError(f"data.pad={wanted.pad}; streamed images are cropped at random, set it to 0")
+    return images.make_transform(wanted.options, flip=wanted.flip)
 
 
-def feed_rounds(
-    config: config_dict.ConfigDict, inputs: Inputs, chosen: Sequence[jax.Device], rounds: int
-) -> InMemoryFeed | StreamingFeed:
+def feed_rounds(inputs: Inputs, chosen: Sequence[jax.Device], rounds: int) -> InMemoryFeed | StreamingFeed:
     """What feeds the rounds: the whole set on every device, or a chunk per round."""
-    sharing, encoded = config.data.sharing, inputs.dataset.encoded
+    wanted, encoded = inputs.wanted, inputs.dataset.encoded
     labels = np.zeros(inputs.num_train, np.int32)  # no sharing but 'skewed' looks at them
-    if not encoded or sharing == "skewed":
+    if not encoded or wanted.sharing == "skewed":
         labels = inputs.train.labels if encoded else inputs.train["label"]
     shards = batches.share_examples(
-        config.seed, labels, config.num_workers, sharing, config.data.concentration
+        wanted.seed, labels, wanted.num_workers, wanted.sharing, wanted.concentration
     )
-    steps = {"seed": config.seed, "local_steps": config.local_steps, "batch_size": config.batch_size}
+    steps = {"seed": wanted.seed, "local_steps": wanted.local_steps, "batch_size": wanted.batch_size}
     if not encoded:
         return InMemoryFeed(devices.replicate(inputs.train, chosen), shards, len(chosen), **steps)
-    transform = make_transform(config)
-    each = config.num_workers // len(chosen)
+    transform = make_transform(wanted)
+    each = wanted.num_workers // len(chosen)
     workers = [each * device + i for device in _devices_here(chosen) for i in range(each)]
     return StreamingFeed(
         TrainBatches(inputs.train, shards, workers, transform, **steps),
         len(chosen),
         rounds,
-        processes=config.data.processes,
+        processes=wanted.options["data.processes"],
         put=partial(devices.put, devices=chosen),
     )
 
 
 def feed_evaluation(
-    config: config_dict.ConfigDict, split: Any, chosen: Sequence[jax.Device]
+    wanted: Wanted, split: Any, chosen: Sequence[jax.Device]
 ) -> InMemoryEvaluation | StreamingEvaluation:
     """A split as fixed, class-mixed batches: all on the devices, or read anew by every pass.
 
     Args:
-      config: of the run.
+      wanted: of the data.
       split: `test` or `validation` of the `Inputs`.
       chosen: the devices.
     """
     put = partial(devices.put, devices=chosen)
     if isinstance(split, dict):
-        return InMemoryEvaluation(put(deal_batches(split, config.eval_batch_size, len(chosen))))
-    plan = batches.eval_batches(len(split), config.eval_batch_size, len(chosen))
-    make = EvalBatches(split, plan, _devices_here(chosen), make_transform(config))
-    return StreamingEvaluation(make, processes=config.data.processes, put=put)
+        return InMemoryEvaluation(put(deal_batches(split, wanted.eval_batch_size, len(chosen))))
+    plan = batches.eval_batches(len(split), wanted.eval_batch_size, len(chosen))
+    make = EvalBatches(split, plan, _devices_here(chosen), make_transform(wanted))
+    return StreamingEvaluation(make, processes=wanted.options["data.processes"], put=put)
 
 
 def deal_batches(split: data.Split, batch_size: int, num_devices: int) -> dict[str, Any]:
@@ -148,17 +183,18 @@ def deal_batches(split: data.Split, batch_size: int, num_devices: int) -> dict[s
     return data.select(split, plan.indices) | {"weight": plan.weights}
 
 
-def calibration_batches(config: config_dict.ConfigDict, inputs: Inputs, most: int) -> Iterator[Any]:
+def calibration_batches(inputs: Inputs, most: int) -> Iterator[Any]:
     """At most so many batches of training examples, not augmented, each example once."""
-    size = min(config.eval_batch_size, inputs.num_train)
-    order = np.random.default_rng(config.seed).permutation(inputs.num_train).astype(np.int32)
+    wanted = inputs.wanted
+    size = min(wanted.eval_batch_size, inputs.num_train)
+    order = rng(wanted.seed, Use.CALIBRATION).permutation(inputs.num_train).astype(np.int32)
     order = order[: min(most, len(order) // size) * size].reshape(-1, size)
     if not inputs.dataset.encoded:
         chosen = data.select(inputs.train, order)
         return (jax.tree.map(itemgetter(number), chosen) for number in range(len(order)))
     plan = batches.EvalPlan(order[None], np.ones((1, *order.shape), np.float32))
-    make = EvalBatches(inputs.train, plan, [0], make_transform(config))
-    stream = StreamingEvaluation(make, processes=config.data.processes, put=lambda chunk: chunk)
+    make = EvalBatches(inputs.train, plan, [0], make_transform(wanted))
+    stream = StreamingEvaluation(make, processes=wanted.options["data.processes"], put=lambda chunk: chunk)
     return (jax.tree.map(itemgetter((0, 0)), chunk) for chunk in stream)
 
 

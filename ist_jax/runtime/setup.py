@@ -15,8 +15,8 @@ import numpy as np
 import optax
 from ml_collections import config_dict
 
-from ist_jax import extension, methods, partition
-from ist_jax.config import build_model, check, record
+from ist_jax import data, extension, methods, partition
+from ist_jax.config import build_model, check, options, record
 from ist_jax.costs import formula
 from ist_jax.costs.traffic import Traffic, round_traffic
 from ist_jax.deals import DEALS
@@ -57,24 +57,25 @@ def set_up(
     """
     check(config)
     devices.prepare(-(-(config.num_devices or config.num_workers) // processes.count()))
-    opened = inputs.open_inputs(config)
+    opened = inputs.open_inputs(wanted_data(config))
     model = model or build_model(config, len(opened.dataset.classes))
     chosen = devices.choose(config.num_workers, config.num_devices)
     recipe = make_recipe(config, model, opened.task, len(chosen))
     layout, method = recipe.layout, method_of(config).make(recipe)
     scale = unit_scale(config, layout)
+    partition.draw(config.seed, 0, layout.groups, _load(config, "partition.deal", DEALS))  # is it sound?
     started = time.perf_counter()
     state = _first_state(method, recipe, chosen, start, params)
     done = Progress(start.round, start.about["examples"]) if start else NOTHING_DONE
     schedule = make_schedule(config, opened.num_train, done)
-    splits = _make_splits(config, opened, method, state, chosen)
+    splits = _make_splits(opened, method, state, chosen)
     stages: tuple[Stage, ...] = ()
     feed: Any = None
     if evaluation_only:
         nothing = Traffic({}, {})
         stages = (Stage(schedule.rounds, recipe, method, {}, {}, nothing, nothing, ""),)
     else:
-        feed = inputs.feed_rounds(config, opened, chosen, schedule.rounds)
+        feed = inputs.feed_rounds(opened, chosen, schedule.rounds)
         recipes = [(schedule.rounds, recipe)]
         warmup = count_warmup_rounds(config, opened.num_train, done, schedule.rounds)
         if warmup > schedule.first:
@@ -98,6 +99,19 @@ def set_up(
     )
     _log_set_up(run)
     return run
+
+
+def wanted_data(config: config_dict.ConfigDict) -> inputs.Wanted:
+    """What a config asks of its data."""
+    data_keys = ("pad", "flip", "validation", "sharing", "concentration")
+    keys = ("seed", "num_workers", "local_steps", "batch_size", "eval_batch_size")
+    return inputs.Wanted(
+        config.data.name,
+        config.data.dir,
+        options(config, data.options()),
+        **{key: config.data[key] for key in data_keys},
+        **{key: config[key] for key in keys},
+    )
 
 
 def method_of(config: config_dict.ConfigDict) -> methods.Entry:
@@ -159,8 +173,8 @@ def _make_groups(
     if not any(name for names in axes.values() for name in names):
         raise ValueError(
             f"method={config.method!r} has nothing to partition: the model names no unit axes "
-            "(partition.sections, for a ResNet); name some, or set config.method to 'local_sgd' or "
-            "'data_parallel'"
+            "(partition.sections, for a ResNet); name some, or set config.method to one that deals out no "
+            f"units: {', '.join(repr(name) for name, x in methods.METHODS.items() if not x.deals_units)}"
         )
     groups = partition.make_groups(
         shapes,
@@ -290,8 +304,8 @@ def _make_stage(
 ) -> Stage:
     """Rounds by one recipe: traced, counted and compiled."""
     entry, layout = method_of(config), recipe.layout
-    data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), feed.spec)
-    sizes = (data, config.local_steps, config.batch_size)
+    shown = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), feed.spec)
+    sizes = (shown, config.local_steps, config.batch_size)
     method, phases = entry.make(recipe), trace_round(entry, recipe, *sizes)
     here = apart = round_traffic(phases, layout)
     if layout.num_devices < layout.num_workers:
@@ -319,17 +333,13 @@ def _first_state(
 
 
 def _make_splits(
-    config: config_dict.ConfigDict,
-    opened: inputs.Inputs,
-    method: Method,
-    state: State,
-    chosen: list[jax.Device],
+    opened: inputs.Inputs, method: Method, state: State, chosen: list[jax.Device]
 ) -> dict[str, Split]:
     """The test set and, where there is one, the validation split."""
     splits = {}
     for name, examples in (("test", opened.test), ("validation", opened.validation)):
         if examples is not None:
-            chunks = inputs.feed_evaluation(config, examples, chosen)
+            chunks = inputs.feed_evaluation(opened.wanted, examples, chosen)
             splits[name] = Split(chunks, programs.compile_score(method, state, chunks.spec, chosen))
     return splits
 
@@ -342,7 +352,7 @@ def _turn_maker(config: config_dict.ConfigDict, feed: Any, schedule: Schedule) -
     def turn(stage: Stage, index: int) -> Turn:
         layout = stage.layout
         grid = (layout.num_devices, layout.workers_per_device)
-        data, indices = feed(index)
+        shown, indices = feed(index)
         draw = partition.draw(seed, index, layout.groups, deal)
         gates = {
             name: np.asarray(dealt.gates).reshape(*grid, -1)
@@ -351,7 +361,7 @@ def _turn_maker(config: config_dict.ConfigDict, feed: Any, schedule: Schedule) -
         }
         present = partition.draw_present(seed, index, workers, participation).reshape(grid)
         rates = schedule.learning_rates[index]
-        return Turn(draw, gates, present, data, indices, rates, np.int32(index))
+        return Turn(draw, gates, present, shown, indices, rates, np.int32(index))
 
     return turn
 
