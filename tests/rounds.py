@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from conftest import get_config
 
+from ist_jax import train
 from ist_jax.exchange.kinds import iter_leaves
 from ist_jax.exchange.layout import map_trees
 from ist_jax.methods.method import Told
-from ist_jax.runtime import devices, record, setup
+from ist_jax.runtime import devices, setup
 
 
 def set_up(name, change=None, *, start=None, **overrides):
@@ -34,19 +35,11 @@ def run_turn(stage, state, turn):
     return state, Told(*(np.asarray(x).reshape(-1) for x in told))
 
 
-def train_round(run, state, index):
-    """(state, record)."""
-    stage = run.stage(index)
-    turn = run.turn(stage, index)
-    state, told = run_turn(stage, state, turn)
-    return state, record.round_record(run, stage, index, told, turn.present.reshape(-1))
-
-
 def run_all(run, rounds=2, state=None, first=0):
     """The state after these rounds, in which nobody was left out."""
     state = copied(run.state, run) if state is None else state
     for index in range(first, rounds):
-        state, entry = train_round(run, state, index)
+        state, entry = train.train_round(run, state, index)
         assert entry["left_out"] == []
     return state
 
