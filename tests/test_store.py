@@ -1,6 +1,6 @@
 """The sharded store and its exchange: equal to masking, the same on any number of devices."""
 
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import nested, plainly
-from test_masking import leaves, make_case, make_params
+from test_masking import leaves, make_case
 
 from ist_jax import masking, partition
-from ist_jax.costs import compiled, formula
-from ist_jax.costs.traced import collectives_of, operands, sent
-from ist_jax.exchange import store, wire
-from ist_jax.exchange.codec import NONE, Codec
+from ist_jax.exchange import store
+from ist_jax.exchange.codec import Codec
 from ist_jax.exchange.kinds import from_params, subnet_shapes, to_params
 from ist_jax.exchange.layout import AXIS, make_layout
-from ist_jax.runtime import devices
 
 BFLOAT16 = Codec(encode=lambda x: x.astype(jnp.bfloat16), decode=lambda x: x.astype(jnp.float32))
 
