@@ -10,20 +10,26 @@ unit on each of the leaf's unit axes; leaves without unit axes are shared and he
           workers; one that no healthy worker holds keeps its value.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ist_jax.partition import Assignment, Axes
+from ist_jax.partition import Assignment, Axes, Names
 
-Params = Any
+Numbers: TypeAlias = Float[Array | np.ndarray, "..."]
+Params: TypeAlias = PyTree[Numbers]
+Leaf = Array | np.ndarray | jax.ShapeDtypeStruct
 
 
-def masks(params: Params, axes: Axes, assignment: Mapping[str, Assignment], worker: int) -> Params:
+def masks(
+    params: PyTree[Leaf], axes: Axes, assignment: Mapping[str, Assignment], worker: int
+) -> PyTree[Bool[Array, "..."]]:
     """Which entries of every leaf a worker holds.
 
     Args:
@@ -62,7 +68,7 @@ def gather(params: Params, axes: Axes, assignment: Mapping[str, Assignment], wor
     flat = traverse_util.flatten_dict(params, sep="/")
     check_assignment(flat, axes, assignment, worker)
 
-    def cut(path: str, x: jax.Array) -> jax.Array:
+    def cut(path: str, x: Numbers) -> Numbers:
         for axis, name in enumerate(axes[path]):
             if name is not None:
                 slots = jnp.asarray(assignment[name].indices)[worker]
@@ -76,8 +82,8 @@ def merge(
     params: Params,
     axes: Axes,
     assignment: Mapping[str, Assignment],
-    subnets: list[Params],
-    healthy: list[bool] | None = None,
+    subnets: Sequence[Params],
+    healthy: Bool[Array | np.ndarray, " S"] | Sequence[bool] | None = None,
 ) -> Params:
     """Puts the subnets of all workers back into the global parameters.
 
@@ -108,15 +114,17 @@ def merge(
         if piece.keys() != flat.keys():
             raise ValueError(f"subnet {worker} lacks or adds {sorted(piece.keys() ^ flat.keys())}")
 
-    def put_back(path: str, old: jax.Array) -> jax.Array:
+    def put_back(path: str, old: Numbers) -> Array:
         new = [_scatter(path, old, piece[path], axes[path], assignment, w) for w, piece in enumerate(pieces)]
         held = [_mask(old.shape, axes[path], assignment, w) & flags[w] for w in range(num_workers)]
-        return ordered_mean(old, jnp.stack(new), jnp.stack(held))
+        return ordered_mean(jnp.asarray(old), jnp.stack(new), jnp.stack(held))
 
     return _unflatten({path: put_back(path, old) for path, old in flat.items()})
 
 
-def ordered_mean(old: jax.Array, new: jax.Array, held: jax.Array) -> jax.Array:
+def ordered_mean(
+    old: Float[Array, "*shape"], new: Float[Array, " S *shape"], held: Bool[Array, " S *#shape"]
+) -> Float[Array, "*shape"]:
     """Mean of `new` over the holders of each entry; `old` where there is none.
 
     Summed in the order of the workers, so that the result does not depend on the devices. A single
@@ -124,16 +132,16 @@ def ordered_mean(old: jax.Array, new: jax.Array, held: jax.Array) -> jax.Array:
     their number would not, for 3, 5, 6, 7, ...). A worker that does not hold may be NaN.
 
     Args:
-      old: [...].
-      new: [S, ...].
-      held: bool, [S, ...] or broadcastable to it.
+      old: before the round.
+      new: of each worker.
+      held: who counts, for each entry, or for all of them alike.
 
     Returns:
-      [...], dtype of `old`.
+      The mean, of the dtype of `old`.
     """
     tally = Tally(jnp.zeros_like(old), old, jnp.zeros(old.shape, bool), jnp.zeros(held.shape[1:], jnp.int32))
 
-    def add(tally: Tally, worker: tuple[jax.Array, jax.Array]) -> tuple[Tally, None]:
+    def add(tally: Tally, worker: tuple[Array, Array]) -> tuple[Tally, None]:
         value, holds = worker
         counted = tally.add(value)
         return jax.tree.map(lambda a, b: jnp.where(holds, a, b), counted, tally), None
@@ -145,17 +153,17 @@ def ordered_mean(old: jax.Array, new: jax.Array, held: jax.Array) -> jax.Array:
 class Tally(NamedTuple):
     """What is known of an entry while its holders are counted one after another."""
 
-    total: jax.Array
-    first: jax.Array  # the first holder's value; before there is one, the old value
-    differs: jax.Array
-    holders: jax.Array
+    total: Float[Array, "*shape"]
+    first: Float[Array, "*shape"]  # the first holder's value; before there is one, the old value
+    differs: Bool[Array, "*shape"]
+    holders: Int[Array, "*#shape"]
 
-    def add(self, value: jax.Array) -> "Tally":
+    def add(self, value: Float[Array, "..."]) -> "Tally":
         """One more holder."""
         first = jnp.where(self.holders == 0, value, self.first)
         return Tally(self.total + value, first, self.differs | (value != first), self.holders + 1)
 
-    def mean(self) -> jax.Array:
+    def mean(self) -> Float[Array, "..."]:
         """The mean. As a product by a reciprocal, and without a sum after it, since XLA may write a
         division so and contract product and sum, in one program and not in another."""
         weight = 1 / jnp.maximum(self.holders, 1).astype(self.total.dtype)
@@ -163,7 +171,7 @@ class Tally(NamedTuple):
 
 
 def check_assignment(
-    flat: Mapping[str, Any], axes: Axes, assignment: Mapping[str, Assignment], worker: int
+    flat: Mapping[str, Leaf], axes: Axes, assignment: Mapping[str, Assignment], worker: int
 ) -> None:
     """Raises ValueError when an assignment does not fit the parameters."""
     for path, x in flat.items():
@@ -183,8 +191,8 @@ def check_assignment(
 
 
 def _mask(
-    shape: tuple[int, ...], names: tuple, assignment: Mapping[str, Assignment], worker: int
-) -> jax.Array:
+    shape: tuple[int, ...], names: Names, assignment: Mapping[str, Assignment], worker: int
+) -> Bool[Array, "..."]:
     mask = jnp.ones(shape, bool)
     for axis, name in enumerate(names):
         if name is not None:
@@ -196,12 +204,12 @@ def _mask(
 
 def _scatter(
     path: str,
-    old: jax.Array,
-    piece: jax.Array,
-    names: tuple,
+    old: Numbers,
+    piece: Numbers,
+    names: Names,
     assignment: Mapping[str, Assignment],
     worker: int,
-) -> jax.Array:
+) -> Numbers:
     """A leaf of the global shape with the subnet's values where the worker holds, 0 elsewhere."""
     slots = {a: jnp.asarray(assignment[n].indices)[worker] for a, n in enumerate(names) if n is not None}
     expected = tuple(len(slots[a]) if a in slots else size for a, size in enumerate(old.shape))
@@ -211,5 +219,5 @@ def _scatter(
     return jnp.zeros_like(old).at[grid].set(piece, mode="drop") if grid else piece
 
 
-def _unflatten(flat: Mapping[str, Any]) -> Params:
+def _unflatten(flat: Mapping[str, Array | np.ndarray]) -> PyTree:
     return traverse_util.unflatten_dict(dict(flat), sep="/")

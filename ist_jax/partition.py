@@ -27,13 +27,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import traverse_util
+from jaxtyping import Bool, Int, PyTree
 
 from ist_jax.streams import Use, rng
 
 _DRAWS = 2  # counted up when equal groups, rules and seeds come to give other draws
 
-Axes = Mapping[str, tuple[str | None, ...]]
-Rules = Mapping[str, Any]
+Names = tuple[str | None, ...]  # of one leaf: the group along each of its axes
+Axes = Mapping[str, Names]
+Rules = Mapping[str, PyTree]
 
 
 class Assignment(NamedTuple):
@@ -43,8 +45,8 @@ class Assignment(NamedTuple):
     then, in its empty slots, the number of units U. `gates` is bool [S, n], False in empty slots.
     """
 
-    indices: np.ndarray | jax.Array
-    gates: np.ndarray | jax.Array
+    indices: Int[np.ndarray | jax.Array, "S n"]
+    gates: Bool[np.ndarray | jax.Array, "S n"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +82,8 @@ class Group:
         return not self.shares
 
     @cached_property
-    def deck(self) -> np.ndarray:
-        """int [U]: the worker that gets the i-th dealt unit; each as many as its share, spread evenly."""
+    def deck(self) -> Int[np.ndarray, " U"]:
+        """The worker that gets the i-th dealt unit; each as many as its share, spread evenly."""
         shares = np.asarray(self.shares or (1.0,) * self.num_workers, float)
         ideal = self.size * shares / shares.sum()
         counts = np.floor(ideal + 1e-9).astype(int)
@@ -127,7 +129,7 @@ class Group:
         return sum(self.counts) / (self.num_workers * self.size)
 
     @property
-    def _dealt(self) -> np.ndarray:
+    def _dealt(self) -> Int[np.ndarray, " S"]:
         return np.bincount(self.deck, minlength=self.num_workers)
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,7 +158,7 @@ alphabetical order, from the same generator.
 """
 
 
-def resolve_axes(params: Any, rules: Rules) -> dict[str, tuple[str | None, ...]]:
+def resolve_axes(params: PyTree, rules: Rules) -> dict[str, Names]:
     """The unit axes of every leaf of `params`, by path.
 
     Args:
@@ -192,7 +194,7 @@ def resolve_axes(params: Any, rules: Rules) -> dict[str, tuple[str | None, ...]]
     return axes
 
 
-def _fit_rule(path: str, ndim: int, rule: Sequence[Any]) -> tuple[str | None, ...]:
+def _fit_rule(path: str, ndim: int, rule: Sequence[Any]) -> Names:
     names = tuple(rule)
     if names and names[-1] is ...:
         names = names[:-1] + (None,) * (ndim - len(names) + 1)
@@ -204,12 +206,12 @@ def _fit_rule(path: str, ndim: int, rule: Sequence[Any]) -> tuple[str | None, ..
 
 
 def make_groups(
-    params: Any,
+    params: PyTree,
     axes: Axes,
     num_workers: int,
     *,
     min_units: int = 0,
-    shares: Sequence[float] = (),
+    shares: Sequence[float | int] = (),
 ) -> dict[str, Group]:
     """The groups of a model, for a number of workers.
 
@@ -289,13 +291,15 @@ def draw(seed: int, round_index: int, groups: Mapping[str, Group], deal: Deal) -
     return drawn
 
 
-def draw_present(seed: int, round_index: int, num_workers: int, participation: float) -> np.ndarray:
-    """Which workers take part in a round: bool [S], each with the given probability, independently."""
+def draw_present(
+    seed: int, round_index: int, num_workers: int, participation: float
+) -> Bool[np.ndarray, " S"]:
+    """Which workers take part in a round: each with the given probability, independently."""
     return rng(seed, Use.PRESENCE, round_index).random(num_workers) < participation
 
 
-def assign(held: np.ndarray, group: Group) -> Assignment:
-    """The assignment in which worker w holds the units where `held[w]`; bool [S, U]."""
+def assign(held: Bool[np.ndarray, "S U"], group: Group) -> Assignment:
+    """The assignment in which worker w holds the units where `held[w]`."""
     slots = max(group.slots, held.sum(1).max())  # too many are not cut off, but for `draw` to refuse
     indices = np.sort(np.where(held, np.arange(group.size), group.size), axis=1)[:, :slots]
     return Assignment(indices.astype(np.int32), indices < group.size)
@@ -313,7 +317,7 @@ def fingerprint(groups: tuple[Group, ...], rule: str) -> str:
     return hashlib.sha256(repr((_DRAWS, rule, recorded)).encode()).hexdigest()[:12]
 
 
-def _find_fault(assignment: Assignment, group: Group) -> str:
+def _find_fault(assignment: object, group: Group) -> str:
     """How an assignment breaks the contract of a `Deal`, for people; empty where it does not."""
     if not isinstance(assignment, Assignment):
         return f"it returned a {type(assignment).__name__} instead of an Assignment"
@@ -336,7 +340,7 @@ def _find_fault(assignment: Assignment, group: Group) -> str:
     return _find_wrong_count(indices, gates, group)
 
 
-def _find_wrong_count(indices: np.ndarray, gates: np.ndarray, group: Group) -> str:
+def _find_wrong_count(indices: Int[np.ndarray, "S n"], gates: Bool[np.ndarray, "S n"], group: Group) -> str:
     """The same of an assignment whose arrays are in order: who holds how many, and together with whom."""
     held, wanted = gates.sum(1), np.array(group.counts)
     if not group.fair and (held != wanted).any():

@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, before anything starts JAX."""
+"""Eight virtual CPU devices, before anything starts JAX; shapes and dtypes in signatures are checked."""
 
 import gc
 import importlib.util
@@ -11,6 +11,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported, on a machine with
 import hypothesis
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+CHECKED = ["ist_jax.masking", "ist_jax.partition", "ist_jax.deals"]  # with what is below them
+install_import_hook(CHECKED, "beartype.beartype")  # before any of them is imported
 
 from ist_jax.runtime import devices
 

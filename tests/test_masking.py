@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from jaxtyping import TypeCheckError
 
 from ist_jax import deals, masking, partition
 from ist_jax.partition import Assignment
@@ -171,3 +172,22 @@ def test_masking_refuses_subnets_of_the_wrong_shape():
     subnets[1]["norm"]["scale"] = jnp.zeros(5)
     with pytest.raises(ValueError, match=r"norm/scale has shape \(5,\), expected \(3,\)"):
         masking.merge(params, axes, assignment, subnets)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda p, a, d: masking.gather(p | {"count": jnp.arange(3)}, a, d, 0),  # integers
+        lambda p, a, d: masking.merge(p, a, d, [p, p], np.ones((2, 1), bool)),
+        lambda p, a, d: masking.merge(p, a, d, [p, p], np.ones(2)),
+        lambda *_: masking.ordered_mean(jnp.zeros(3), jnp.zeros((2, 4)), jnp.ones((2, 1), bool)),
+        lambda *_: masking.ordered_mean(jnp.zeros(3), jnp.zeros((2, 3)), jnp.ones((3, 1), bool)),
+        lambda *_: partition.assign(np.ones((2, 4)), partition.Group("unit", 4, 2)),
+        lambda *_: partition.Group("unit", 4.0, 2),
+        lambda *_: deals.random(0, partition.Group("unit", 4, 2), 0),
+    ],
+)
+def test_masking_and_partition_have_their_shapes_and_dtypes_checked(call):
+    params, axes, _, assignment = make_case(6, 6, 2)
+    with pytest.raises(TypeCheckError):
+        call(params, axes, assignment)

@@ -117,7 +117,8 @@ def test_draws_are_uniform(stratified, shares):
 
 
 def test_pairs_of_units_meet():
-    together = sum({0, 1} <= set(draw(make(8, 4), seed)[0][w]) for seed in range(3000) for w in range(4))
+    group = make(8, 4)
+    together = sum({0, 1} <= set(row) for seed in range(3000) for row in draw(group, seed).indices)
     assert abs(together / 3000 - 1 / 7) < 5 * np.sqrt(1 / 7 * 6 / 7 / 3000)
 
 
