@@ -230,7 +230,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param("uneven", marks=pytest.mark.slow), "two layers, overlap"])
 def test_rounds_on_sparse_data_equal_the_plain_loop_of_masking(case, folder):
     run = setup.set_up(tiny(folder, **CASES[case]))
     stage = run.stages[-1]
@@ -256,7 +256,7 @@ def whole_score(run, params):
     dealt = inputs.deal_batches(run.inputs.test, run.settings["eval_batch_size"], 1)
     task, scale = run.inputs.task, run.scale
 
-    @jax.jit
+    @reference.plainly
     def score(batch):
         x, labels = task.eval_fn(batch)
         weight, dense = batch["weight"], x @ jnp.eye(x.width)
@@ -288,7 +288,9 @@ def test_logits_without_norm_are_scaled_to_the_subnets():
     assert np.abs(np.asarray(logits).mean(0)).max() > 1e-3  # not normalised
 
 
-@pytest.mark.parametrize("method", ["ist", "local_sgd", "data_parallel"])
+@pytest.mark.parametrize(
+    "method", ["ist", pytest.param("local_sgd", marks=pytest.mark.slow), "data_parallel"]
+)
 def test_every_method_learns_and_reports_precisions(method, folder, tmp_path, capsys):
     config = tiny(folder, method=method, rounds=30, local_steps=5, batch_size=16, eval_every=0)
     summary = train.train(config, tmp_path / "run")
@@ -418,6 +420,7 @@ def test_the_validation_split_is_held_out_by_the_seed(folder):
 # --- real data ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_shared
 def test_real_files_are_read_and_train(tmp_path):
     config = get_config("mlp", "delicious", **{"data.dir": str(SHARED / "delicious"), "model.hidden": (64,)})
