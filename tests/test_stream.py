@@ -411,7 +411,7 @@ def test_a_folder_trains_and_a_run_repeats_from_any_round(folder, tmp_path, caps
 
     def fed_anew():
         feed = inputs.feed_rounds(first.inputs, first.devices, first.schedule.rounds)
-        return first._replace(feed=feed, turn=setup._turn_maker(tiny(folder), feed, first.schedule))
+        return first._replace(feed=feed, turn=setup.turn_maker(tiny(folder), feed, first.schedule))
 
     run, fresh = fed_anew(), fed_anew()
     state, _ = train.train_round(run, start, 0)
