@@ -16,9 +16,10 @@ from pathlib import Path
 
 import runs
 from absl import flags
-from ml_collections import config_dict, config_flags
+from ml_collections import config_flags
 
 from ist_jax import cli, errors
+from ist_jax.config import restore
 from ist_jax.workdir import files
 
 USAGE = "python benchmarks/accelerator.py --dir=DIR --peak=FLOPS [--config=FILE] [--rounds=N]"
@@ -26,7 +27,7 @@ USAGE = "python benchmarks/accelerator.py --dir=DIR --peak=FLOPS [--config=FILE]
 
 def measure(workdir: Path, peak: float) -> str:
     """What the files of a finished run say, as markdown."""
-    config, summary = config_dict.ConfigDict(files.read_config(workdir)), files.read_summary(workdir)
+    config, summary = restore(files.read_config(workdir)), files.read_summary(workdir)
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     rows = json.loads((workdir / "ledger.json").read_text())["rows"]
     flops = next(row["expected"] for row in rows if row["cause"] == "training step")

@@ -10,20 +10,15 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from ist_jax import cli, data
 from ist_jax.config import build_model, check
-from ist_jax.costs import formula as ledger
+from ist_jax.costs import formula
 from ist_jax.data.sparse import Rows
-from ist_jax.exchange.layout import Layout, split
-from ist_jax.methods import local_sgd
-from ist_jax.runtime import devices
-from ist_jax.runtime import scoring as evaluation
-from ist_jax.runtime import setup as experiment
-from ist_jax.runtime.programs import Programs, compile_programs
+from ist_jax.exchange.layout import Layout
+from ist_jax.runtime import devices, programs, setup
 from ist_jax.task import multi_label
 
 (FEATURES,), LABELS, POINTS = data.facts("amazon670k")[:3]
@@ -47,41 +42,25 @@ def points(count: int, *lead: int) -> dict[str, Any]:
     }
 
 
-def compile_for_shapes(config: Any) -> tuple[Layout, local_sgd.State, Programs]:
-    """The layout of a run on Amazon-670k, the shapes of its state, and its programs."""
+def compile_for_shapes(config: Any) -> tuple[Layout, int, dict[str, Any]]:
+    """The layout of a run on Amazon-670k, bytes of a device's parameters, and the programs."""
     check(config)
     devices.prepare(config.num_devices or config.num_workers)
     chosen = devices.choose(config.num_workers, config.num_devices)
     count = len(chosen)
-    task = multi_label(FEATURES)
-    model = build_model(config, LABELS)
-    recipe = experiment.make_recipe(config, model, task, count)
-    layout = recipe.layout
-    shards = {
-        path: jax.eval_shape(
-            lambda x, leaf=leaf: split(x, leaf, count), shape(*leaf.shape, dtype=jnp.float32)
-        )
-        for path, leaf in layout.leaves.items()
-    }
-    state = local_sgd.State((shards,), ())
-    if recipe.carry:
-        state = jax.eval_shape(jax.vmap(lambda x: local_sgd.init_state(recipe, x)), shards)
+    recipe = setup.make_recipe(config, build_model(config, LABELS), multi_label(FEATURES), count)
+    entry = setup.method_of(config)
+    method = entry.make(recipe)
+    phases = setup.trace_round(entry, recipe, points(POINTS), config.local_steps, config.batch_size)
+    compiled = programs.compile_phases(method, phases, chosen)
     size = config.eval_batch_size
     lead = (count, -(-TEST_POINTS // (size * count)))
-    programs = compile_programs(
-        recipe,
-        model,
-        task,
-        state,
-        points(POINTS, count),
-        points(size, *lead) | {"weight": shape(*lead, size, dtype=np.float32)},
-        chosen,
-        local_steps=config.local_steps,
-        batch_size=config.batch_size,
-        scale=evaluation.unit_scale(layout),
-        average_gradients=config.method == "data_parallel",
-    )
-    return layout, state, programs
+    batches = points(size, *lead) | {"weight": shape(*lead, size, dtype=np.float32)}
+    first = next(iter(phases.values())).inputs
+    state, *_ = programs.with_axes(first, count)
+    compiled["evaluate"] = programs.compile_score(method, state, batches, chosen)
+    params = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(first[0].params))
+    return recipe.layout, params, compiled
 
 
 def main(argv: list[str]) -> int:
@@ -90,22 +69,19 @@ def main(argv: list[str]) -> int:
     cli.parse(values, argv, "python benchmarks/amazon670k_memory.py [--config.KEY=VALUE ...]", required=[])
     config = values.config
     with cli.errors():
-        layout, state, programs = compile_for_shapes(config)
+        layout, params, compiled = compile_for_shapes(config)
     item, workers = layout.dtype.itemsize, layout.num_workers
-    whole = item * ledger.model_parameters(layout)
-    own = item * ledger.subnet_parameters(layout) / workers
+    whole = item * formula.model_parameters(layout)
+    own = item * formula.subnet_parameters(layout) / workers
     print(f"{config.method}, hidden {config.model.hidden}, {workers} workers on {layout.num_devices} devices")
-    print(f"parameters: {ledger.model_parameters(layout):,}, {whole / 2**30:.2f} GiB")
+    print(f"parameters: {formula.model_parameters(layout):,}, {whole / 2**30:.2f} GiB")
     print(f"a worker's subnet: {own / 2**30:.3f} GiB, {own / whole:.4f} of the model")
-    rest = sum(item * int(np.prod(x.shape)) for x in state.trees[0].values()) / layout.num_devices
-    print(f"GiB per device, the {rest / 2**30:.3f} of the sharded model included")
+    print(f"GiB per device, the {params / 2**30:.3f} of the sharded model included")
     print(
         f"{'':16s}"
         + "".join(f"{name:>11s}" for name in ("arguments", "results", "reused", "buffers", "in all"))
     )
-    for name, program in programs._asdict().items():
-        if program is None:
-            continue
+    for name, program in compiled.items():
         m = program.memory_analysis()
         sizes = [
             m.argument_size_in_bytes,
@@ -113,7 +89,7 @@ def main(argv: list[str]) -> int:
             m.alias_size_in_bytes,
             m.temp_size_in_bytes,
         ]
-        waits = rest if name == "local" and programs.gather is not None else 0
+        waits = params if name == "local" and "gather" in compiled else 0  # its units were gathered from them
         total = sizes[0] + sizes[1] - sizes[2] + sizes[3] + waits
         print(f"{name:16s}" + "".join(f"{size / 2**30:11.3f}" for size in (*sizes, total)))
     return 0

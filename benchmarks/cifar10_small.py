@@ -20,10 +20,10 @@ import numpy as np
 import runs
 from absl import flags
 from input_cost import time_round
-from ml_collections import config_dict
 
 from ist_jax import cli, errors, train
-from ist_jax.runtime import setup as experiment
+from ist_jax.config import restore
+from ist_jax.runtime import setup
 from ist_jax.workdir import checkpoint, files
 
 CONFIG = "configs/resnet.py:cifar10_small"
@@ -63,7 +63,7 @@ def read(folder: Path) -> dict:
     """What a finished run left: 'config', 'summary' and 'records'."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
-        "config": config_dict.ConfigDict(files.read_config(folder)),
+        "config": restore(files.read_config(folder)),
         "summary": files.read_summary(folder),
         "records": records,
     }
@@ -72,18 +72,20 @@ def read(folder: Path) -> dict:
 def without_scale(folder: Path, config) -> float:
     """Test accuracy of a run's parameters with residual branches as they were trained."""
     config.partition.scale_at_evaluation = False
-    run = experiment.set_up(config, params=checkpoint.load_params(folder), evaluation_only=True)
-    return train.evaluate_state(run, run.state).accuracy
+    run = setup.set_up(config, params=checkpoint.load_params(folder), evaluation_only=True)
+    return train.score(run, run.state).accuracy
 
 
 def time_rounds(configs: dict, rounds: int) -> dict[str, tuple[float, float]]:
     """Median (wall, CPU) seconds of a round of each config, measured in turn after one to warm up."""
     ready, states, feed = {}, {}, None
     for name, config in configs.items():
-        run = experiment.set_up(config)
+        run = setup.set_up(config)
         feed = feed or run.feed  # one copy of the data set for all
-        light = run._replace(inputs=None, test_batches=None, state=None)
-        states[name], ready[name] = run.state, light._replace(feed=run.feed._replace(data=feed.data))
+        own = run.feed._replace(data=feed.data)
+        turn = setup.turn_maker(config, own, run.schedule)
+        states[name] = run.state
+        ready[name] = run._replace(inputs=None, splits={}, state=None, feed=own, turn=turn)
     times: dict[str, list] = {name: [] for name in configs}
     for index in range(rounds + 1):
         for name, run in ready.items():

@@ -15,15 +15,19 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 from ist_jax import deals, partition
 from ist_jax.data import augment
-from ist_jax.exchange.layout import from_params, make_layout
-from ist_jax.methods import local_sgd
+from ist_jax.exchange.kinds import from_params
+from ist_jax.exchange.layout import make_layout
+from ist_jax.methods import subnets
+from ist_jax.methods.method import AXES, Recipe, State, Turn
+from ist_jax.methods.steps import POLICIES
 from ist_jax.models.conv import conv_general_dilated
 from ist_jax.models.resnet import ResNet
-from ist_jax.runtime import devices, settings
+from ist_jax.runtime import devices, scoring
 from ist_jax.task import classification
 
 _DIMS = ("NHWC", "HWIO", "NHWC")
@@ -90,30 +94,33 @@ def round_program(unroll: bool, steps: int):
     layout = make_layout(params, axes, groups, 2, 2)
     normalize = augment.make_normalize(*augment.channel_statistics(data["image"]))
     task = classification(normalize, (32, 32, 3), pad=4, flip=True)
-    recipe = local_sgd.Recipe(
+    subnet = model.subnet({name: group.slots for name, group in groups.items()})
+    recipe = Recipe(
         layout,
-        settings.optax.chain(settings.optax.add_decayed_weights(5e-4), settings.optax.trace(0.9)),
-        settings.make_loss_fn(model.subnet({n: g.slots for n, g in groups.items()}), task.score_fn),
+        optax.chain(optax.add_decayed_weights(5e-4), optax.trace(0.9)),
+        scoring.make_loss_fn(subnet, task.score_fn),
         task.batch_fn,
-        seed=0,
-        carry=False,
-        vmapped=False,
+        score_fn=partial(scoring.score_shards, layout, model, task, {}),
+        init_params=lambda key: model.init(key, example)["params"],
+        policy=POLICIES["reset"],
         unroll=steps if unroll else 1,
     )
     chosen = devices.choose(2, 2)
-    state = local_sgd.State((devices.put(from_params(layout, params), chosen),), ())
-    assignment = partition.draw(0, 0, groups, deals.random)
-    gather = devices.compile_program(
-        partial(local_sgd.gather, recipe), (state, assignment), chosen, in_axes=[0, None]
+    turn = Turn(
+        draw=partition.draw(0, 0, groups, deals.random),
+        gates={},
+        present=np.ones((2, 1), bool),
+        data=devices.replicate(data, chosen),
+        indices=rng.integers(0, 256, (2, 1, steps, 32)).astype(np.int32),
+        rates=np.full(steps, 0.01, np.float32),
+        index=np.int32(0),
     )
-    units = jax.block_until_ready(gather(state, assignment))
-    indices = rng.integers(0, 256, (2, 1, steps, 32)).astype(np.int32)
-    rates = np.full(steps, 0.01, np.float32)
-    args = (state, units, {}, devices.replicate(data, chosen), indices, rates, np.int32(0))
+    state = State(devices.put(from_params(layout, params), chosen))
+    phases, build = subnets.make(recipe).phases, partial(devices.compile_program, in_axes=(0, 0, AXES))
+    units = jax.block_until_ready(build(phases["gather"], (state, None, turn), chosen)(state, None, turn))
+    args = (state, units, turn)
     started = time.perf_counter()
-    program = devices.compile_program(
-        partial(local_sgd.local_steps, recipe), args, chosen, in_axes=[0, 0, 0, 0, 0, None, None]
-    )
+    program = build(phases["local"], args, chosen)
     print(
         f"compiled {'unrolled' if unroll else 'in loops'} in {time.perf_counter() - started:.0f} s",
         flush=True,

@@ -151,7 +151,7 @@ def price(_: int, folder: Path) -> str:
 
     checkpoint_writer.Writer = Timed
     run = experiment.set_up(values.config)
-    resume.open_workdir(values.config.to_dict(), folder / "run", None)
+    resume.open_workdir(run.settings, folder / "run", None)
     started = time.perf_counter()
     train.run_rounds(run, folder / "run")
     total = time.perf_counter() - started

@@ -17,43 +17,45 @@ import numpy as np
 from absl import flags
 
 from ist_jax import cli, train
-from ist_jax.runtime import devices, programs
-from ist_jax.runtime import setup as experiment
+from ist_jax.config import restore
+from ist_jax.runtime import devices, programs, setup
+from ist_jax.runtime.run import Run
 
 USAGE = "python benchmarks/input_cost.py [--config=FILE[:MODE]] [--rounds=N] [--config.KEY=VALUE ...]"
 
 
-def with_constant_batch(run: experiment.Run) -> experiment.Run:
+def with_constant_batch(run: Run) -> Run:
     """The same run, but every local step of every worker takes the same normalised batch."""
-    config, size = run.config, run.config.batch_size
-    images, labels = run.task.eval_fn({name: x[:size] for name, x in run.train.items()})
+    config, stage = restore(run.settings), run.stages[-1]
+    first = {name: x[: config.batch_size] for name, x in run.inputs.train.items()}
+    images, labels = run.inputs.task.eval_fn(first)
     batch = {"image": np.asarray(images), "label": np.asarray(labels)}
     chunk = run.feed(0)._replace(data=devices.replicate(batch, run.devices))
-    recipe = run.recipe._replace(batch_fn=lambda data, indices, key: (data["image"], data["label"]))
-    state = jax.tree.map(lambda x: x.copy(), run.state)
-    compiled = programs.compile_programs(
-        recipe, run.model, run.task, state, chunk.data, run.test_batches.spec, run.devices,
-        local_steps=config.local_steps, batch_size=size, scale=run.scale,
-        average_gradients=config.method == "data_parallel",
-    )  # fmt: skip
-    return run._replace(recipe=recipe, programs=compiled, feed=lambda _: chunk, state=state)
+    recipe = stage.recipe._replace(batch_fn=lambda data, indices, key: (data["image"], data["label"]))
+    entry = setup.method_of(config)
+    phases = setup.trace_round(entry, recipe, batch, config.local_steps, config.batch_size)
+    compiled = programs.compile_phases(entry.make(recipe), phases, run.devices)
+    return run._replace(
+        stages=(stage._replace(recipe=recipe, phases=phases, programs=compiled),),
+        turn=setup.turn_maker(config, lambda _: chunk, run.schedule),
+        state=jax.tree.map(lambda x: x.copy(), run.state),
+    )
 
 
-def time_round(run: experiment.Run, state, index: int):
+def time_round(run: Run, state, index: int):
     """(state, wall seconds, CPU seconds of all threads) of a round."""
-    everyone = np.ones(run.config.num_workers, bool)
     wall, cpu = time.perf_counter(), time.process_time()
-    state, *_ = train.run_round(run, state, index, everyone)
+    state, _ = train.train_round(run, state, index)
     return state, time.perf_counter() - wall, time.process_time() - cpu
 
 
-def report_memory(run: experiment.Run) -> None:
+def report_memory(run: Run) -> None:
     """What the data set takes on each device, from the buffers themselves."""
     per_device = dict.fromkeys(run.devices, 0)
     for array in jax.tree.leaves(run.feed.data):
         for shard in array.addressable_shards:
             per_device[shard.device] += shard.data.nbytes
-    ratios = [size / run.train["image"].nbytes for size in per_device.values()]
+    ratios = [size / run.inputs.train["image"].nbytes for size in per_device.values()]
     print(f"data set on each device       {max(per_device.values()) / 1e6:8.1f} MB, "
           f"{min(ratios):.4f} to {max(ratios):.4f} x its images (at most 1.1)")  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
@@ -65,13 +67,13 @@ def main(argv: list[str]) -> int:
     cli.define_config(values, argv, "configs/resnet.py")
     flags.DEFINE_integer("rounds", 15, "rounds to measure", flag_values=values)
     cli.parse(values, argv, USAGE, required=[])
-    run = experiment.set_up(values.config)
+    run = setup.set_up(values.config)
     report_memory(run)
     constant = with_constant_batch(run)
     state, other = run.state, constant.state
     walls, cpus = [], []
     for index in range(values.rounds + 1):
-        number = index % run.num_rounds
+        number = index % run.schedule.rounds
         state, wall, cpu = time_round(run, state, number)
         other, other_wall, other_cpu = time_round(constant, other, number)
         if index:  # the first ones warm up
@@ -79,8 +81,8 @@ def main(argv: list[str]) -> int:
             cpus.append((cpu, other_cpu))
     device = run.devices[0]
     print(
-        f"{run.config.method}, {run.config.num_workers} workers on {len(run.devices)} {device.device_kind} "
-        f"device(s), l = {run.config.local_steps}, median of {values.rounds} rounds"
+        f"{run.name}, {run.layout.num_workers} workers on {len(run.devices)} {device.device_kind} "
+        f"device(s), l = {run.settings['local_steps']}, median of {values.rounds} rounds"
     )
     for name, times in (("wall", walls), ("CPU", cpus)):
         data, none = np.median(times, 0)

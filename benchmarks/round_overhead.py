@@ -13,28 +13,30 @@ import time
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import config_dict
 
 from ist_jax import cli, train
-from ist_jax.runtime import setup as experiment
+from ist_jax.runtime.run import Run
+from ist_jax.runtime.setup import set_up
 
 
-def one_step_run(run: experiment.Run) -> experiment.Run:
+def one_step_run(config: config_dict.ConfigDict) -> Run:
     """The same run with programs for a single local step."""
-    single = run.config.copy_and_resolve_references()
+    single = config.copy_and_resolve_references()
     single.local_steps = 1
-    return experiment.set_up(single)
+    return set_up(single)
 
 
-def time_round(run: experiment.Run, state, index: int):
+def time_round(run: Run, state, index: int):
+    """(state, seconds of the round, seconds of its phases)."""
     started = time.perf_counter()
-    state, _, phases = train.run_round(run, state, index)
-    return state, time.perf_counter() - started, phases
+    state, _ = train.train_round(run, state, index)
+    return state, time.perf_counter() - started, run.clock.take()
 
 
-def time_step(run: experiment.Run, state, index: int) -> float:
+def time_step(run: Run, state, index: int) -> float:
     """One step from gathered subnets; only the step is timed."""
-    _, _, phases = train.run_round(run, state, index)
-    return phases["seconds_local"]
+    return time_round(run, state, index)[2]["local"]
 
 
 def main(argv: list[str]) -> int:
@@ -42,21 +44,21 @@ def main(argv: list[str]) -> int:
     cli.define_config(values, argv, "configs/resnet.py")
     flags.DEFINE_integer("rounds", 15, "rounds to measure", flag_values=values)
     cli.parse(values, argv, "python benchmarks/round_overhead.py [--config=FILE] [--rounds=N]", required=[])
-    run = experiment.set_up(values.config)
-    single = one_step_run(run)
+    run = set_up(values.config)
+    single = one_step_run(values.config)
     steps = values.config.local_steps
     state, step_state = run.state, single.state
     rounds, locals_, exchanges = [], [], []
     for index in range(values.rounds + 2):
-        state, seconds, phases = time_round(run, state, index % run.num_rounds)
+        state, seconds, phases = time_round(run, state, index % run.schedule.rounds)
         step = []
         for _ in range(steps):
             donated = jax.tree.map(lambda x: x.copy(), step_state)
-            step.append(time_step(single, jax.block_until_ready(donated), index % single.num_rounds))
+            step.append(time_step(single, jax.block_until_ready(donated), index % single.schedule.rounds))
         if index >= 2:  # the first ones warm up
             rounds.append(seconds)
             locals_.append(sum(step))
-            exchanges.append((phases["seconds_gather"] + phases["seconds_merge"]) / seconds)
+            exchanges.append((sum(phases.values()) - phases["local"]) / seconds)
     device = run.devices[0]
     workers = values.config.num_workers
     print(f"{values.config.method}, {workers} workers on {len(run.devices)} {device.device_kind} device(s)")

@@ -3,14 +3,12 @@
 import json
 import re
 
-import jax
 import numpy as np
 import pytest
 from conftest import ROOT, get_config
 
 from ist_jax import train
-from ist_jax.runtime import inputs
-from ist_jax.runtime import setup as experiment
+from ist_jax.runtime import inputs, setup
 
 
 @pytest.fixture(autouse=True)
@@ -37,15 +35,18 @@ def test_the_input_is_measured_against_a_constant_batch(capsys):
 def test_a_constant_batch_is_all_that_is_seen():
     import input_cost
 
-    run = experiment.set_up(get_config("mlp"))
+    run = setup.set_up(get_config("mlp"))
     constant = input_cost.with_constant_batch(run)
-    everyone = np.ones(2, bool)
-    losses = [train.run_round(constant, jax.tree.map(lambda x: x.copy(), constant.state), k, everyone)[1].loss
-              for k in (0, 1)]  # fmt: skip
-    inputs, labels = constant.recipe.batch_fn({k: x[0] for k, x in constant.feed(1).data.items()}, None, None)
-    assert np.array_equal(labels, run.train["label"][:8])
-    np.testing.assert_allclose(inputs, run.task.eval_fn(run.train)[0][:8], rtol=1e-6)
-    assert np.isfinite(losses).all()
+    (stage,), state = constant.stages, constant.state
+    for index in range(2):
+        turn = constant.turn(stage, index)
+        shown = {name: x[0] for name, x in turn.data.items()}
+        images, labels = stage.recipe.batch_fn(shown, None, None)
+        assert np.array_equal(labels, run.inputs.train["label"][:8])
+        np.testing.assert_allclose(images, run.inputs.task.eval_fn(run.inputs.train)[0][:8], rtol=1e-6)
+        state, record = train.train_round(constant, state, index)
+        assert np.isfinite(record["train_loss"])
+    assert not np.array_equal(*(constant.turn(stage, k).draw["hidden1"].indices for k in (0, 1)))
 
 
 def test_images_are_read_as_the_imagenet_config_says(capsys, monkeypatch):
@@ -61,7 +62,7 @@ def test_images_are_read_as_the_imagenet_config_says(capsys, monkeypatch):
     monkeypatch.setattr(image_pipeline, "EvalBatches", lambda *_: lambda _: None)
     for size in ([], ["--size=56"]):
         assert image_pipeline.main(["image_pipeline", "--images=32", *size]) == 0
-    whole = inputs.make_transform(get_config("resnet", "imagenet"))
+    whole = inputs.make_transform(setup.wanted_data(get_config("resnet", "imagenet")))
     assert made == [whole, whole._replace(size=56, resize=64)]
     assert "size 224" in capsys.readouterr().out
 
@@ -122,7 +123,7 @@ def test_a_run_on_one_device_is_summed_up(tmp_path):
     local = np.median([r["seconds_local"] for r in records[2:]])
     examples, share = (float(re.search(rf"{row} \| ([\d.,]+)", out)[1].replace(",", ""))
                        for row in ("examples/s", "share of 0 TFLOP/s"))  # fmt: skip
-    flops = 2 * 2 * json.loads((tmp_path / "ledger.json").read_text())["rows"][-1]["formula"]
+    flops = 2 * 2 * json.loads((tmp_path / "ledger.json").read_text())["rows"][-1]["expected"]
     assert examples == pytest.approx(2 * 2 * 8 / local, rel=1e-2)
     assert share == pytest.approx(100 * flops / local / 1e9, rel=1e-2)
     assert re.findall(r"^\| (\d+) \| (\d+\.\d\d) \|$", out, re.M) == [

@@ -55,10 +55,11 @@ def stop_after(monkeypatch, number, signum=signal.SIGTERM):
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("mlp", {}),
         ("mlp", {"optimizer_state": "carry", "participation": 0.7}),
         ("mlp", {"method": "data_parallel"}),
-        ("resnet", {"num_workers": 3, "num_devices": 1, "data.sharing": "disjoint"}),  # cosine, augmentation
+        pytest.param(  # cosine, augmentation
+            "resnet", {"num_workers": 3, "num_devices": 1, "data.sharing": "disjoint"}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(name, overrides, tmp_path, monkeypatch):
@@ -67,14 +68,14 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(name, overrides, tmp_pa
     for number in (1, 3):
         with monkeypatch.context() as patch, pytest.raises(signals.Interrupted, match=f"round {number} of 4"):
             stop_after(patch, number)
-            train.train(config, tmp_path / f"{number}")
-        resumed = train.train(config, tmp_path / f"{number}")
-        assert resumed["params_sha256"] == whole["params_sha256"]
-        assert untimed(tmp_path / f"{number}") == untimed(tmp_path / "whole")
-        wanted, got = (checkpoint.open_round(tmp_path / name, 4) for name in ("whole", f"{number}"))
-        assert got.arrays.keys() == wanted.arrays.keys()  # all fields of the state
-        assert all((got.read(name) == wanted.read(name)).all() for name in wanted.arrays)
-        assert resumed["bytes_exchanged_per_worker"] == whole["bytes_exchanged_per_worker"]
+            train.train(config, tmp_path / "stopped")
+    resumed = train.train(config, tmp_path / "stopped")
+    assert resumed["params_sha256"] == whole["params_sha256"]
+    assert untimed(tmp_path / "stopped") == untimed(tmp_path / "whole")
+    wanted, got = (checkpoint.open_round(tmp_path / name, 4) for name in ("whole", "stopped"))
+    assert got.arrays.keys() == wanted.arrays.keys()  # all fields of the state
+    assert all((got.read(name) == wanted.read(name)).all() for name in wanted.arrays)
+    assert resumed["bytes_exchanged_per_worker"] == whole["bytes_exchanged_per_worker"]
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -99,7 +100,8 @@ def test_a_second_signal_ends_at_once(tmp_path, monkeypatch, capsys):
     assert files.read_records(tmp_path) == []
 
 
-def test_killed_processes_resume_to_the_same_bits(tmp_path):
+@pytest.mark.parametrize("kills", [(30,), pytest.param((1, 30), marks=pytest.mark.slow)])
+def test_killed_processes_resume_to_the_same_bits(kills, tmp_path):
     overrides = {"rounds": 150, "eval_every": 50, "checkpoint.every": 4}
     command = [
         sys.executable,
@@ -110,7 +112,7 @@ def test_killed_processes_resume_to_the_same_bits(tmp_path):
     ]
     wanted = train.train(get_config("mlp", **overrides), tmp_path / "whole")
     workdir = tmp_path / "killed"
-    for rounds in (1, 30):
+    for rounds in kills:
         process = subprocess.Popen([*command, f"--workdir={workdir}"], cwd=ROOT, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while len(files.read_records(workdir)) < rounds:
@@ -159,7 +161,7 @@ def test_the_schedule_goes_on_by_examples_when_the_workers_change(tmp_path):
 def stored(tmp_path_factory):
     """The same run on 1, 2 and 3 devices: neither divides all of the leaves' sizes."""
     folder = tmp_path_factory.mktemp("stored")
-    for devices in (1, 2, 3, 6):
+    for devices in (1, 2, 3):
         config = get_config("mlp", num_workers=6, num_devices=devices, optimizer_state="carry")
         train.train(config, folder / str(devices))
     return folder
@@ -169,7 +171,7 @@ def test_what_is_stored_does_not_depend_on_devices(stored):
     first = checkpoint.open_round(stored / "1", 3)
     paths = {name.removeprefix("params/") for name in first.arrays if name.startswith("params/")}
     assert first.arrays.keys() == {f"{tree}/{path}" for tree in ("params", "travels/0") for path in paths}
-    for number in ("2", "3", "6"):
+    for number in ("2", "3"):
         saved = checkpoint.open_round(stored / number, 3)
         assert saved.arrays.keys() == first.arrays.keys()
         for name, entry in saved.arrays.items():
@@ -453,7 +455,9 @@ def test_a_worker_that_stays_sick_stops_the_run(tmp_path, capsys):
     assert checkpoint.rounds(tmp_path)[-1] == 4
 
 
-@pytest.mark.parametrize("method", ["ist", "local_sgd", "data_parallel"])
+@pytest.mark.parametrize(
+    "method", ["ist", pytest.param("local_sgd", marks=pytest.mark.slow), "data_parallel"]
+)
 def test_absent_workers_change_nothing(method, tmp_path):
     none = train.train(get_config("mlp", method=method, participation=0.0), tmp_path / "none")
     assert none["workers_absent"] == 6

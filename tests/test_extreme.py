@@ -11,18 +11,16 @@ import numpy as np
 import pytest
 import reference
 from conftest import ROOT, get_config
-from ist_jax.runtime.settings import make_loss_fn
+from rounds import copied, run_turn, whole
 
 from ist_jax import data, evaluate, partition, task, train
 from ist_jax.config import check
 from ist_jax.data import batches, extreme_classification, sparse
-from ist_jax.exchange.layout import to_params
+from ist_jax.exchange.kinds import to_params
 from ist_jax.models import sparse as sparse_layer
 from ist_jax.models.mlp import MLP
 from ist_jax.models.sparse import Sparse
-from ist_jax.runtime import inputs, stopping
-from ist_jax.runtime import scoring as evaluation
-from ist_jax.runtime import setup as experiment
+from ist_jax.runtime import inputs, scoring, setup, stopping
 from ist_jax.workdir import checkpoint
 
 SHARED = ROOT.parent / "shared" / "data" / "xc"
@@ -232,60 +230,46 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param("uneven", marks=pytest.mark.slow), "two layers, overlap"])
 def test_rounds_on_sparse_data_equal_the_plain_loop_of_masking(case, folder):
-    config = tiny(folder, **CASES[case])
-    run = experiment.set_up(config)
-    start = to_params(run.layout, run.state.trees[0])
-    params = jax.tree.map(np.array, start)
-    axes = partition.resolve_axes(params, run.model.unit_axes())
-    split = jax.tree.map(jnp.asarray, run.train)
-    plain = run.recipe._replace(
-        batch_fn=jax.jit(run.recipe.batch_fn)
-    )  # eager, it would compile piece by piece
-    state = run.state
+    run = setup.set_up(tiny(folder, **CASES[case]))
+    stage = run.stages[-1]
+    start = params = whole(run, run.state.params)
+    axes = partition.resolve_axes(reference.nested(params), run.model.unit_axes())
+    loop, state, moments = reference.subnets(stage.recipe, axes), copied(run.state, run), None
     for index in range(2):
-        state, means, _ = train.run_round(run, state, index)
-        assert means.healthy.all()
-        indices = batches.train_indices(
-            config.seed, index, run.feed.shards, local_steps=config.local_steps, batch_size=config.batch_size
-        )
-        params = reference.ist_round(
-            plain, params, axes, run.layout.groups, split, indices, run.learning_rates[index],
-            config.seed, index,
-        )  # fmt: skip
-    got = to_params(run.layout, state.trees[0])
-    assert reference.max_difference(params, got) < 2e-4
+        turn = run.turn(stage, index)
+        state, told = run_turn(stage, state, turn)
+        assert told.healthy.all()
+        params, moments, _ = loop(params, moments, reference.of_all_workers(turn))
+    got = to_params(run.layout, state.params)
+    assert reference.max_difference(params, reference.flat(got)) < 2e-4
     assert reference.max_difference(start, params) > 1e-2
-    score, whole = train.evaluate_state(run, state), whole_score(run, got)
-    assert score.examples == whole.examples == len(run.test["label"])
-    assert score.scores == pytest.approx(whole.scores, abs=1e-6)
-    assert score.loss == pytest.approx(whole.loss, rel=1e-4)
+    score, by_hand = train.score(run, state), whole_score(run, got)
+    assert score.examples == by_hand.examples == len(run.inputs.test["label"])
+    assert score.scores == pytest.approx(by_hand.scores, abs=1e-6)
+    assert score.loss == pytest.approx(by_hand.loss, rel=1e-4)
 
 
 def whole_score(run, params):
     """The score by the whole model on densified inputs, on one device."""
-    dealt = inputs.deal_batches(run.test, run.config.eval_batch_size, 1)
-    scale = evaluation.unit_scale(run.layout)
+    dealt = inputs.deal_batches(run.inputs.test, run.settings["eval_batch_size"], 1)
+    task, scale = run.inputs.task, run.scale
 
-    @jax.jit
+    @reference.plainly
     def score(batch):
-        x, labels = run.task.eval_fn(batch)
+        x, labels = task.eval_fn(batch)
         weight, dense = batch["weight"], x @ jnp.eye(x.width)
-        losses, scores = task.multi_label_scores(
-            run.model.apply({"params": params}, dense, scale=scale), labels
-        )
+        losses, scores = task.score_fn(run.model.apply({"params": params}, dense, scale=scale), labels)
         return jnp.concatenate([weight @ jnp.c_[losses, scores], weight.sum()[None]])
 
     sums = [score(jax.tree.map(itemgetter((0, n)), dealt)) for n in range(dealt["weight"].shape[1])]
-    return evaluation.total_score(run.task, np.array(sums))
+    return scoring.total_score(task, np.array(sums))
 
 
 def test_evaluation_moves_activations_and_no_kernel(folder):
-    run = experiment.set_up(
-        tiny(folder, **{"model.hidden": (512,), "eval_batch_size": 2}), evaluation_only=True
-    )
-    text = run.programs.evaluate.as_text()
+    run = setup.set_up(tiny(folder, **{"model.hidden": (512,), "eval_batch_size": 2}), evaluation_only=True)
+    text = run.splits["test"].program.as_text()
     shapes = re.findall(r"= \(?\w+\[([\d,]+)\]\S* (?:all-gather|all-to-all)\(", text)
     sizes = [int(np.prod([int(size) for size in shape.split(",")])) for shape in shapes]
     assert sizes
@@ -304,7 +288,9 @@ def test_logits_without_norm_are_scaled_to_the_subnets():
     assert np.abs(np.asarray(logits).mean(0)).max() > 1e-3  # not normalised
 
 
-@pytest.mark.parametrize("method", ["ist", "local_sgd", "data_parallel"])
+@pytest.mark.parametrize(
+    "method", ["ist", pytest.param("local_sgd", marks=pytest.mark.slow), "data_parallel"]
+)
 def test_every_method_learns_and_reports_precisions(method, folder, tmp_path, capsys):
     config = tiny(folder, method=method, rounds=30, local_steps=5, batch_size=16, eval_every=0)
     summary = train.train(config, tmp_path / "run")
@@ -347,7 +333,7 @@ def test_images_cannot_be_classified_by_such_a_run(folder, tmp_path, capsys):
 )  # fmt: skip
 def test_settings_that_cannot_work_are_named(overrides, message, folder):
     with pytest.raises(ValueError, match=re.escape(message)):
-        experiment.set_up(tiny(folder, **overrides))
+        setup.set_up(tiny(folder, **overrides))
 
 
 @pytest.mark.parametrize("mode", ["delicious", "amazon670k"])
@@ -397,8 +383,8 @@ def test_a_run_stops_by_its_validation_split_and_tests_its_last_state(folder, tm
     assert ["test_p1" in line for line in lines] == [False, False, True]
     stops = [stopping.has_stopped(lines[:n], config.patience) for n in range(1, 4)]
     assert stops == [False, False, True]
-    run = experiment.set_up(config, params=checkpoint.load_params(tmp_path), evaluation_only=True)
-    assert train.evaluate_state(run, run.state).scores["p1"] == pytest.approx(summary["test_p1"], abs=1e-9)
+    run = setup.set_up(config, params=checkpoint.load_params(tmp_path), evaluation_only=True)
+    assert train.score(run, run.state).scores["p1"] == pytest.approx(summary["test_p1"], abs=1e-9)
     (tmp_path / "summary.json").unlink()  # killed just then: it stops at the same round
     assert train.train(config, tmp_path)["rounds"] == 3
     config.patience = 3  # goes on, and counts the evaluations of the earlier sessions
@@ -434,6 +420,7 @@ def test_the_validation_split_is_held_out_by_the_seed(folder):
 # --- real data ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_shared
 def test_real_files_are_read_and_train(tmp_path):
     config = get_config("mlp", "delicious", **{"data.dir": str(SHARED / "delicious"), "model.hidden": (64,)})
@@ -448,10 +435,11 @@ def test_real_files_are_read_and_train(tmp_path):
 
 
 def test_training_computes_the_first_score_alone(folder):
-    run = experiment.set_up(tiny(folder), evaluation_only=True)
-    loss_fn = make_loss_fn(run.model, run.task.score_fn)
-    x, labels = run.task.batch_fn(jax.tree.map(jnp.asarray, run.train), jnp.arange(4), None)
-    params = reference.flat(to_params(run.layout, run.state.trees[0]))
+    run = setup.set_up(tiny(folder), evaluation_only=True)
+    task = run.inputs.task
+    loss_fn = scoring.make_loss_fn(run.model, task.score_fn)
+    x, labels = task.batch_fn(jax.tree.map(jnp.asarray, run.inputs.train), jnp.arange(4), None)
+    params = reference.flat(to_params(run.layout, run.state.params))
     text = jax.jit(loss_fn).lower(params, x, labels, None).compile().as_text()
     assert "topk" not in text.lower()
     assert "sort(" not in text

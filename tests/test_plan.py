@@ -7,16 +7,17 @@ import pytest
 from conftest import ROOT, get_config
 
 from ist_jax import data, plan
-from ist_jax.runtime import inputs
+from ist_jax.runtime import inputs, setup
 
 RESNET = f"--config={ROOT}/configs/resnet.py:cifar100"
 MLP = f"--config={ROOT}/configs/mlp.py:smoke"
 IMAGENET = f"--config={ROOT}/configs/resnet.py:imagenet"
 
 
+@pytest.mark.slow  # that of 4 workers is in the table below
 @pytest.mark.parametrize(
     ("num_workers", "min_units", "local_sgd", "resist"),
-    [(2, 11, 0.662, 0.455), (4, 6, 1.325, 0.720), (8, 4, 2.649, 1.289)],
+    [(2, 11, 0.662, 0.455), (8, 4, 2.649, 1.289)],
 )
 def test_gigabytes_of_the_papers_table(num_workers, min_units, local_sgd, resist):
     config = get_config("resnet", "cifar100", num_workers=num_workers)
@@ -80,7 +81,10 @@ def test_the_table_is_legible_at_100_columns(capsys):
     assert max(map(len, lines)) <= 100
     assert lines[0] == f"{ROOT}/configs/resnet.py:cifar100"
     assert lines[1] == "4 workers on 4 devices, 313 rounds of 50 local steps on 128 examples each"
-    assert any(line.split()[:3] == ["ist", "22,506,148", "0.720"] for line in lines)
+    # 16 of the 22 blocks of section 3 are elsewhere: two 3x3x256x256 kernels and two norms each
+    assert 41_396_900 - 16 * 2 * (9 * 256 * 256 + 2 * 256) == 22_506_148
+    assert any(line.split()[:3] == ["ist", "22,506,148", "0.720"] for line in lines)  # arXiv:2107.00961
+    assert any(line.split()[:3] == ["local_sgd", "41,396,900", "1.325"] for line in lines)
 
 
 def test_a_thousand_workers_take_less_than_ten_seconds(capsys):
@@ -140,14 +144,15 @@ def test_mistakes_are_one_line_and_exit_2(flags, message, capsys):
     assert message in lines[0]
 
 
-def test_squares_of_a_streamed_set_are_as_large_as_the_config_says(capsys):
-    imagenet = [IMAGENET, "--json", "--config.model.width=4"]
-    imagenet += ["--config.model.sections=(1,1,3,1)", "--config.partition.min_units=0"]
-    large = json.loads(run(capsys, *imagenet))
-    small = json.loads(run(capsys, *imagenet, "--config.data.size=112"))
-    ratio = large["local_sgd"]["flops_per_worker_per_step"] / small["local_sgd"]["flops_per_worker_per_step"]
-    assert ratio == pytest.approx(4, rel=0.1)
-    assert large["setting"]["rounds"] == small["setting"]["rounds"] == 7507  # 90 epochs of 1,281,167
+def test_squares_of_a_streamed_set_are_as_large_as_the_config_says():
+    small = {"method": "local_sgd", "model.width": 4, "model.sections": (1, 1, 2), "model.block": "basic"}
+    flops = {}
+    for size in (112, 224):
+        config = get_config("resnet", "imagenet", **small, **{"data.size": size})
+        facts = data.facts("imagenet2012", {"data.size": size})
+        flops[size] = plan.predict(config, facts).flops_per_worker_per_step
+    assert flops[224] / flops[112] == pytest.approx(4, rel=0.1)
+    assert setup.make_schedule(config, facts.num_train).rounds == 7507  # 90 epochs of 1,281,167
 
 
 def test_the_chosen_words_are_the_classes(capsys):
@@ -168,7 +173,7 @@ def test_examples_that_are_held_out_are_not_trained_on(validation):
     config = get_config("mlp", local_steps=1, batch_size=1, num_workers=1, rounds=None, epochs=1.0)
     config.data.validation = validation
     planned = plan.plan(config, data.facts("digits"), bandwidths=[1e9], flops=1e9)
-    assert planned["setting"]["rounds"] == inputs.open_inputs(config).num_train
+    assert planned["setting"]["rounds"] == inputs.open_inputs(setup.wanted_data(config)).num_train
 
 
 def test_what_is_known_of_a_set_is_what_it_holds():

@@ -11,6 +11,7 @@ from scipy.io import wavfile
 from ist_jax import data, train
 from ist_jax.data import batches, speech_commands
 from ist_jax.runtime import inputs
+from ist_jax.runtime.setup import wanted_data
 
 SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no folder of real data beside the checkout")
@@ -129,7 +130,7 @@ def test_settings_reach_the_speech_folder(speech_folder, tmp_path):
     write_clip(speech_folder / "no" / "00ff_nohash_0.wav", np.ones(15_000))
     overrides = {"data.dir": str(speech_folder), "data.words": ("no", "yes"), "model.hidden": (8,)}
     config = get_config("mlp", "speech2", **overrides)
-    opened = inputs.open_inputs(config)
+    opened = inputs.open_inputs(wanted_data(config))
     assert opened.dataset.classes == ("no", "yes")
     assert len(opened.train["label"]) + len(opened.test["label"]) == 80  # 'drop', as in the papers' code
 

@@ -9,19 +9,17 @@ import sys
 import time
 import tracemalloc
 
-import jax
 import numpy as np
 import pytest
 from conftest import get_config
 from PIL import Image
+from rounds import copied
 
 from ist_jax import data, evaluate, main, train
-from ist_jax.costs import ledger as audit
 from ist_jax.data import batches, stream
 from ist_jax.data.encoded import EvalBatches, TrainBatches, read_batch
 from ist_jax.data.images import Transform, cut_out
-from ist_jax.runtime import inputs
-from ist_jax.runtime import setup as experiment
+from ist_jax.runtime import inputs, record, setup
 
 TRANSFORM = Transform(size=8, resize=10, area=(0.2, 1.0), aspect=(0.75, 1.3333), flip=True)
 ENDINGS = ("JPEG", "jpg", "JPG", "jpeg", "PNG", "Jpeg")
@@ -313,15 +311,6 @@ def test_a_batch_draws_the_indices_of_its_worker_alone(monkeypatch):
     assert drawn == {worker}
 
 
-def test_the_ledger_reads_no_image(folder, monkeypatch):
-    def read(self):
-        raise AssertionError("an evaluation set is being read")
-
-    run = experiment.set_up(tiny(folder))
-    monkeypatch.setattr(stream.StreamingEvaluation, "__iter__", read)
-    assert audit.ledger_of(run)["rows"]
-
-
 # --- broken files ---------------------------------------------------------------------------------
 
 
@@ -411,24 +400,38 @@ def tiny(folder, **overrides):
     return config
 
 
-def test_a_folder_trains_and_a_run_repeats_from_any_round(folder, tmp_path, capsys):
-    summary = train.train(tiny(folder), tmp_path / "run")
+def test_a_folder_trains_and_a_run_repeats_from_any_round(folder, tmp_path, capsys, monkeypatch):
+    seen = []
+    summary = train.train(
+        tiny(folder), tmp_path / "run", started=lambda run: seen.extend((run, copied(run.state, run)))
+    )
     assert "22 images of 2 classes" in summary["data"]
     assert np.isfinite(summary["train_loss"])
-    run = experiment.set_up(tiny(folder))
-    state, _, _ = train.run_round(run, run.state, 0, np.ones(2, bool))
-    kept = jax.tree.map(lambda x: x.copy(), state)  # a round uses its state up
-    straight, _, _ = train.run_round(run, state, 1, np.ones(2, bool))
-    fresh = run._replace(feed=inputs.feed_rounds(run.config, run.inputs, run.devices, run.num_rounds))
-    resumed, _, _ = train.run_round(fresh, kept, 1, np.ones(2, bool))
-    for path, leaf in straight.trees[0].items():
-        assert np.array_equal(leaf, resumed.trees[0][path])
+    first, start = seen
+
+    def fed_anew():
+        feed = inputs.feed_rounds(first.inputs, first.devices, first.schedule.rounds)
+        return first._replace(feed=feed, turn=setup.turn_maker(tiny(folder), feed, first.schedule))
+
+    run, fresh = fed_anew(), fed_anew()
+    state, _ = train.train_round(run, start, 0)
+    kept = copied(state, run)  # a round uses its state up
+    straight, _ = train.train_round(run, state, 1)
+    resumed, _ = train.train_round(fresh, kept, 1)
+    for path, leaf in straight.params.items():
+        assert np.array_equal(leaf, resumed.params[path])
     image = folder / "val" / "dog" / "4.PNG"
     assert evaluate.main(["evaluate", f"--workdir={tmp_path / 'run'}", str(image)]) == 0
     out = capsys.readouterr().out
     assert f"test accuracy {summary['test_accuracy']:.2%}" in out
     assert "(9 examples, batch statistics)" in out  # one of ten cannot be read
     assert re.search(r"4.PNG: (cat|dog) [\d.]+%, (cat|dog) [\d.]+%", out)
+
+    def read(self):
+        raise AssertionError("an evaluation set is being read")
+
+    monkeypatch.setattr(stream.StreamingEvaluation, "__iter__", read)
+    assert record.make_ledger(run)["rows"]  # the ledger reads no image
 
 
 @pytest.mark.parametrize(
@@ -460,6 +463,6 @@ def test_a_mistake_is_one_line_and_exit_2(flags, message, folder, capsys, tmp_pa
 def test_any_config_streams(folder):
     config = get_config("mlp", **{"data.name": "image_folder", "data.dir": str(folder), "data.size": 8})
     config.data.processes = 0
-    run = experiment.set_up(config)
-    assert run.task.example.shape == (1, 8, 8, 3)
-    assert data.facts("image_folder", {"data.size": 8}).encoded == run.dataset.encoded
+    run = setup.set_up(config)
+    assert run.inputs.task.example.shape == (1, 8, 8, 3)
+    assert data.facts("image_folder", {"data.size": 8}).encoded == run.inputs.dataset.encoded

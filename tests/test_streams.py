@@ -11,6 +11,7 @@ from ist_jax import deals, partition, streams
 from ist_jax.data import batches, encoded
 from ist_jax.data.images import Transform
 from ist_jax.runtime import inputs
+from ist_jax.runtime.setup import wanted_data
 from ist_jax.streams import Use
 
 
@@ -51,7 +52,7 @@ DRAWS = {
     Use.CROPS: draw_crops,
     Use.EVALUATION: lambda: batches.eval_batches(9, 2, 1),
     Use.CALIBRATION: lambda: inputs.calibration_batches(
-        get_config("mlp"), inputs.open_inputs(get_config("mlp")), 1
+        inputs.open_inputs(wanted_data(get_config("mlp"))), 1
     ),
 }
 

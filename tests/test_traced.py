@@ -1,6 +1,5 @@
 """Costs by tracing: bytes of collectives beside those of the optimised HLO, arguments by their place."""
 
-import time
 from functools import partial
 
 import jax
@@ -9,28 +8,21 @@ import numpy as np
 import optax
 import pytest
 from conftest import get_config
-from flax import traverse_util
 from jax import lax
 
-from ist_jax import partition
+from ist_jax.config import build_model
 from ist_jax.costs import compiled as hlo
 from ist_jax.costs import formula, traced
-from ist_jax.exchange import store
-from ist_jax.exchange.layout import from_params, make_layout, split
-from ist_jax.methods import local_sgd
-from ist_jax.models.mlp import MLP
-from ist_jax.models.resnet import ResNet
-from ist_jax.runtime import devices, inputs, scoring, settings, setup
-
-AXIS = store.AXIS
+from ist_jax.exchange.layout import AXIS
+from ist_jax.methods import METHODS
+from ist_jax.methods.method import AXES
+from ist_jax.methods.steps import POLICIES
+from ist_jax.runtime import devices, programs, setup
+from ist_jax.task import classification
 
 
 def trace(fn, *args, num_devices=2):
     return traced.collectives(fn, *args, axis_name=AXIS, num_devices=num_devices)
-
-
-def with_lead(tree, *lead):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), tree)
 
 
 def own(args, in_axes):
@@ -49,140 +41,6 @@ def both(fn, args, in_axes, num_devices):
     program = devices.compile_program(fn, args, jax.devices()[:num_devices], in_axes=in_axes)
     found = traced.operands(trace(fn, *own(args, in_axes), num_devices=num_devices))
     return found, hlo.read(program.as_text()).operands
-
-
-# --- the phases of a round ---------------------------------------------------------------------------
-
-
-def make_recipe(config):
-    opened = inputs.open_inputs(config)
-    model = settings.build_model(config, len(opened.dataset.classes))
-    params = jax.eval_shape(model.init, jax.random.key(0), opened.task.example)["params"]
-    recipe = setup.make_recipe(config, model, opened.task, config.num_devices or config.num_workers)
-    return recipe, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params), opened
-
-
-def exchange(recipe, params):
-    """(function, arguments, axes) of the gather and the merge."""
-    layout = recipe.layout
-    lead = (layout.num_devices, layout.workers_per_device)
-    state = jax.vmap(partial(local_sgd.init_state, recipe))(from_params(layout, params))
-    draw = partition.sample(partition.round_rng(0, 0), layout.groups)
-    trees = (with_lead(formula.subnet_shapes(layout), *lead),) * len(state.trees)
-    rest = with_lead(jax.tree.map(lambda x: x[0], state.rest), *lead)
-    args = (state, local_sgd.State(trees, rest), draw, np.ones(lead, bool))
-    return {
-        "gather": (partial(local_sgd.gather, recipe), (state, draw), (0, None)),
-        "merge": (partial(local_sgd.merge, recipe), args, (0, 0, None, 0)),
-    }
-
-
-@pytest.mark.parametrize(
-    ("name", "num_workers", "overrides"),
-    [
-        ("resnet", 3, {"model.sections": (1, 7), "partition.min_units": 4, "optimizer_state": "carry"}),
-        ("mlp", 1, {"optimizer_state": "carry"}),
-        ("mlp", 3, {}),
-        ("mlp", 4, {"partition.shares": (3.0, 1.0, 1.0, 1.0), "num_devices": 2}),
-        ("mlp", 4, {"method": "local_sgd"}),
-    ],
-)
-def test_traced_bytes_of_an_exchange_are_the_compiled_ones(name, num_workers, overrides):
-    recipe, params, _ = make_recipe(get_config(name, num_workers=num_workers, **overrides))
-    num_devices = recipe.layout.num_devices
-    for phase, (fn, args, in_axes) in exchange(recipe, params).items():
-        found, by_hlo = both(fn, args, in_axes, num_devices)
-        assert found == by_hlo
-        assert (found == {}) == (num_devices == 1 or (phase == "gather" and not recipe.layout.groups))
-
-
-def test_traced_bytes_of_data_parallel_steps_are_the_compiled_ones():
-    config = get_config("mlp", method="data_parallel", num_workers=4, num_devices=2)
-    recipe, params, opened = make_recipe(config)
-    state = jax.vmap(partial(local_sgd.init_state, recipe))(from_params(recipe.layout, params))
-    data = inputs.feed_rounds(config, opened, jax.devices()[:2], 1).spec
-    indices = np.zeros((2, 2, config.local_steps, config.batch_size), np.int32)
-    rates = np.zeros(config.local_steps, np.float32)
-    args = (state, np.ones((2, 2), bool), data, indices, rates, np.int32(0))
-    in_axes = (0, 0, 0, 0, None, None)
-    fn = partial(local_sgd.data_parallel_steps, recipe)
-    found, by_hlo = both(fn, args, in_axes, 2)
-    # 3,520 gradients of 4 B in each of 2 steps, and an int32 count
-    assert found == by_hlo == {("all-reduce", 2): 2 * (4 * 3520 + 4)}
-    assert sum(c.floats for c in trace(fn, *own(args, in_axes))) == 2 * 4 * 3520
-
-
-class Whole:
-    """A model that cannot be streamed."""
-
-    def __init__(self, model):
-        self.init, self.apply, self.subnet = model.init, model.apply, model.subnet
-        self.unit_axes = model.unit_axes
-
-
-@pytest.mark.parametrize("num_workers", [2, 3])
-@pytest.mark.parametrize(
-    ("model", "compiled_alike"),
-    [
-        (MLP((24, 18), 10), False),  # streamed, by products; gathers of norms leave the loop
-        (ResNet((1, 4), 4, 10, partitioned=(2,)), False),  # a block at a time
-        (Whole(MLP((24, 18), 10)), True),
-    ],
-)
-def test_traced_bytes_of_an_evaluation_are_at_least_the_compiled_ones(model, compiled_alike, num_workers):
-    name = "resnet" if isinstance(model, ResNet) else "mlp"
-    run = setup.set_up(get_config(name, num_workers=num_workers), model, evaluation_only=True)
-    fn = partial(scoring.evaluate_shards, run.layout, model, run.task, run.scale)
-    found = trace(fn, *own((run.state.trees[0], run.test_batches.spec), (0, 0)), num_devices=len(run.devices))
-    by_kind, by_hlo = traced.operands(found), hlo.read(run.programs.evaluate.as_text()).operands
-    assert by_kind.keys() == by_hlo.keys()
-    assert all(by_kind[kind] >= by_hlo[kind] > 0 for kind in by_hlo)
-    assert (by_kind == by_hlo) or not compiled_alike
-
-
-def test_bytes_of_an_exchange_by_hand():
-    # the three leaves of test_ledger: S = D = 2, groups u (4 units) and v (8), float32
-    params = {"shared": np.zeros(5), "rows": np.zeros((4, 3)), "pairs": np.zeros((8, 4))}
-    params = {path: x.astype(np.float32) for path, x in params.items()}
-    axes = {"shared": (None,), "rows": ("u", None), "pairs": ("v", "u")}
-    layout = make_layout(params, axes, partition.make_groups(params, axes, 2), 2, 2)
-    shards = {path: x[0] for path, x in from_params(layout, params).items()}
-    draw = partition.sample(partition.round_rng(0, 0), layout.groups)
-    subnets = with_lead(formula.subnet_shapes(layout), 1)
-    # to each device 2 rows' slices of 2 and 2 x 2 pairs: 8 numbers, 64 B to both, half of which leave
-    (units,) = trace(partial(store.gather, layout), shards, draw)
-    assert (units.kind, units.devices, units.operand, units.sent) == ("all-to-all", 2, 64, 32)
-    # back with 3 of the 6 shared numbers (5, padded) and a flag, 12 numbers; then the mean of 3 to the other
-    found = trace(partial(store.merge, layout), shards, subnets, draw, np.ones(1, bool))
-    assert [(c.kind, c.operand, c.sent) for c in found] == [("all-to-all", 96, 48), ("all-gather", 12, 12)]
-
-
-def test_large_models_are_traced_in_seconds():
-    image = jnp.zeros((1, 64, 64, 3))
-    models = [
-        (MLP((4096, 4096), 35), jnp.zeros((1, 4096)), 1024),
-        (ResNet((3, 4, 23, 3), 64, 1000, block="bottleneck", stem="imagenet"), image, 8),
-    ]
-    started = time.process_time()
-    for model, example, workers in models:
-        params = jax.eval_shape(model.init, jax.random.key(0), example)["params"]
-        axes = partition.resolve_axes(params, model.unit_axes())
-        layout = make_layout(params, axes, partition.make_groups(params, axes, workers), workers, workers)
-
-        def shards(params, layout=layout):
-            flat = traverse_util.flatten_dict(params, sep="/")
-            return {
-                path: split(flat[path], leaf, layout.num_devices)[0] for path, leaf in layout.leaves.items()
-            }
-
-        kept = jax.eval_shape(shards, params)
-        draw = partition.sample(partition.round_rng(0, 0), layout.groups)
-        subnets = with_lead(formula.subnet_shapes(layout), 1)
-        gather, merge = partial(store.gather, layout), partial(store.merge, layout)
-        assert trace(gather, kept, draw, num_devices=workers)
-        assert trace(merge, kept, subnets, draw, np.ones(1, bool), num_devices=workers)
-        assert traced.step_flops(lambda p, x, model=model: model.apply({"params": p}, x), params, example)
-    assert time.process_time() - started < 10
 
 
 # --- every form of a trace ---------------------------------------------------------------------------
@@ -321,15 +179,21 @@ def test_arguments_are_found_by_their_place_in_the_tree(build):
 
 @pytest.mark.parametrize("build", [mapped, spanning])
 def test_what_a_device_keeps_of_a_carried_adam_is_exact(build):
-    recipe, params, _ = make_recipe(get_config("mlp", num_workers=4, num_devices=2))
-    recipe = recipe._replace(tx=optax.scale_by_adam(), carry=True)
-    fn, args, in_axes = exchange(recipe, params)["merge"]
-    found = hlo.argument_bytes(build(fn, args, jax.devices()[:2], in_axes))
+    config = get_config("mlp", num_workers=4)
+    task = classification(lambda x: x, (8, 8, 1), pad=0, flip=False)
+    recipe = setup.make_recipe(config, build_model(config, 10), task, 2)
+    recipe = recipe._replace(tx=optax.scale_by_adam(), policy=POLICIES["carry"])
+    entry, data = METHODS["ist"], {"image": np.zeros((1, 8, 8, 1), np.uint8), "label": np.zeros(1, np.int32)}
+    phases = setup.trace_round(entry, recipe, data, 1, 1)
+    args = programs.with_axes(phases["merge"].inputs, 2)
+    merge = entry.make(recipe).phases["merge"]
+    found = hlo.argument_bytes(build(merge, args, jax.devices()[:2], (0, 0, AXES)))
 
     def held(place):
         return sum(size or 0 for path, size in found.items() if path.startswith(place))
 
-    assert len(args[0].rest) == 1 and found["[0].rest[0]"] is None  # the count, which a merge does not read
-    memory = formula.memory(recipe, in_place=False)
-    assert (held("[0]"), held("[1].trees")) == (memory.store, memory.subnets)
-    assert (held("[1].rest"), held("[3]")) == (4 * 2, 2)  # the workers' counts, and who is healthy
+    assert found["[0].travels.count"] is None  # of 4 bytes, which a merge does not read
+    memory = formula.memory(recipe, phases)
+    assert (held("[0]") + 4, held("[1][0]")) == (memory.store, memory.subnets)
+    assert held("[1][0][1].count") == 4 * 2  # of each worker
+    assert (held("[1][1]"), held("[2].present")) == (2 * (4 + 4 + 1), 2)  # what 2 workers tell

@@ -12,82 +12,111 @@ import numpy as np
 import pytest
 from conftest import ROOT, get_config
 from PIL import Image
+from rounds import copied
 
-from ist_jax import data, deals, evaluate, partition, train
-from ist_jax.exchange.layout import iter_leaves
-from ist_jax.runtime import settings
-from ist_jax.runtime import setup as experiment
+from ist_jax import data, evaluate, train
+from ist_jax.config import build_model
+from ist_jax.exchange.kinds import iter_leaves
+from ist_jax.models.mlp import MLP
+from ist_jax.runtime import setup
+from ist_jax.task import classification
 from ist_jax.workdir import checkpoint, files, resume
+
+slow = pytest.mark.slow
 
 
 def read_metrics(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("name", ["resnet", "mlp"])
-@pytest.mark.parametrize("method", ["ist", "local_sgd", "data_parallel"])
-def test_every_config_and_method_leaves_a_complete_folder(name, method, tmp_path):
-    config = get_config(name, method=method)
-    summary = train.train(config, tmp_path)
-    records = read_metrics(tmp_path)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(config's name, method) -> the folder of its run, and the run and its first state; trained once."""
+    kept = {}
+
+    def folder_of(name="mlp", method="ist"):
+        if (name, method) not in kept:
+            folder, seen = tmp_path_factory.mktemp(f"{name}-{method}"), []
+            train.train(
+                get_config(name, method=method), folder,
+                started=lambda run: seen.extend((run, copied(run.state, run))),
+            )  # fmt: skip
+            kept[name, method] = folder, *seen
+        return kept[name, method]
+
+    return folder_of
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("mlp", "ist"), ("mlp", "local_sgd"), ("mlp", "data_parallel"), ("resnet", "ist"),
+        pytest.param("resnet", "local_sgd", marks=slow), pytest.param("resnet", "data_parallel", marks=slow),
+    ],
+)  # fmt: skip
+def test_every_config_and_method_leaves_a_complete_folder(name, method, trained):
+    folder, *_ = trained(name, method)
+    summary, records = files.read_summary(folder), read_metrics(folder)
     assert [r["round"] for r in records] == [1, 2, 3]
     assert [r["examples"] for r in records] == [2 * 2 * 8 * r for r in (1, 2, 3)]
-    assert checkpoint.rounds(tmp_path)[-2:] == [2, 3]
+    assert checkpoint.rounds(folder)[-2:] == [2, 3]
+    phases = {
+        "ist": ["gather", "local", "merge"], "local_sgd": ["local", "merge"], "data_parallel": ["local"],
+    }[method]  # fmt: skip
     for record in records:
-        for key in ("train_loss", "seconds_gather", "seconds_local", "seconds_merge", "lr"):
+        for key in ("train_loss", "lr", *(f"seconds_{phase}" for phase in phases)):
             assert np.isfinite(record[key])
+        timed = {key for key in record if key.startswith("seconds_")} - {"seconds_round", "seconds_evaluate"}
+        assert timed == {f"seconds_{phase}" for phase in phases}
+        assert all(record[key] > 0 for key in timed)
     assert ["test_accuracy" in r for r in records] == [False, True, True]  # eval_every = 2, and the last
     assert 0 <= records[-1]["test_accuracy"] <= 1
     assert summary["test_accuracy"] == records[-1]["test_accuracy"]
-    has_gather, has_merge = method == "ist", method != "data_parallel"
-    assert all((r["seconds_gather"] > 0) == has_gather for r in records)
-    assert all((r["seconds_merge"] > 0) == has_merge for r in records)
-    assert json.loads((tmp_path / "config.json").read_text())["method"] == method
+    recorded = json.loads((folder / "config.json").read_text())
+    assert recorded["method"] == method
+    assert recorded["optimizer_state"] == ("carry" if method == "data_parallel" else "reset")
     full = 2 * 4 * summary["parameters"] * 3
     assert summary["bytes_local_sgd_per_worker"] == full
     exchanged = {"ist": full * summary["parameters_per_worker"] / summary["parameters"], "local_sgd": full}
     assert summary["bytes_exchanged_per_worker"] == pytest.approx(exchanged.get(method, full * 2))
     assert set(summary["versions"]) >= {"python", "jax", "flax"}
-    table = json.loads((tmp_path / "ledger.json").read_text())
+    table = json.loads((folder / "ledger.json").read_text())
     rows = {row["cause"]: row for row in table["rows"]}
     assert all(row.keys() == {"cause", "unit", "per", *table["columns"]} for row in rows.values())
     assert rows["round"]["paper"] == summary["bytes_exchanged_per_worker"] / 3
-    assert rows["round"]["formula"] > 0
-    for cause in rows.keys() & {"round", "gather", "merge_units", "merge_shared", "gradients", "store"}:
-        assert rows[cause]["formula"] == rows[cause]["hlo"], cause
+    assert rows["round"]["expected"] > 0
+    causes = {
+        "ist": ["gather", "merge_units", "merge_shared"], "local_sgd": ["merge_shared"],
+        "data_parallel": ["gradients"],
+    }[method]  # fmt: skip
+    for cause in (*causes, "round", "store", "parameters held"):
+        assert rows[cause]["expected"] == rows[cause]["hlo"], cause
     evaluation = rows["evaluation"]
-    assert has_gather == (0 < evaluation["hlo"] <= evaluation["formula"])
-    assert rows["parameters held"]["hlo"] == rows["parameters held"]["formula"]
-    assert all(rows[f"peak of {name}"]["hlo"] > 0 for name in ("local", "evaluate"))
+    assert (method == "ist") == (0 < evaluation["hlo"] <= evaluation["expected"])
+    assert all(rows[f"peak of {program}"]["hlo"] > 0 for program in (*phases, "evaluate"))
 
 
-def test_the_hash_is_of_the_parameters_and_repeats(tmp_path):
-    first = train.train(get_config("mlp"), tmp_path / "a")
+def test_the_hash_is_of_the_parameters_and_repeats(trained, tmp_path):
+    folder, run, _ = trained()
+    first = files.read_summary(folder)
     again = train.train(get_config("mlp"), tmp_path / "b")
     other = train.train(get_config("mlp", seed=1), tmp_path / "c")
     assert first["params_sha256"] == again["params_sha256"] != other["params_sha256"]
-    run = experiment.set_up(get_config("mlp"), params=checkpoint.load_params(tmp_path / "a"))
-    assert files.params_sha256(iter_leaves(run.layout, run.state.trees[0])) == first["params_sha256"]
+    start = setup.set_up(get_config("mlp"), params=checkpoint.load_params(folder), evaluation_only=True)
+    assert files.params_sha256(iter_leaves(run.layout, start.state.params)) == first["params_sha256"]
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path, caplog):
-    config = get_config("mlp")
-    train.train(config, tmp_path)
-    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.rglob("*") if p.is_file()}
-    train.train(config, tmp_path)
+def test_a_finished_run_is_left_as_it_is(trained, caplog):
+    folder, *_ = trained()
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+    train.train(get_config("mlp"), folder)
     assert "finished already" in caplog.text
-    assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match="other settings: seed is 0 there and 5 here"):
-        train.train(get_config("mlp", seed=5), tmp_path)
+        train.train(get_config("mlp", seed=5), folder)
+    assert before == {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
 
 
-def test_another_model_in_the_same_folder_is_refused(tmp_path):
-    config = get_config("mlp", rounds=1)
-    train.train(config, tmp_path, model=TinyTransformer())
-    train.train(config, tmp_path, model=TinyTransformer())
-    for other in (TinyTransformer(depth=8), None):
-        with pytest.raises(ValueError, match="holds a run of another model"):
-            train.train(config, tmp_path, model=other)
+def test_a_model_is_told_by_its_text_without_addresses():
     texts = [resume.describe(nn.Dense(3, kernel_init=partial(min, key=lambda: 0))) for _ in range(2)]
     assert texts[0] == texts[1]  # no addresses, which another process would not have
     assert " at 0x" not in texts[0]
@@ -104,20 +133,25 @@ def test_sick_workers_are_named_counted_and_written_as_null(tmp_path, caplog):
     assert summary["test_accuracy"] > 0
 
 
-@pytest.mark.parametrize("method", ["ist", "local_sgd", "data_parallel"])
-@pytest.mark.parametrize("optimizer_state", ["reset", "carry"])
+@pytest.mark.parametrize(
+    ("method", "optimizer_state"),
+    [
+        ("ist", "carry"), ("data_parallel", "carry"), ("local_sgd", "reset"),
+        pytest.param("ist", "reset", marks=slow), pytest.param("local_sgd", "carry", marks=slow),
+    ],
+)  # fmt: skip
 def test_plain_sgd_without_momentum_or_decay_trains(method, optimizer_state, tmp_path):
     config = get_config("mlp", method=method, optimizer_state=optimizer_state)
     config.optimizer.update({"momentum": 0.0, "weight_decay": 0.0})
     assert np.isfinite(train.train(config, tmp_path)["train_loss"])
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("resnet", marks=slow)])
 def test_bfloat16_trains_and_keeps_float32_parameters(name, tmp_path):
     sizes = {"mlp": {}, "resnet": {"model.width": 8}}[name]
     config = get_config(name, compute_dtype="bfloat16", rounds=12, local_steps=5, batch_size=16, **sizes)
-    assert settings.build_model(config, 10).dtype == jnp.bfloat16
-    assert settings.build_model(get_config(name), 10).dtype is None
+    assert build_model(config, 10).dtype == jnp.bfloat16
+    assert build_model(get_config(name), 10).dtype is None
     train.train(config, tmp_path)
     records = read_metrics(tmp_path)
     assert records[-1]["train_loss"] < 0.8 * records[0]["train_loss"]
@@ -127,33 +161,45 @@ def test_bfloat16_trains_and_keeps_float32_parameters(name, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["local_sgd", "data_parallel"])
-def test_baselines_need_no_units(method, tmp_path):
-    config = get_config("resnet", method=method, rounds=1, **{"model.sections": (1, 1)})
-    assert train.train(config, tmp_path)["parameters_per_worker"] > 0
+def test_baselines_need_no_units(method):
+    config = get_config("resnet", method=method, **{"model.sections": (1, 1)})
+    task = classification(lambda x: x, (8, 8, 1), pad=0, flip=False)
+    recipe = setup.make_recipe(config, build_model(config, 10), task, 2)
+    assert recipe.layout.groups == {}
+    config.method = "ist"
+    with pytest.raises(ValueError, match="no partitionable block"):
+        setup.make_recipe(config, build_model(config, 10), task, 2)
 
 
-def test_epochs_count_the_examples_of_all_workers(tmp_path):
-    config = get_config("mlp", rounds=None, epochs=0.1)
-    summary = train.train(config, tmp_path)
-    assert summary["rounds"] == 5  # 143.7 examples, 32 a round
-    assert summary["examples"] == 160
+def test_epochs_count_the_examples_of_all_workers():
+    schedule = setup.make_schedule(get_config("mlp", rounds=None, epochs=0.1), 1437)
+    assert schedule.rounds == 5  # 143.7 examples, 32 a round
+    assert schedule.examples_after(4) == 160
 
 
 def test_schedules_follow_the_examples_seen():
     config = get_config("mlp", local_steps=5)
     config.optimizer.update({"learning_rate": 1.0, "schedule": "step", "warmup": 0.2, "step_at": (0.5, 0.75)})
-    rates = settings.make_learning_rates(config, 20).ravel()
+
+    def rates_of(rounds):
+        config.rounds = rounds
+        return setup.make_schedule(config, 1437).learning_rates.ravel()
+
+    rates = rates_of(20)
     assert rates.shape == (100,)
     np.testing.assert_allclose(rates[:20], np.arange(1, 21) / 20, atol=1e-6)
     np.testing.assert_allclose(rates[[20, 49, 50, 74, 75]], [1, 1, 0.1, 0.1, 0.01], rtol=1e-5)
-    few = settings.make_learning_rates(config, 1).ravel()  # boundaries that fall on one step: both
-    np.testing.assert_allclose(few, [1, 1, 1, 0.1, 0.01], rtol=1e-5)
+    # boundaries that fall on one step: both
+    np.testing.assert_allclose(rates_of(1), [1, 1, 1, 0.1, 0.01], rtol=1e-5)
     config.optimizer.schedule = "cosine"
-    rates = settings.make_learning_rates(config, 20).ravel()
-    np.testing.assert_allclose(rates[20:], 0.5 * (1 + np.cos(np.pi * np.arange(80) / 80)), atol=1e-6)
+    wanted = 0.5 * (1 + np.cos(np.pi * np.arange(80) / 80))
+    np.testing.assert_allclose(rates_of(20)[20:], wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "width"), [("mlp", {}), ("resnet", {"model.width": 8, "batch_size": 32})])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [("mlp", {}), pytest.param("resnet", {"model.width": 8, "batch_size": 32}, marks=slow)],
+)
 def test_evaluate_repeats_the_result_and_reads_images(name, width, tmp_path, capsys):
     summary = train.train(get_config(name, rounds=60, local_steps=10, **width), tmp_path / "run")
     digits = data.open_data_set("digits", "")
@@ -204,30 +250,43 @@ class TinyTransformer(nn.Module):
         return nn.Dense(10, name="head")(x.mean(1))
 
 
-@pytest.mark.parametrize("num_workers", [2, 5])
-def test_a_model_never_seen_before_trains(num_workers, tmp_path, caplog):
+def transformer_config(num_workers):
     config = get_config("mlp", num_workers=num_workers, rounds=30, local_steps=10, batch_size=16)
     config.optimizer.learning_rate = 0.05
-    summary = train.train(config, tmp_path, model=TinyTransformer())
+    return config
+
+
+@pytest.mark.parametrize("num_workers", [2, pytest.param(5, marks=slow)])  # 5 layers: 3 and 2, or one each
+def test_a_model_never_seen_before_trains(num_workers, tmp_path, caplog):
+    config, seen = transformer_config(num_workers), []
+    summary = train.train(
+        config, tmp_path, model=TinyTransformer(),
+        started=lambda run: seen.extend((run, copied(run.state, run))),
+    )  # fmt: skip
     records = read_metrics(tmp_path)
     assert records[-1]["train_loss"] < 0.6 * records[0]["train_loss"]
     assert summary["parameters_per_worker"] < summary["parameters"]
     assert "gathers it whole" in caplog.text
 
+    # in the same folder: it is finished, and another model is refused
+    assert train.train(config, tmp_path, model=TinyTransformer()) == summary
+    for other in (TinyTransformer(depth=8), None):
+        with pytest.raises(ValueError, match="holds a run of another model"):
+            train.train(config, tmp_path, model=other)
 
-def test_an_empty_slot_of_a_model_that_ignores_gates_stays_empty():
-    config = get_config("mlp", num_workers=2)  # 5 layers: 3 and 2
-    run = experiment.set_up(config, model=TinyTransformer())
-    assignment = partition.draw(config.seed, 0, run.layout.groups, deals.random)
-    gates = assignment["layer"].gates.reshape(2, 1, -1)
-    assert not gates.all()
-    units = run.programs.gather(run.state, assignment)
-    feed = (np.zeros((2, 1, 2, 8), np.int32), np.full(2, 0.1, np.float32), np.int32(0))
-    subnets, _ = run.programs.local(run.state, units, {"layer": gates}, run.feed.data, *feed)
+    # an empty slot stays empty, though the model ignores the gates
+    run, state = seen
+    stage = run.stages[-1]
+    turn = run.turn(stage, 0)
+    gates = turn.draw["layer"].gates.reshape(num_workers, 1, -1)
+    assert gates.all() == (num_workers == 5)
+    units = jax.block_until_ready(stage.programs["gather"](state, None, turn))
+    (params, _), told = stage.programs["local"](state, units, turn)
+    assert np.asarray(told.healthy).all()
     for path, leaf in run.layout.leaves.items():
-        if leaf.kind == "rows":
-            empty = np.asarray(subnets.trees[0][path])[~gates]
-            assert (empty == 0).all(), path
+        if len(leaf.unit_axes) == 1:
+            assert (np.asarray(params[path])[~gates] == 0).all(), path
+            assert np.asarray(params[path])[gates].any()
 
 
 def test_the_readmes_own_model_runs(tmp_path, monkeypatch):
@@ -245,11 +304,11 @@ def test_the_readmes_own_model_runs(tmp_path, monkeypatch):
 
 def test_the_readmes_own_data_are_trained_on(tmp_path, monkeypatch):
     readme = (ROOT / "README.md").read_text()
-    example = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "OPENERS" in b)
+    example = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "data.SETS" in b)
     example = example.replace("mlp.get_config()", 'mlp.get_config("smoke")')
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.setattr(data, "OPENERS", dict(data.OPENERS))
+    monkeypatch.setattr(data, "SETS", dict(data.SETS))
     images = np.random.default_rng(0).integers(0, 256, (2, 60, 5, 5, 1), dtype=np.uint8)
     labels = np.arange(60) % 2
     sets = {"x_train": images[0], "y_train": labels, "x_test": images[1], "y_test": labels}
@@ -259,9 +318,8 @@ def test_the_readmes_own_data_are_trained_on(tmp_path, monkeypatch):
     assert summary["rounds"] == 3
 
 
-def test_loaded_parameters_go_into_apply(tmp_path):
-    train.train(get_config("mlp"), tmp_path)
-    params = checkpoint.load_params(tmp_path)
-    logits = settings.MLP((32, 32), 10).apply({"params": params}, jnp.zeros((4, 8, 8, 1)))
+def test_loaded_parameters_go_into_apply(trained):
+    params = checkpoint.load_params(trained()[0])
+    logits = MLP((32, 32), 10).apply({"params": params}, jnp.zeros((4, 8, 8, 1)))
     assert logits.shape == (4, 10)
     assert jax.tree.all(jax.tree.map(lambda x: isinstance(x, np.ndarray), params))

@@ -5,7 +5,7 @@ Here a config becomes values; nothing below sees one.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from ist_jax import data, extension, methods, partition
 from ist_jax.config import build_model, check, options, record
 from ist_jax.costs import formula
 from ist_jax.costs.traffic import Traffic, round_traffic
+from ist_jax.data.feed import Chunk
 from ist_jax.deals import DEALS
 from ist_jax.exchange.codec import CODECS
 from ist_jax.exchange.kinds import from_params, shard_shapes
@@ -93,7 +94,7 @@ def set_up(
         feed=feed,
         splits=splits,
         schedule=schedule,
-        turn=_turn_maker(config, feed, schedule),
+        turn=turn_maker(config, feed, schedule),
         clock=Clock(processes.count()),
         seconds_compile=time.perf_counter() - started,
     )
@@ -344,8 +345,16 @@ def _make_splits(
     return splits
 
 
-def _turn_maker(config: config_dict.ConfigDict, feed: Any, schedule: Schedule) -> Any:
-    """(stage, round's number) -> the inputs of the round."""
+def turn_maker(
+    config: config_dict.ConfigDict, feed: Callable[[int], Chunk], schedule: Schedule
+) -> Callable[[Stage, int], Turn]:
+    """(stage, round's number) -> the inputs of the round.
+
+    Args:
+      config: of the run.
+      feed: a round's number -> its examples.
+      schedule: of the run.
+    """
     seed, participation, workers = config.seed, config.participation, config.num_workers
     deal = _load(config, "partition.deal", DEALS)
 
