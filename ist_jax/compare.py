@@ -23,7 +23,6 @@ from ml_collections import config_dict, config_flags
 
 from ist_jax import cli, errors
 from ist_jax.key import FILE
-from ist_jax.methods import METHODS
 
 if TYPE_CHECKING:
     import flax.linen as nn
@@ -159,7 +158,7 @@ def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     values = flags.FlagValues()
     cli.define_config(values, argv, None)
-    flags.DEFINE_list("methods", list(METHODS), "methods to compare", flag_values=values)
+    flags.DEFINE_list("methods", None, "methods to compare; default: all", flag_values=values)
     flags.DEFINE_integer("seeds", 3, "runs of each method", flag_values=values, lower_bound=1)
     flags.DEFINE_string(
         "workdir", None, "folder for the runs; default: a new one under runs/", flag_values=values
@@ -167,10 +166,13 @@ def main(argv: list[str]) -> int:
     rest = cli.parse(values, argv, USAGE, required=["config"])
     if rest:
         raise errors.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
-    unknown = [method for method in values.methods if method not in METHODS and not FILE.fullmatch(method)]
-    if unknown or not values.methods:
+    from ist_jax.methods import METHODS  # JAX starts here
+
+    methods = list(METHODS) if values.methods is None else list(dict.fromkeys(values.methods))
+    unknown = [method for method in methods if method not in METHODS and not FILE.fullmatch(method)]
+    if unknown or not methods:
         raise errors.fail(
-            f"--methods={','.join(values.methods)}; give some of {', '.join(METHODS)}, or FILE.py:NAME"
+            f"--methods={','.join(methods)}; give some of {', '.join(METHODS)}, or FILE.py:NAME"
         )
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("ist_jax").setLevel(logging.INFO)
@@ -178,7 +180,7 @@ def main(argv: list[str]) -> int:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from ist_jax import train
-    from ist_jax.runtime import signals  # JAX starts here
+    from ist_jax.runtime import signals
     from ist_jax.workdir.lock import check_writable
 
     name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
@@ -187,9 +189,7 @@ def main(argv: list[str]) -> int:
     try:
         with signals.handled(deferred=False), logging_redirect_tqdm():
             check_writable(workdir)
-            result = compare(
-                values.config, workdir, methods=list(dict.fromkeys(values.methods)), seeds=values.seeds
-            )
+            result = compare(values.config, workdir, methods=methods, seeds=values.seeds)
     except signals.Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code

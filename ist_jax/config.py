@@ -232,7 +232,7 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plainly(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings that say what is done: a method with one policy of the optimizer's state has that one."""
-    entry = METHODS.get(settings["method"])
+    entry = METHODS.get(settings.get("method", ""))
     forced = entry.optimizer_state if entry is not None else ""
     return settings | ({"optimizer_state": forced} if forced else {})
 

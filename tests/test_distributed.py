@@ -122,8 +122,8 @@ def test_two_processes_stopped_lost_and_resumed_give_the_bits_of_one(whole, tmp_
     ours = [r["train_loss"] for r in files.read_records(workdir)]
     assert ours == [r["train_loss"] for r in records]
     table = {row["cause"]: row for row in json.loads((workdir / "ledger.json").read_text())["rows"]}
-    assert table["round"]["formula"] == table["round"]["hlo"]
-    assert table["round"]["wire"] == pytest.approx(table["round"]["formula"], rel=0.05)
+    assert table["round"]["expected"] == table["round"]["hlo"]
+    assert table["round"]["wire"] == pytest.approx(table["round"]["expected"], rel=0.05)
 
 
 SIGNALLED_TWICE = """

@@ -13,13 +13,12 @@ from jax import lax
 
 from ist_jax import partition
 from ist_jax.config import build_model
-from ist_jax.costs import formula as ledger
-from ist_jax.exchange.layout import make_layout
 from ist_jax.models.conv import conv_general_dilated
 from ist_jax.models.mlp import MLP
 from ist_jax.models.norm import BatchNorm
 from ist_jax.models.resnet import BLOCKS, ResNet
-from ist_jax.runtime import settings
+from ist_jax.runtime import setup
+from ist_jax.task import classification
 
 
 def shapes(model, *example):
@@ -108,21 +107,6 @@ def test_the_imagenet_net_and_its_gradients_are_the_plain_ones():
     wanted = total, jax.tree.map(lambda leaf: leaf[None], grads)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * float(jnp.abs(b).max()))
-
-
-@pytest.mark.parametrize(
-    ("num_workers", "min_units", "ist", "local_sgd"),
-    [(2, 11, 0.455, 0.662), (4, 6, 0.720, 1.325), (8, 4, 1.289, 2.649)],
-)
-def test_gigabytes_per_round_of_the_paper(num_workers, min_units, ist, local_sgd):
-    # arXiv:2107.00961, Table 1 (0.454 is printed for S = 2)
-    model = ResNet((3, 4, 23, 3), 64, 100)
-    params = shapes(model, 32, 32, 3)
-    axes = partition.resolve_axes(params, model.unit_axes())
-    groups = partition.make_groups(params, axes, num_workers, min_units=min_units)
-    layout = make_layout(params, axes, groups, num_workers, num_workers)
-    assert ledger.paper_bytes_per_round(layout) / 1e9 == pytest.approx(ist, abs=1e-3)
-    assert ledger.full_model_bytes(layout) / 1e9 == pytest.approx(local_sgd, abs=1e-3)
 
 
 def test_mlp_of_the_paper_has_no_biases_and_a_norm_per_layer():
@@ -300,8 +284,9 @@ def test_the_imagenet_config_deals_out_the_blocks_of_section_3(num_workers, bloc
     model = build_model(config, 1000)
     params = shapes(model, config.data.size, config.data.size, 3)
     assert count(params) == 44_549_160 - 11_776  # ResNet101, as above
-    axes = partition.resolve_axes(params, model.unit_axes())
-    (group,) = settings.make_groups(config, model, params, axes).values()
+    task = classification(lambda x: x, (config.data.size, config.data.size, 3), pad=0, flip=False)
+    (group,) = setup.make_recipe(config, model, task, num_workers).layout.groups.values()
     assert (group.size, group.counts) == (22, (blocks,) * num_workers)
-    rates = settings.make_learning_rates(config, 90)
+    config.rounds = 90
+    rates = setup.make_schedule(config, 1_281_167).learning_rates
     assert rates[[0, 29, 30, 59, 60, 89], 0] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])

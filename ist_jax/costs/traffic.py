@@ -42,7 +42,7 @@ def round_traffic(phases: Mapping[str, TracedPhase], layout: Layout) -> Traffic:
         found = collectives_of(phase.jaxpr, layout.num_devices)
         for cause, size in by_cause(phase.parts, operands(found)).items():
             leaving[cause] += size
-        paper.update(dict.fromkeys(leaving, 0.0))
+            paper[cause] += 0.0  # there, whatever it is
         for part in phase.parts:
             paper[part.cause] += part.paper
         exchanges = {part.kind for part in phase.parts}

@@ -69,6 +69,7 @@ class Told(NamedTuple):
     healthy: Any
 
 
+RESERVED = {"compile", "evaluate", "rest", "round", "total"}  # names of other times in records and figures
 Phase = Callable[[State, Any, Turn], Any]
 
 
@@ -153,7 +154,14 @@ def trace(method: Method, state: Any, turn: Turn, num_devices: int) -> dict[str,
       state: arrays or shapes of one device.
       turn: the same.
       num_devices: D.
+
+    Raises:
+      ValueError: a phase has a name that is taken.
     """
+    if taken := RESERVED & method.phases.keys():
+        raise ValueError(
+            f"a phase must not be called {min(taken)!r}: times are recorded under that name already"
+        )
     traced, value = {}, None
     for name, phase in method.phases.items():
         make = jax.make_jaxpr(phase, axis_env=[(AXIS, num_devices)], return_shape=True)
