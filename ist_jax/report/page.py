@@ -102,6 +102,7 @@ def _partition(series: Sequence[Series]) -> tuple[dict[str, Any], dict[str, Any]
     context = {
         "maps": groups,
         "map_rounds": (len(maps[0].rounds), len(first.records)),
+        "deal": first.config.get("partition.deal", "random"),
         "map_label": f"{shown.label}, seed {first.config['seed']}" if len(series) > 1 else "",
         "map_figures": " ".join(charts),
         "map_workers": range(first.summary["num_workers"]),
