@@ -214,10 +214,11 @@ def check_no_step(case, run, turns, states):
     still, _ = run_turn(run.stages[-1], copied(states[1], run), turns[1]._replace(rates=rates))
     if case.codec is NONE:
         assert_same_bits(still.params, states[1].params)
-    lost, told = run_turn(run.stages[-1], copied(states[1], run), turns[1]._replace(rates=rates + np.inf))
-    assert not told.healthy.any()
-    arrays = lambda state: [x for x in jax.tree.leaves(state) if x.ndim > 1]  # noqa: E731
-    assert_same_bits(arrays(lost), arrays(states[1]))
+    for turn, before in zip(turns, states, strict=False):
+        lost, told = run_turn(run.stages[-1], copied(before, run), turn._replace(rates=rates + np.inf))
+        assert not told.healthy.any()
+        arrays = lambda state: [x for x in jax.tree.leaves(state) if x.ndim > 1]  # noqa: E731
+        assert_same_bits(arrays(lost), arrays(before))
 
 
 def check_traffic(run):
