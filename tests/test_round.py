@@ -7,6 +7,7 @@ import re
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -18,8 +19,10 @@ from ist_jax import deals, partition, train
 from ist_jax.costs import formula
 from ist_jax.data import batches
 from ist_jax.exchange import kinds
-from ist_jax.exchange.layout import AXIS
-from ist_jax.methods.method import AXES
+from ist_jax.exchange.layout import AXIS, make_layout
+from ist_jax.methods import METHODS
+from ist_jax.methods.method import AXES, Recipe, Turn
+from ist_jax.methods.steps import POLICIES
 from ist_jax.runtime import programs, scoring, setup
 
 ROUNDS = 2
@@ -102,6 +105,32 @@ def test_one_worker_is_ordinary_sgd(method):
         settings["learning_rate"], settings["momentum"], settings["weight_decay"],
     )  # fmt: skip
     assert reference.max_difference(wanted, whole(run, run_all(run, ROUNDS).params)) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["ist", "data_parallel"])
+def test_moments_that_are_not_finite_are_no_state(method):
+    # gradients of 1e30 are finite and their squares are not: Adam would divide by infinity from then on
+    params = {"w": jnp.ones(3)}
+    layout = make_layout(params, {"w": (None,)}, {}, num_workers=1, num_devices=1)
+    recipe = Recipe(
+        layout, optax.scale_by_adam(), policy=POLICIES["carry"], score_fn=None, init_params=None,
+        loss_fn=lambda params, inputs, labels, gates: (1e30 * (params["w"] * inputs).sum(), jnp.zeros(())),
+        batch_fn=lambda data, batch, key: (data[batch], None),
+    )  # fmt: skip
+    made = METHODS[method].make(recipe)
+    state, indices = made.init(params), np.zeros((1, 1, 1), np.int32)
+    turn = Turn({}, {}, jnp.ones(1, bool), jnp.ones((1, 3)), jnp.asarray(indices), jnp.ones(1), 0)
+
+    def one_round(_):
+        value = None
+        for phase in made.phases.values():
+            value = phase(state, value, turn)
+        return value
+
+    after, told = jax.vmap(one_round, axis_name=AXIS)(jnp.zeros(1))
+    assert not told.healthy.any()
+    arrays = [x for x in jax.tree.leaves(state) if x.ndim]
+    assert_same_bits([x[0] for x in jax.tree.leaves(after) if x.ndim > 1], arrays)
 
 
 def test_carried_momentum_travels_with_its_unit(mlp):
