@@ -9,13 +9,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import nested, plainly
-from test_masking import leaves, make_case
+from test_masking import leaves, make_case, make_params
 
-from ist_jax import masking, partition
-from ist_jax.exchange import store
-from ist_jax.exchange.codec import Codec
-from ist_jax.exchange.kinds import from_params, subnet_shapes, to_params
+from ist_jax import deals, masking, partition
+from ist_jax.costs import compiled, formula
+from ist_jax.costs.traced import collectives_of, operands, sent
+from ist_jax.exchange import store, wire
+from ist_jax.exchange.codec import NONE, Codec
+from ist_jax.exchange.kinds import from_params, shard_shapes, subnet_shapes, to_params
 from ist_jax.exchange.layout import AXIS, make_layout
+from ist_jax.runtime import devices
 
 BFLOAT16 = Codec(encode=lambda x: x.astype(jnp.bfloat16), decode=lambda x: x.astype(jnp.float32))
 
@@ -128,10 +131,10 @@ def test_exchange_on_devices_equals_masking(case):
     check_equal_to_masking(case, pmapped)
 
 
-@pytest.mark.parametrize("least", [0, 9])
-def test_exchange_is_bit_identical_on_any_number_of_devices(least):
+@pytest.mark.parametrize(("least", "counts"), [(0, (1, 6)), (9, (1, 2, 3, 6))])
+def test_exchange_is_bit_identical_on_any_number_of_devices(least, counts):
     results = []
-    for num_devices in (1, 2, 3, 6):
+    for num_devices in counts:
         params, axes, groups, assignment = make_case(36, 9, 6, min_units=least)
         layout = make_layout(params, axes, groups, 6, num_devices)
         update = random_update(layout, np.random.default_rng(5))
@@ -143,19 +146,103 @@ def test_exchange_is_bit_identical_on_any_number_of_devices(least):
 
 
 def arguments(layout):
-    """Shapes on one device, of a gather and of a merge."""
-    workers = layout.workers_per_device
-    shapes = jax.eval_shape(partial(from_params, layout), zeros(layout))
-    shards = {path: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for path, x in shapes.items()}
-    subnets = {
-        path: jax.ShapeDtypeStruct((workers, *x.shape), x.dtype) for path, x in subnet_shapes(layout).items()
+    """Of a gather and of a merge, on all devices: {name: (arguments, their axes)}."""
+    grid = (layout.num_devices, layout.workers_per_device)
+    shards = {
+        path: np.zeros((layout.num_devices, *x.shape), x.dtype) for path, x in shard_shapes(layout).items()
     }
-    draw = {
-        name: partition.Assignment(
-            jax.ShapeDtypeStruct((layout.num_workers, group.slots), np.int32),
-            jax.ShapeDtypeStruct((layout.num_workers, group.slots), bool),
+    subnets = {path: np.zeros((*grid, *x.shape), x.dtype) for path, x in subnet_shapes(layout).items()}
+    draw = partition.draw(0, 0, layout.groups, deals.random)
+    merged = (shards, subnets, draw, np.ones(grid, bool))
+    return {"gather": ((shards, draw), (0, None)), "merge": (merged, (0, 0, None, 0))}
+
+
+def trace(layout):
+    """Of a gather and of a merge: {name: (operands of its collectives, the parts of what is sent)}."""
+    found = {}
+    for name, (args, in_axes) in arguments(layout).items():
+        own = [
+            jax.tree.map(lambda x: x[0], x) if axis == 0 else x for x, axis in zip(args, in_axes, strict=True)
+        ]
+        make = jax.make_jaxpr(partial(getattr(store, name), layout), axis_env=[(AXIS, layout.num_devices)])
+        with wire.noting() as parts:
+            jaxpr = make(*own)
+        found[name] = operands(collectives_of(jaxpr, layout.num_devices)), parts
+    return found
+
+
+@pytest.mark.parametrize(
+    ("workers", "num_devices", "least", "shares"),
+    [(2, 2, 0, ()), (4, 4, 0, ()), (8, 4, 0, ()), (8, 8, 3, ()), (3, 3, 0, (2.0, 1.0, 1.0)), (4, 1, 0, ())],
+)
+def test_compiled_collectives_move_what_is_traced(workers, num_devices, least, shares):
+    params, axes, groups, _ = make_case(64, 64, workers, min_units=least, shares=shares)
+    layout = make_layout(params, axes, groups, workers, num_devices)
+    traced, chosen = trace(layout), jax.devices()[:num_devices]
+    for name, (args, in_axes) in arguments(layout).items():
+        program = devices.compile_program(
+            partial(getattr(store, name), layout), args, chosen, in_axes=in_axes
         )
-        for name, group in layout.groups.items()
-    }
-    healthy = jax.ShapeDtypeStruct((workers,), bool)
-    return {"gather": (shards, draw), "merge": (shards, subnets, draw, healthy)}
+        found, parts = traced[name]
+        assert compiled.read(program.as_text()).operands == found, name
+        assert sum(found.values()) == (sum(part.operand for part in parts) if num_devices > 1 else 0)
+    if num_devices > 1 and not least and not shares:
+        # 4 x the subnets' own entries: nothing but the subnets is moved, with the padding of rows
+        leaves, slots = layout.leaves.values(), subnet_shapes(layout)
+        units = sum(np.prod(slots[path].shape) for path in layout.leaves if any(axes[path]))
+        rows = [leaf for leaf in leaves if len(leaf.unit_axes) == 1]
+        padding = sum(-leaf.row_size % num_devices * leaf.groups[0].slots for leaf in rows)
+        assert traced["gather"][0] == {
+            ("all-to-all", num_devices): 4 * (units + padding) * workers // num_devices
+        }
+
+
+@pytest.mark.parametrize(("codec", "size"), [(NONE, 4), (BFLOAT16, 2)])
+def test_bytes_of_an_exchange_by_hand(codec, size):
+    # one row leaf [4 units, 6] and a shared [4] at S = D = 2: a worker pulls 2 units x 3 numbers from each
+    # device: operand 2 x 2 x 3 numbers (48 bytes of float32), half of it leaves. The merge returns them, with
+    # a slice of 2 shared numbers to each device, 2 x (6 + 2), and a flag of 4 bytes (72); 2 are gathered.
+    params = {"rows": np.zeros((4, 6), np.float32), "shared": np.zeros(4, np.float32)}
+    axes = {"rows": ("u", None), "shared": (None,)}
+    layout = make_layout(params, axes, partition.make_groups(params, axes, 2), 2, 2, codec)
+    traced = trace(layout)
+    gather, merge = 12 * size, 16 * size + 2 * 4
+    assert traced["gather"][0] == {("all-to-all", 2): gather}
+    assert traced["merge"][0] == {("all-to-all", 2): merge, ("all-gather", 2): 2 * size}
+    leaving = sum(sent(kind, x, n) for found, _ in traced.values() for (kind, n), x in found.items())
+    assert leaving == gather / 2 + merge / 2 + 2 * size
+    paper = sum(part.paper for _, parts in traced.values() for part in parts)
+    assert paper == 2 * size * (2 * 2 * 6 + 2 * 4)
+    assert formula.local_sgd_bytes(layout) == 2 * 4 * 28
+
+
+def test_a_deal_that_ignores_the_strips_would_gather_zeros_and_is_refused():
+    # 16 units, 4 workers: of a strip one unit each fits the exchange; a worker with all 4 gets one of them
+    def whole_strips(rng, group, round_index):
+        return partition.assign(np.eye(4, dtype=bool).repeat(4, axis=1), group)
+
+    params = {"square": 1 + np.arange(256, dtype=np.float32).reshape(16, 16)}
+    axes = {"square": ("unit", "unit")}
+    groups = partition.make_groups(params, axes, 4)
+    layout = make_layout(params, axes, groups, 4, 4)
+    unchecked = {"unit": whole_strips(None, groups["unit"], 0)}
+    gather = jax.vmap(partial(store.gather, layout), (0, None), axis_name=AXIS)
+    got = np.asarray(gather(from_params(layout, params), unchecked)["square"])[:, 0]
+    for worker in range(4):
+        meant = masking.gather(params, axes, unchecked, worker)["square"]
+        assert (meant != 0).all()
+        assert (got[worker] == 0).mean() == 0.75
+    with pytest.raises(ValueError, match=r"deal 'whole_strips' .*'unit': worker 0 holds 4 .* slots for 1$"):
+        partition.draw(0, 0, groups, whole_strips)
+
+
+def test_layout_refuses_what_cannot_work():
+    params, axes, groups, _ = make_case(6, 6, 4)
+    with pytest.raises(ValueError, match=r"num_devices=3 does not divide num_workers=4.*\[1, 2, 4\]"):
+        make_layout(params, axes, groups, 4, 3)
+    mixed = params | {"temperature": jnp.zeros((), jnp.bfloat16)}
+    with pytest.raises(ValueError, match="one floating dtype, these have bfloat16, float32"):
+        make_layout(mixed, axes, groups, 4, 2)
+    layout = make_layout(params, axes, groups, 4, 2)
+    with pytest.raises(ValueError, match="not those of the model"):
+        from_params(layout, make_params(7, 6))

@@ -1,8 +1,8 @@
-"""What a round means, swept over methods, what becomes of the moments, codecs and ways to place the workers.
+"""What a round means, swept over methods, state policies, deals, codecs and ways to place the workers.
 
-Of every case: the round is that of the loops in reference.py, a run that was stopped goes on to the same bits,
-a round without a step and one of which nobody is heard leave the state as it was, and the bytes that are
-counted in the trace are those of the compiled programs.
+Of every case: the round is that of the loops in reference.py, a run that was stopped goes on to the same
+bits, a round without a step and one of which nobody is heard leave the state as it was, and the bytes that
+are counted in the trace are those of the compiled programs.
 """
 
 from collections import Counter
@@ -15,10 +15,10 @@ import numpy as np
 import optax
 import pytest
 import reference
-from rounds import copied, run_all, run_turn, set_up, whole
+from rounds import assert_same_bits, copied, run_all, run_turn, set_up, whole
 from test_distributed import finish, launch
 
-from ist_jax import partition
+from ist_jax import masking, partition
 from ist_jax.costs import compiled
 from ist_jax.costs.traced import collectives, collectives_of, operands
 from ist_jax.exchange.codec import NONE, Codec
@@ -144,6 +144,8 @@ def test_a_round_is_what_it_means(case, tmp_path):
             states.append(state)
             heard.append(told)
         check_loop(case, run, turns, states, heard)
+        if case.ill and case.method == "ist":
+            check_left_out(run, turns[-1], case.ill[0], *states[-2:])
         check_resumption(run, turns, states, tmp_path)
         check_no_step(case, run, turns, states)
         check_traffic(run)
@@ -157,8 +159,7 @@ def check_loop(case, run, turns, states, heard):
     if case.method == "data_parallel":
         loop, moments = reference.data_parallel(recipe), recipe.tx.init(params)
     else:
-        axes = partition.resolve_axes(reference.nested(params), run.model.unit_axes())
-        loop = reference.subnets(recipe, axes, send)
+        loop = reference.subnets(recipe, whole_axes(run), send)
         moments = recipe.tx.init(params) if case.policy == "carry" else None
     for turn, told in zip(turns, heard, strict=True):
         params, moments, healthy = loop(params, moments, reference.of_all_workers(turn))
@@ -179,6 +180,23 @@ def check_loop(case, run, turns, states, heard):
         assert max(np.abs(x).max() for x in wanted) > 0.1
 
 
+def whole_axes(run):
+    params = reference.nested(whole(run, run.state.params))
+    return partition.resolve_axes(params, run.model.unit_axes())
+
+
+def check_left_out(run, turn, worker, before, after):
+    """What only the ill worker holds has kept its bits, and all else that a worker trains has not."""
+    path, params = "layer2/dense/kernel", reference.nested(whole(run, before.params))
+    masks = [masking.masks(params, whole_axes(run), turn.draw, w) for w in range(turn.present.size)]
+    held = [np.asarray(reference.flat(mask)[path]) for mask in masks]
+    mine, others = held[worker], np.any(held[:worker] + held[worker + 1 :], axis=0)
+    old, new = (whole(run, state.params)[path] for state in (before, after))
+    assert mine.any() and not (mine & others).any()
+    assert_same_bits(new[mine], old[mine])
+    assert (new != old)[others].mean() > 0.9
+
+
 def check_resumption(run, turns, states, folder):
     """A run that was stopped after a round goes on to the same bits, of all fields of the state."""
     writer = Writer(folder, run.layout, keep=1)
@@ -196,10 +214,11 @@ def check_no_step(case, run, turns, states):
     still, _ = run_turn(run.stages[-1], copied(states[1], run), turns[1]._replace(rates=rates))
     if case.codec is NONE:
         assert_same_bits(still.params, states[1].params)
-    lost, told = run_turn(run.stages[-1], copied(states[1], run), turns[1]._replace(rates=rates + np.inf))
-    assert not told.healthy.any()
-    arrays = lambda state: [x for x in jax.tree.leaves(state) if x.ndim > 1]  # noqa: E731
-    assert_same_bits(arrays(lost), arrays(states[1]))
+    for turn, before in zip(turns, states, strict=False):
+        lost, told = run_turn(run.stages[-1], copied(before, run), turn._replace(rates=rates + np.inf))
+        assert not told.healthy.any()
+        arrays = lambda state: [x for x in jax.tree.leaves(state) if x.ndim > 1]  # noqa: E731
+        assert_same_bits(arrays(lost), arrays(before))
 
 
 def check_traffic(run):
@@ -227,13 +246,6 @@ def compiled_operands(program):
     """Of the collectives between several devices."""
     found = compiled.read(program.as_text()).operands
     return {(kind, devices): size for (kind, devices), size in found.items() if devices > 1}
-
-
-def assert_same_bits(got, wanted):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        assert a.tobytes() == b.tobytes()
 
 
 def test_two_processes_do_what_one_does(tmp_path):

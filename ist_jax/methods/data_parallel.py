@@ -11,7 +11,7 @@ from jax import lax
 
 from ist_jax.exchange.layout import AXIS, Shards
 from ist_jax.methods.method import Method, Recipe, State, Told, Turn
-from ist_jax.methods.steps import all_finite, sum_over_workers, update, worker_key, worker_numbers
+from ist_jax.methods.steps import all_finite, is_sound, sum_over_workers, update, worker_key, worker_numbers
 
 
 def make(recipe: Recipe) -> Method:
@@ -32,7 +32,7 @@ def make(recipe: Recipe) -> Method:
             params, opt_state = carry
             grads, told, counts = mean_gradient(params, number, batches)
             stepped = update(recipe, params, opt_state, grads, rate)
-            sound = all_finite(stepped[0])
+            sound = is_sound(*stepped)
             taken = sound & (counts > 0)
             kept = jax.tree.map(lambda new, old: jnp.where(taken, new, old), stepped, carry)
             return kept, told._replace(healthy=told.healthy & sound)

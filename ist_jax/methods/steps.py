@@ -57,8 +57,7 @@ def train_worker(
 
     xs = (jnp.arange(len(turn.rates)), turn.indices, turn.rates)
     (params, opt_state), (losses, accuracies) = lax.scan(step, (params, opt_state), xs, unroll=recipe.unroll)
-    moments = [x for x in jax.tree.leaves(recipe.policy.end(opt_state)) if x.ndim]
-    healthy = jnp.isfinite(losses).all() & all_finite((params, moments))
+    healthy = jnp.isfinite(losses).all() & is_sound(params, recipe.policy.end(opt_state))
     return params, opt_state, Told(losses.mean(), accuracies.mean(), healthy)
 
 
@@ -117,3 +116,8 @@ def sum_over_workers(recipe: Recipe, fn: Callable[[Any], tuple], args: Any) -> t
 def all_finite(tree: Any) -> jax.Array:
     """Whether every number of every leaf is finite, a bool scalar."""
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def is_sound(params: Shards, opt_state: Any) -> jax.Array:
+    """Whether parameters and moments are finite; scalars of the state, such as counts, are not looked at."""
+    return all_finite((params, [x for x in jax.tree.leaves(opt_state) if x.ndim]))
