@@ -1,9 +1,9 @@
 """Rounds of local SGD before those of IST: the same state, exchanged whole."""
 
-from functools import partial
-
+import jax
 import numpy as np
 import pytest
+import reference
 from conftest import get_config
 from rounds import assert_same_bits, describe, run_all, set_up, trace_round, whole
 
@@ -15,45 +15,50 @@ from ist_jax.runtime.schedule import Progress
 from ist_jax.workdir import files
 
 PER_ROUND = 2 * 8 / 1437  # passes over the digits, of a worker in a round of a smoke config
-CASES = {
-    "resnet": {"model.sections": (3,), "partition.sections": (1,)},
-    "mlp": {
-        "num_workers": 3,
-        "partition.shares": (3.0, 2.0, 1.0),
-        "optimizer_state": "carry",
-        "num_devices": 1,
-    },
-}
+UNEVEN = {
+    "num_workers": 3, "partition.shares": (3.0, 2.0, 1.0), "optimizer_state": "carry", "num_devices": 1,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def warm():
     """A run with two rounds of warm-up and one of IST, and its states after each."""
-    run = set_up("mlp", **CASES["mlp"], **{"partition.warmup_epochs": 1.9 * 3 * PER_ROUND})
+    run = set_up("mlp", **UNEVEN, **{"partition.warmup_epochs": 1.9 * 3 * PER_ROUND})
     assert [stage.until for stage in run.stages] == [2, 3]
     state = run_all(run)
     return run, state, run_all(run, rounds=3, state=state, first=2)
 
 
 def test_the_rounds_of_a_warmup_are_those_of_local_sgd_bit_for_bit(warm):
-    plain = set_up("mlp", method="local_sgd", **CASES["mlp"])
+    plain = set_up("mlp", method="local_sgd", **UNEVEN)
     assert len(plain.stages) == 1
     assert_same_bits(whole(warm[0], warm[1]), whole(plain, run_all(plain)))
 
 
 def test_after_the_warmup_the_rounds_are_those_of_ist(warm):
-    fresh = set_up("mlp", **CASES["mlp"])
+    fresh = set_up("mlp", **UNEVEN)
     assert len(fresh.stages) == 1
     assert_same_bits(run_all(fresh, rounds=3, state=warm[1], first=2), warm[2])
 
 
-def test_a_warmup_scales_branches_as_an_evaluation_does(monkeypatch):
-    run = set_up("resnet", **CASES["resnet"], **{"partition.warmup_epochs": 1e6})
-    assert [stage.until for stage in run.stages] == [3, 3]
-    assert run.scale == {"section1": 0.5}
-    monkeypatch.setattr(scoring, "make_loss_fn", partial(scoring.make_loss_fn, scale=run.scale))
-    plain = set_up("resnet", method="local_sgd", **CASES["resnet"])
-    assert_same_bits(whole(run, run_all(run).params), whole(plain, run_all(plain).params))
+def test_a_warmup_scales_branches_as_an_evaluation_does():
+    config = get_config("resnet", **{"model.sections": (3,), "partition.sections": (1,)})
+    recipe, model, opened = describe(config)
+    scale = setup.unit_scale(config, recipe.layout)
+    assert scale == {"section1": 0.5}
+    warm = setup.warmup_recipe(recipe, model, opened.task, scale)
+    params = recipe.init_params(jax.random.key(0))
+    inputs, labels = opened.task.eval_fn(opened.test)
+    loss, _ = reference.plainly(warm.loss_fn)(reference.flat(params), inputs, labels, None)
+
+    @reference.plainly
+    def score(params, factor):
+        batch = dict(opened.test) | {"weight": np.ones(len(labels))}
+        return scoring.score_batch(model, opened.task, {"section1": factor}, {"params": params}, batch)
+
+    scaled, plain = (float(score(params, factor)[0]) / len(labels) for factor in (0.5, 1.0))
+    assert float(loss) == pytest.approx(scaled, rel=1e-5)
+    assert float(loss) != pytest.approx(plain, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["resnet", "mlp"])
