@@ -13,7 +13,13 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-CHECKED = ["ist_jax.masking", "ist_jax.partition", "ist_jax.deals"]  # with what is below them
+CHECKED = [  # with what is below them
+    "ist_jax.masking",
+    "ist_jax.partition",
+    "ist_jax.deals",
+    "ist_jax.exchange",
+    "ist_jax.methods",
+]
 install_import_hook(CHECKED, "beartype.beartype")  # before any of them is imported
 
 from ist_jax.runtime import devices
