@@ -33,9 +33,9 @@ logging.getLogger("ist_jax").setLevel(logging.INFO)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _eight_devices(tmp_path_factory):
+def _eight_devices():
     assert len(jax.devices("cpu")) == 8
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "xla"))  # a second run is faster
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
