@@ -22,7 +22,7 @@ class Kind(Protocol):
     """What a kind of leaf does; its file says what the arrays look like."""
 
     def split(self, x: Shaped[A, "..."], leaf: Leaf, num_devices: int) -> Shaped[A, "D ..."]: ...
-    def join(self, x: Shaped[A, "D ..."], leaf: Leaf) -> Shaped[A, "..."]: ...
+    def join(self, x: Shaped[A, "D ..."], leaf: Leaf) -> Shaped[A | np.generic, "..."]: ...
     def stored_shape(self, leaf: Leaf) -> tuple[int, ...]: ...
     def stored_piece(self, leaf: Leaf, device: int, num_devices: int) -> tuple[int, int, int]: ...
     def to_stored(
@@ -113,7 +113,7 @@ def from_params(layout: Layout, params: Params) -> dict[str, Float[np.ndarray, "
 
 def iter_leaves(
     layout: Layout, shards: Mapping[str, Float[Array | np.ndarray, "D ..."]]
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[tuple[str, np.ndarray | np.generic]]:
     """(path, whole leaf) on the host, one leaf at a time, in the order of the paths."""
     for path, leaf in layout.leaves.items():
         yield path, kind_of(leaf).join(np.asarray(shards[path]), leaf)
@@ -121,6 +121,6 @@ def iter_leaves(
 
 def to_params(
     layout: Layout, shards: Mapping[str, Float[Array | np.ndarray, "D ..."]]
-) -> PyTree[Float[np.ndarray, "..."]]:
+) -> PyTree[Float[np.ndarray | np.generic, "..."]]:
     """The global parameters as a nested dict of host arrays, from shards stacked on axis 0."""
     return traverse_util.unflatten_dict(dict(iter_leaves(layout, shards)), sep="/")

@@ -25,7 +25,7 @@ def split(x: Shaped[A, "*shape"], leaf: Leaf, num_devices: int) -> Shaped[A, " D
     return wide(x, (num_devices, *x.shape))
 
 
-def join(x: Shaped[A, " D *shape"], leaf: Leaf) -> Shaped[A, "*shape"]:
+def join(x: Shaped[A, " D *shape"], leaf: Leaf) -> Shaped[A | np.generic, "*shape"]:
     """The inverse of `split`."""
     del leaf
     return x[0]

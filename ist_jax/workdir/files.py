@@ -98,7 +98,7 @@ def write_json(path: Path, value: Json) -> None:
     part.replace(path)
 
 
-def params_sha256(leaves: Iterable[tuple[str, np.ndarray]]) -> str:
+def params_sha256(leaves: Iterable[tuple[str, np.ndarray | np.generic]]) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of leaves, in the order given."""
     digest = hashlib.sha256()
     for path, leaf in leaves:
