@@ -60,7 +60,8 @@ def subnets(recipe, axes, send=lambda x: x):
     def merge(tree, draw, trained, healthy):
         sent = [nested(jax.tree.map(send, subnet)) for subnet in trained]
         merged = flat(masking.merge(nested(tree), axes, draw, sent, healthy))
-        return merged | {path: send(merged[path]) for path in shared}  # their means are sent as well
+        means = {path: jnp.where(healthy.any(), send(merged[path]), tree[path]) for path in shared}
+        return merged | means  # which are sent as well
 
     @plainly
     def clear(subnet, gates):  # empty slots are no parameters
@@ -118,8 +119,8 @@ def data_parallel(recipe):
                     sound.append(grads)
             mean = {k: sum((g[k] for g in sound), 0 * x) / max(1, len(sound)) for k, x in params.items()}
             stepped = update(params, moments, mean, rate)
-            healthy &= is_finite(stepped[0])
-            if sound and is_finite(stepped[0]):
+            healthy &= is_finite(stepped)
+            if sound and is_finite(stepped):
                 params, moments = stepped
         return params, moments, healthy
 

@@ -5,19 +5,35 @@ import numpy as np
 import pytest
 from conftest import get_config
 
+from ist_jax import train
 from ist_jax.exchange.kinds import iter_leaves
 from ist_jax.exchange.layout import map_trees
 from ist_jax.methods.method import Told
-from ist_jax.runtime import devices, record, setup
+from ist_jax.runtime import devices, inputs, setup
 
 
-def set_up(name, change=None, *, start=None, **overrides):
+def set_up(name, change=None, *, params=None, evaluation_only=False, **overrides):
     """The run of a config, with `change` of the recipe that its method is made from."""
     make_recipe = setup.make_recipe
     with pytest.MonkeyPatch.context() as patch:
         if change is not None:
             patch.setattr(setup, "make_recipe", lambda *args: change(make_recipe(*args)))
-        return setup.set_up(get_config(name, **overrides), start=start)
+        config = get_config(name, **overrides)
+        return setup.set_up(config, params=params, evaluation_only=evaluation_only)
+
+
+def describe(config):
+    """(recipe, model, inputs) of a config, a device per worker; nothing is compiled."""
+    opened = inputs.open_inputs(setup.wanted_data(config))
+    model = setup.build_model(config, len(opened.dataset.classes))
+    return setup.make_recipe(config, model, opened.task, config.num_workers), model, opened
+
+
+def trace_round(config, recipe, opened):
+    """The phases of a round of a config by a recipe."""
+    data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), opened.train)
+    sizes = (data, config.local_steps, config.batch_size)
+    return setup.trace_round(setup.method_of(config), recipe, *sizes)
 
 
 def copied(state, run):
@@ -34,19 +50,11 @@ def run_turn(stage, state, turn):
     return state, Told(*(np.asarray(x).reshape(-1) for x in told))
 
 
-def train_round(run, state, index):
-    """(state, record)."""
-    stage = run.stage(index)
-    turn = run.turn(stage, index)
-    state, told = run_turn(stage, state, turn)
-    return state, record.round_record(run, stage, index, told, turn.present.reshape(-1))
-
-
 def run_all(run, rounds=2, state=None, first=0):
     """The state after these rounds, in which nobody was left out."""
-    state = copied(run.state, run) if state is None else state
+    state = copied(run.state if state is None else state, run)
     for index in range(first, rounds):
-        state, entry = train_round(run, state, index)
+        state, entry = train.train_round(run, state, index)
         assert entry["left_out"] == []
     return state
 
@@ -57,3 +65,10 @@ def whole(run, tree):
     return map_trees(
         layout, lambda shards: dict(iter_leaves(layout, shards)), tree, scalar=lambda x: np.asarray(x)[0]
     )
+
+
+def assert_same_bits(got, wanted):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert a.tobytes() == b.tobytes()

@@ -40,32 +40,29 @@ def command(workdir, **overrides):
     return ["main", f"--config={ROOT}/configs/mlp.py:smoke", f"--workdir={workdir}", *flags]
 
 
-@pytest.mark.parametrize("key", OWN)
-def test_an_own_thing_works_in_main_report_and_on_resume(key, folder, capsys):
+def test_own_things_work_in_main_report_and_on_resume(folder, capsys):
     whole, cut = folder / "whole", folder / "cut"
-    assert main.main(command(whole, **{key: OWN[key]})) == 0
-    assert main.main(command(cut, **{key: OWN[key], "rounds": 1})) == 0
-    assert main.main(command(cut, **{key: OWN[key]})) == 0  # goes on
+    assert main.main(command(whole, **OWN)) == 0
+    assert main.main(command(cut, **OWN, rounds=1)) == 0
+    assert main.main(command(cut, **OWN)) == 0  # goes on
     summaries = [json.loads((f / "summary.json").read_text()) for f in (whole, cut)]
     assert summaries[0]["params_sha256"] == summaries[1]["params_sha256"]
     rows = {row["cause"]: row for row in json.loads((whole / "ledger.json").read_text())["rows"]}
     for cause in ("gather", "merge_units", "merge_shared", "round", "store"):
         assert rows[cause]["expected"] == rows[cause]["hlo"], cause
-    plain = train.train(get_config("mlp"), folder / "plain")
-    assert plain["params_sha256"] != summaries[0]["params_sha256"]
-    ratio = summaries[0]["bytes_exchanged_per_worker"] / plain["bytes_exchanged_per_worker"]
-    assert ratio == (0.5 if key == "exchange.codec" else 1)
+    # 64-32-32-10 for 2 workers: half of each layer and its norms, both ways, 2 bytes a number; 3 rounds
+    assert summaries[0]["bytes_exchanged_per_worker"] == 3 * 2 * 2 * (64 * 16 + 16 * 16 + 16 * 10 + 4 * 16)
     assert report(["report", f"--workdir={whole}"]) == 0
-    page = (whole / "report.html").read_text()
-    assert "map0" in page
-    # another file under the same name
-    name = OWN[key].split(":")[0]
-    (folder / name).write_text(FILES[name] + "\n# changed\n")
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as refused:
-        main.main(command(cut, **{key: OWN[key], "rounds": 4}))
-    assert refused.value.code == 2
-    assert re.search(rf"{key}.*{name}|{name}.*{key}", capsys.readouterr().err)
+    assert "map0" in (whole / "report.html").read_text()
+    for key, named in OWN.items():  # another file under the same name
+        name = named.split(":")[0]
+        (folder / name).write_text(FILES[name] + "\n# changed\n")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as refused:
+            main.main(command(cut, **OWN, rounds=4))
+        assert refused.value.code == 2
+        assert f"{key}={named} is not the file that it was begun with" in capsys.readouterr().err
+        (folder / name).write_text(FILES[name])
 
 
 def test_plan_and_compare_know_them(folder, capsys):
@@ -90,12 +87,14 @@ def test_the_rolling_window_is_dealt_and_slowmo_is_slow(folder):
         assert np.array_equal(draw[0], wanted)
     own = set_up(get_config("mlp", method=OWN["method"]))
     ist = set_up(get_config("mlp"))
+    half = set_up(get_config("mlp", **{"exchange.codec": OWN["exchange.codec"]}))
     moved = []
-    for run in (own, ist):
+    for run in (own, ist, half):
         before = {p: np.array(x) for p, x in run.state.params.items()}
         state, _ = train.train_round(run, run.state, 0)
         moved.append({p: np.asarray(x) - before[p] for p, x in state.params.items()})
-    assert reference.max_difference(*moved) < 1e-6  # the first round: no momentum yet
+    assert reference.max_difference(*moved[:2]) < 1e-6  # the first round: no momentum yet
+    assert 1e-6 < reference.max_difference(*moved[1:]) < 1e-2  # numbers of 8 bits of precision
 
 
 BAD = {

@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import nested
+from reference import nested, plainly
 from test_masking import leaves, make_case, make_params
 
-from ist_jax import masking, partition
-from ist_jax.costs import compiled as hlo
-from ist_jax.costs import formula as ledger
-from ist_jax.exchange import store
-from ist_jax.exchange.layout import from_params, make_layout, to_params
+from ist_jax import deals, masking, partition
+from ist_jax.costs import compiled, formula
+from ist_jax.costs.traced import collectives_of, operands, sent
+from ist_jax.exchange import store, wire
+from ist_jax.exchange.codec import NONE, Codec
+from ist_jax.exchange.kinds import from_params, shard_shapes, subnet_shapes, to_params
+from ist_jax.exchange.layout import AXIS, make_layout
 from ist_jax.runtime import devices
+
+BFLOAT16 = Codec(encode=lambda x: x.astype(jnp.bfloat16), decode=lambda x: x.astype(jnp.float32))
 
 
 @st.composite
@@ -35,7 +39,7 @@ def exchange(layout, shards, assignment, update, healthy, mapped):
     def run(shards, change, healthy, assignment):
         subnets = store.gather(layout, shards, assignment)
         workers = layout.workers_per_device
-        shared = store.shared(layout, shards)
+        shared = store.shared_leaves(layout, shards)
         subnets |= {p: jnp.broadcast_to(x, (workers, *x.shape)) for p, x in shared.items()}
         changed = {path: x + change[path] for path, x in subnets.items()}
         return subnets, store.merge(layout, shards, changed, assignment, healthy)
@@ -48,11 +52,19 @@ def exchange(layout, shards, assignment, update, healthy, mapped):
 
 
 def vmapped(run):
-    return jax.jit(jax.vmap(run, in_axes=(0, 0, 0, None), axis_name=store.AXIS))
+    return jax.jit(jax.vmap(run, in_axes=(0, 0, 0, None), axis_name=AXIS))
 
 
 def pmapped(run):
-    return jax.pmap(run, in_axes=(0, 0, 0, None), axis_name=store.AXIS)
+    return jax.pmap(run, in_axes=(0, 0, 0, None), axis_name=AXIS)
+
+
+def random_update(layout, rng):
+    """What training changes of every worker's subnet, [S, ...]."""
+    return {
+        path: rng.normal(size=(layout.num_workers, *x.shape)).astype(x.dtype)
+        for path, x in subnet_shapes(layout).items()
+    }
 
 
 def check_equal_to_masking(case, mapped):
@@ -65,29 +77,44 @@ def check_equal_to_masking(case, mapped):
 
     rng = np.random.default_rng(seed)
     healthy = rng.random(workers) < 0.8
-    gather = jax.jit(lambda p, a: [masking.gather(p, axes, a, w) for w in range(workers)])
-    expected = gather(params, assignment)
     update = {
-        path: np.stack([rng.normal(size=x.shape) for x in [leaf] * workers]).astype(np.float32)
-        for path, leaf in leaves(expected[0]).items()
+        path: np.where(healthy.reshape(-1, *[1] * (x.ndim - 1)), x, np.nan)
+        for path, x in random_update(layout, rng).items()
     }
-    update = {
-        path: np.where(healthy.reshape(-1, *[1] * (x.ndim - 1)), x, np.nan) for path, x in update.items()
-    }
+
+    @plainly
+    def meant(params, assignment, update, healthy):
+        subnets = [masking.gather(params, axes, assignment, w) for w in range(workers)]
+        trained = [nested({p: x + update[p][w] for p, x in leaves(s).items()}) for w, s in enumerate(subnets)]
+        return subnets, masking.merge(params, axes, assignment, trained, healthy)
+
     got, merged = exchange(layout, shards, assignment, update, healthy, mapped)
-    for worker in range(workers):
-        for path, leaf in leaves(expected[worker]).items():
+    subnets, wanted = meant(params, assignment, update, healthy)
+    for worker, subnet in enumerate(subnets):
+        for path, leaf in leaves(subnet).items():
             assert np.array_equal(got[path][worker], leaf), (path, worker)
-    trained = [nested({p: x + update[p][w] for p, x in leaves(expected[w]).items()}) for w in range(workers)]
-    merge = jax.jit(lambda p, a, s, h: masking.merge(p, axes, a, s, h))
-    wanted = merge(params, assignment, trained, healthy)
     for path, leaf in leaves(wanted).items():
         assert np.array_equal(leaves(merged)[path], leaf), path
 
 
-@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
-@given(cases())
+# workers, devices, units of two groups, least units, shares, seed
+@pytest.mark.parametrize(
+    "case",
+    [
+        (1, 1, 1, 1, 0, (), 0),
+        (2, 1, 5, 4, 2, (), 1),
+        (6, 2, 16, 9, 0, (1.0, 2.0, 3.0, 1.0, 2.0, 3.0), 2),
+        (8, 2, 5, 1, 1, (), 3),  # more workers than units, everybody holds the only one
+    ],
+)
 def test_exchange_equals_masking(case):
+    check_equal_to_masking(case, vmapped)
+
+
+@pytest.mark.slow
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@given(cases())
+def test_exchange_of_random_cases_equals_masking(case):
     check_equal_to_masking(case, vmapped)
 
 
@@ -104,21 +131,13 @@ def test_exchange_on_devices_equals_masking(case):
     check_equal_to_masking(case, pmapped)
 
 
-@pytest.mark.parametrize("least", [0, 9])
-def test_exchange_is_bit_identical_on_any_number_of_devices(least):
+@pytest.mark.parametrize(("least", "counts"), [(0, (1, 6)), (9, (1, 2, 3, 6))])
+def test_exchange_is_bit_identical_on_any_number_of_devices(least, counts):
     results = []
-    for num_devices in (1, 2, 3, 6):
+    for num_devices in counts:
         params, axes, groups, assignment = make_case(36, 9, 6, min_units=least)
         layout = make_layout(params, axes, groups, 6, num_devices)
-        rng = np.random.default_rng(5)
-        sizes = {n: g.slots for n, g in groups.items()}
-        update = {
-            path: rng.normal(
-                size=(6, *[sizes.get(n, s) for s, n in zip(leaf.shape, axes[path], strict=True)])
-            )
-            for path, leaf in leaves(params).items()
-        }
-        update = {path: x.astype(np.float32) for path, x in update.items()}
+        update = random_update(layout, np.random.default_rng(5))
         shards, healthy = from_params(layout, params), np.ones(6, bool)
         results.append(exchange(layout, shards, assignment, update, healthy, pmapped)[1])
     for other in results[1:]:
@@ -126,53 +145,75 @@ def test_exchange_is_bit_identical_on_any_number_of_devices(least):
             assert np.array_equal(leaves(other)[path], leaf), path
 
 
+def arguments(layout):
+    """Of a gather and of a merge, on all devices: {name: (arguments, their axes)}."""
+    grid = (layout.num_devices, layout.workers_per_device)
+    shards = {
+        path: np.zeros((layout.num_devices, *x.shape), x.dtype) for path, x in shard_shapes(layout).items()
+    }
+    subnets = {path: np.zeros((*grid, *x.shape), x.dtype) for path, x in subnet_shapes(layout).items()}
+    draw = partition.draw(0, 0, layout.groups, deals.random)
+    merged = (shards, subnets, draw, np.ones(grid, bool))
+    return {"gather": ((shards, draw), (0, None)), "merge": (merged, (0, 0, None, 0))}
+
+
+def trace(layout):
+    """Of a gather and of a merge: {name: (operands of its collectives, the parts of what is sent)}."""
+    found = {}
+    for name, (args, in_axes) in arguments(layout).items():
+        own = [
+            jax.tree.map(lambda x: x[0], x) if axis == 0 else x for x, axis in zip(args, in_axes, strict=True)
+        ]
+        make = jax.make_jaxpr(partial(getattr(store, name), layout), axis_env=[(AXIS, layout.num_devices)])
+        with wire.noting() as parts:
+            jaxpr = make(*own)
+        found[name] = operands(collectives_of(jaxpr, layout.num_devices)), parts
+    return found
+
+
 @pytest.mark.parametrize(
     ("workers", "num_devices", "least", "shares"),
     [(2, 2, 0, ()), (4, 4, 0, ()), (8, 4, 0, ()), (8, 8, 3, ()), (3, 3, 0, (2.0, 1.0, 1.0)), (4, 1, 0, ())],
 )
-def test_compiled_collectives_move_what_the_formula_says(workers, num_devices, least, shares):
-    params, axes, groups, assignment = make_case(64, 64, workers, min_units=least, shares=shares)
+def test_compiled_collectives_move_what_is_traced(workers, num_devices, least, shares):
+    params, axes, groups, _ = make_case(64, 64, workers, min_units=least, shares=shares)
     layout = make_layout(params, axes, groups, workers, num_devices)
-    shards = from_params(layout, params)
-    chosen = jax.devices()[:num_devices]
-    gather = devices.compile_program(
-        partial(store.gather, layout), (shards, assignment), chosen, in_axes=[0, None]
-    )
-    sizes = {n: g.slots for n, g in groups.items()}
-    subnets = {
-        path: np.zeros(
-            (
-                num_devices,
-                workers // num_devices,
-                *[sizes.get(n, s) for s, n in zip(leaf.shape, axes[path], strict=True)],
-            ),
-            np.float32,
+    traced, chosen = trace(layout), jax.devices()[:num_devices]
+    for name, (args, in_axes) in arguments(layout).items():
+        program = devices.compile_program(
+            partial(getattr(store, name), layout), args, chosen, in_axes=in_axes
         )
-        for path, leaf in leaves(params).items()
-    }
-    merge = devices.compile_program(
-        partial(store.merge, layout),
-        (shards, subnets, assignment, np.ones((num_devices, workers // num_devices), bool)),
-        chosen,
-        in_axes=[0, 0, None, 0],
-    )
-    expected = ledger.collective_operands(layout)
-    wanted = [("gather", {"all-to-all": expected.gather})]
-    wanted.append(("merge", {"all-to-all": expected.merge, "all-gather": expected.merge_shared}))
-    for (name, operands), program in zip(wanted, (gather, merge), strict=True):
-        found = hlo.read(program.as_text()).operands
-        assert found == {(k, num_devices): x for k, x in operands.items() if x}, name
+        found, parts = traced[name]
+        assert compiled.read(program.as_text()).operands == found, name
+        assert sum(found.values()) == (sum(part.operand for part in parts) if num_devices > 1 else 0)
     if num_devices > 1 and not least and not shares:
-        # 2 x 4 x the subnets' own entries: nothing but the subnets is moved
-        units = sum(
-            np.prod([sizes.get(n, s) for s, n in zip(leaf.shape, axes[path], strict=True)])
-            for path, leaf in leaves(params).items() if any(axes[path])
-        )  # fmt: skip
-        padding = sum(
-            -layout.leaves[path].row_size % num_devices * layout.leaves[path].groups[0].slots
-            for path in layout.leaves if layout.leaves[path].kind == "rows"
-        )  # fmt: skip
-        assert expected.gather == 4 * (units + padding) * (workers // num_devices)
+        # 4 x the subnets' own entries: nothing but the subnets is moved, with the padding of rows
+        leaves, slots = layout.leaves.values(), subnet_shapes(layout)
+        units = sum(np.prod(slots[path].shape) for path in layout.leaves if any(axes[path]))
+        rows = [leaf for leaf in leaves if len(leaf.unit_axes) == 1]
+        padding = sum(-leaf.row_size % num_devices * leaf.groups[0].slots for leaf in rows)
+        assert traced["gather"][0] == {
+            ("all-to-all", num_devices): 4 * (units + padding) * workers // num_devices
+        }
+
+
+@pytest.mark.parametrize(("codec", "size"), [(NONE, 4), (BFLOAT16, 2)])
+def test_bytes_of_an_exchange_by_hand(codec, size):
+    # one row leaf [4 units, 6] and a shared [4] at S = D = 2: a worker pulls 2 units x 3 numbers from each
+    # device: operand 2 x 2 x 3 numbers (48 bytes of float32), half of it leaves. The merge returns them, with
+    # a slice of 2 shared numbers to each device, 2 x (6 + 2), and a flag of 4 bytes (72); 2 are gathered.
+    params = {"rows": np.zeros((4, 6), np.float32), "shared": np.zeros(4, np.float32)}
+    axes = {"rows": ("u", None), "shared": (None,)}
+    layout = make_layout(params, axes, partition.make_groups(params, axes, 2), 2, 2, codec)
+    traced = trace(layout)
+    gather, merge = 12 * size, 16 * size + 2 * 4
+    assert traced["gather"][0] == {("all-to-all", 2): gather}
+    assert traced["merge"][0] == {("all-to-all", 2): merge, ("all-gather", 2): 2 * size}
+    leaving = sum(sent(kind, x, n) for found, _ in traced.values() for (kind, n), x in found.items())
+    assert leaving == gather / 2 + merge / 2 + 2 * size
+    paper = sum(part.paper for _, parts in traced.values() for part in parts)
+    assert paper == 2 * size * (2 * 2 * 6 + 2 * 4)
+    assert formula.local_sgd_bytes(layout) == 2 * 4 * 28
 
 
 def test_a_deal_that_ignores_the_strips_would_gather_zeros_and_is_refused():
@@ -185,7 +226,7 @@ def test_a_deal_that_ignores_the_strips_would_gather_zeros_and_is_refused():
     groups = partition.make_groups(params, axes, 4)
     layout = make_layout(params, axes, groups, 4, 4)
     unchecked = {"unit": whole_strips(None, groups["unit"], 0)}
-    gather = jax.vmap(partial(store.gather, layout), (0, None), axis_name=store.AXIS)
+    gather = jax.vmap(partial(store.gather, layout), (0, None), axis_name=AXIS)
     got = np.asarray(gather(from_params(layout, params), unchecked)["square"])[:, 0]
     for worker in range(4):
         meant = masking.gather(params, axes, unchecked, worker)["square"]
@@ -193,20 +234,6 @@ def test_a_deal_that_ignores_the_strips_would_gather_zeros_and_is_refused():
         assert (got[worker] == 0).mean() == 0.75
     with pytest.raises(ValueError, match=r"deal 'whole_strips' .*'unit': worker 0 holds 4 .* slots for 1$"):
         partition.draw(0, 0, groups, whole_strips)
-
-
-def test_wire_bytes_by_hand():
-    # one row leaf [4 units, 6] and a shared [4] at S = D = 2: a worker pulls 2 units x 3 numbers from each
-    # device: operand 2 x 2 x 3 x 4 B = 48, half of it leaves. The merge returns them, with a slice of 2
-    # shared numbers and a flag to each device: 2 x (6 + 2 + 1) x 4 B = 72 + ... and gathers 2 numbers.
-    params = {"rows": np.zeros((4, 6), np.float32), "shared": np.zeros(4, np.float32)}
-    axes = {"rows": ("u", None), "shared": (None,)}
-    groups = partition.make_groups(params, axes, 2)
-    layout = make_layout(params, axes, groups, 2, 2)
-    assert ledger.collective_operands(layout) == ledger.Operands(48, 72, 8)
-    assert ledger.wire_bytes(layout) == 48 / 2 + 72 / 2 + 8
-    assert ledger.paper_bytes_per_round(layout) == 2 * 4 * (2 * 2 * 6 + 2 * 4)
-    assert ledger.full_model_bytes(layout) == 2 * 4 * 2 * 28
 
 
 def test_layout_refuses_what_cannot_work():

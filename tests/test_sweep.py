@@ -1,8 +1,8 @@
-"""What a round means, swept over methods, what becomes of the moments, codecs and ways to place the workers.
+"""What a round means, swept over methods, state policies, deals, codecs and ways to place the workers.
 
-Of every case: the round is that of the loops in reference.py, a run that was stopped goes on to the same bits,
-a round without a step and one of which nobody is heard leave the state as it was, and the bytes that are
-counted in the trace are those of the compiled programs.
+Of every case: the round is that of the loops in reference.py, a run that was stopped goes on to the same
+bits, a round without a step and one of which nobody is heard leave the state as it was, and the bytes that
+are counted in the trace are those of the compiled programs.
 """
 
 from collections import Counter
@@ -15,21 +15,18 @@ import numpy as np
 import optax
 import pytest
 import reference
-from rounds import copied, run_turn, set_up, whole
+from rounds import assert_same_bits, copied, run_all, run_turn, set_up, whole
+from test_distributed import finish, launch
 
-from ist_jax import partition
+from ist_jax import masking, partition
 from ist_jax.costs import compiled
 from ist_jax.costs.traced import collectives, collectives_of, operands
 from ist_jax.exchange.codec import NONE, Codec
 from ist_jax.exchange.layout import AXIS
 from ist_jax.runtime import devices
 from ist_jax.runtime.programs import restore_state
-from ist_jax.workdir import checkpoint
-
-try:
-    from ist_jax.workdir.checkpoint_writer import Writer
-except ImportError:
-    Writer = None
+from ist_jax.workdir import checkpoint, files
+from ist_jax.workdir.checkpoint_writer import Writer
 
 ROUNDS = 2
 BFLOAT16 = Codec(encode=lambda x: x.astype(jnp.bfloat16), decode=lambda x: x.astype(jnp.float32))
@@ -45,6 +42,7 @@ class Case(NamedTuple):
     config: str = "mlp"
     method: str = "ist"
     policy: str = "reset"
+    deal: str = "random"
     codec: Codec = NONE
     tx: Any = None
     overrides: Mapping[str, Any] = {}
@@ -55,32 +53,31 @@ class Case(NamedTuple):
 
 CARRY = {"policy": "carry", "tolerance": 2e-5}
 EXACT = {"dtype": np.float64, "tolerance": 1e-10}
+SOME = {"participation": 0.6}
 ADAM = optax.scale_by_adam(eps=1e-3)
-SECTIONS = {"model.sections": (1, 6)}  # 6 blocks, of which 3 workers have 2, 2 and 1: a first one is strided
 CASES = {
     "ist": Case((4, 4)),
-    "ist float64": Case((4, 2, "map"), **EXACT, policy="carry"),
-    "ist adam overlap": Case((4, 2, "map"), **CARRY, tx=ADAM, overrides={"partition.min_units": 20}),
-    "ist overlap": Case((2, 2), overrides={"partition.min_units": 20}),
-    "ist uneven": Case((3, 1, "vmap"), **CARRY, overrides={"partition.shares": (3.0, 2.0, 1.0)}),
-    "ist bfloat16": Case(
-        (4, 2, "map"), **EXACT, codec=BFLOAT16, policy="carry", overrides={"participation": 0.6}
-    ),
-    "ist ill update": Case((4, 2, "vmap"), **CARRY, ill=(2, "update")),
-    "ist ill loss": Case((3, 3), ill=(0, "loss"), overrides={"partition.min_units": 20}),
-    "ist alone": Case((1, 1), policy="carry"),
-    "local_sgd": Case((3, 3), method="local_sgd", ill=(1, "update")),
-    "local_sgd bfloat16": Case((4, 2, "vmap"), **EXACT, method="local_sgd", codec=BFLOAT16, policy="carry"),
-    "local_sgd absent": Case((4, 1, "map"), **CARRY, method="local_sgd", overrides={"participation": 0.6}),
-    "data_parallel": Case((4, 4), method="data_parallel", overrides={"participation": 0.6}),
+    "ist uneven": Case((3, 3), **EXACT, policy="carry", overrides={"partition.shares": (3.0, 2.0, 1.0)}),
+    "ist overlap": Case((4, 2, "map"), **CARRY, tx=ADAM, overrides={"partition.min_units": 20}),
+    "ist ill": Case((4, 1, "vmap"), **CARRY, ill=(2, "update")),
+    "ist bfloat16": Case((4, 2, "vmap"), **EXACT, codec=BFLOAT16, overrides=SOME),
+    "local_sgd": Case((4, 2, "vmap"), **CARRY, method="local_sgd", ill=(0, "loss")),
+    "local_sgd absent": Case((4, 1, "map"), method="local_sgd", overrides=SOME),
+    "local_sgd bfloat16": Case((3, 3), **EXACT, method="local_sgd", codec=BFLOAT16, policy="carry"),
+    "data_parallel": Case((4, 4), method="data_parallel", overrides=SOME),
     "data_parallel ill": Case((4, 2, "vmap"), method="data_parallel", tx=ADAM, ill=(3, "update")),
-    "data_parallel ill loss": Case((4, 1, "map"), method="data_parallel", ill=(1, "loss")),
-    "resnet uneven": Case((3, 3), "resnet", overrides=SECTIONS),
+    "data_parallel map": Case((4, 2, "map"), method="data_parallel", ill=(1, "loss")),
+    "resnet": Case(
+        (4, 2, "vmap"), "resnet",  # 5 blocks, of which the workers have 3, 2, 2 and 2
+        overrides={
+            "model.sections": (6,), "partition.sections": (1,), "partition.shares": (9.0, 2.0, 2.0, 2.0),
+            "partition.min_units": 2,
+        },
+    ),
     "resnet strided": Case(
-        (2, 1, "map"), "resnet", policy="carry",
+        (2, 2), "resnet", policy="carry",
         overrides={"model.sections": (1, 2), "partition.deal_strided": True},
     ),
-    "resnet overlap": Case((4, 2, "vmap"), "resnet", overrides=SECTIONS | {"partition.min_units": 2}),
 }  # fmt: skip
 
 
@@ -98,7 +95,7 @@ def set_up_case(case):
         )
 
     settings = {"num_workers": workers, "num_devices": num_devices, "optimizer_state": case.policy}
-    settings |= {"workers_on_device": mode[0]} if mode else {}
+    settings |= {"partition.deal": case.deal} | ({"workers_on_device": mode[0]} if mode else {})
     return set_up(case.config, change, method=case.method, **settings, **case.overrides)
 
 
@@ -141,12 +138,14 @@ def test_a_round_is_what_it_means(case, tmp_path):
         turns = [run.turn(run.stage(index), index) for index in range(ROUNDS)]
         if case.ill:
             turns[-1] = with_bad_batch(run, turns[-1], case.ill)
-        states, heard = [run.state], []
+        (stage,), states, heard = run.stages, [run.state], []
         for turn in turns:
-            state, told = run_turn(run.stages[-1], copied(states[-1], run), turn)
+            state, told = run_turn(stage, copied(states[-1], run), turn)
             states.append(state)
             heard.append(told)
         check_loop(case, run, turns, states, heard)
+        if case.ill and case.method == "ist":
+            check_left_out(run, turns[-1], case.ill[0], *states[-2:])
         check_resumption(run, turns, states, tmp_path)
         check_no_step(case, run, turns, states)
         check_traffic(run)
@@ -156,12 +155,11 @@ def check_loop(case, run, turns, states, heard):
     """The rounds are those of the plain loop."""
     recipe, start = run.stages[-1].recipe, states[0]
     send = (lambda x: x.astype(jnp.bfloat16).astype(x.dtype)) if case.codec is BFLOAT16 else lambda x: x
-    params, kept = whole(run, start.params), whole(run, (start.travels, start.stays))
+    params = whole(run, start.params)
     if case.method == "data_parallel":
         loop, moments = reference.data_parallel(recipe), recipe.tx.init(params)
     else:
-        axes = partition.resolve_axes(reference.nested(params), run.model.unit_axes())
-        loop = reference.subnets(recipe, axes, send)
+        loop = reference.subnets(recipe, whole_axes(run), send)
         moments = recipe.tx.init(params) if case.policy == "carry" else None
     for turn, told in zip(turns, heard, strict=True):
         params, moments, healthy = loop(params, moments, reference.of_all_workers(turn))
@@ -175,18 +173,32 @@ def check_loop(case, run, turns, states, heard):
         assert present.any() and not present.all()
     assert reference.max_difference(params, whole(run, states[-1].params)) < case.tolerance
     assert reference.max_difference(params, whole(run, start.params)) > 1e-2
-    kept = [x for x in jax.tree.leaves(whole(run, (states[-1].travels, states[-1].stays)))]
-    wanted = jax.tree.leaves(moments)
+    kept, wanted = jax.tree.leaves(whole(run, states[-1][1:])), jax.tree.leaves(moments)
     assert len(kept) == len(wanted)
     if wanted:
         assert reference.max_difference(wanted, kept) < 10 * case.tolerance
         assert max(np.abs(x).max() for x in wanted) > 0.1
 
 
+def whole_axes(run):
+    params = reference.nested(whole(run, run.state.params))
+    return partition.resolve_axes(params, run.model.unit_axes())
+
+
+def check_left_out(run, turn, worker, before, after):
+    """What only the ill worker holds has kept its bits, and all else that a worker trains has not."""
+    path, params = "layer2/dense/kernel", reference.nested(whole(run, before.params))
+    masks = [masking.masks(params, whole_axes(run), turn.draw, w) for w in range(turn.present.size)]
+    held = [np.asarray(reference.flat(mask)[path]) for mask in masks]
+    mine, others = held[worker], np.any(held[:worker] + held[worker + 1 :], axis=0)
+    old, new = (whole(run, state.params)[path] for state in (before, after))
+    assert mine.any() and not (mine & others).any()
+    assert_same_bits(new[mine], old[mine])
+    assert (new != old)[others].mean() > 0.9
+
+
 def check_resumption(run, turns, states, folder):
     """A run that was stopped after a round goes on to the same bits, of all fields of the state."""
-    if Writer is None:
-        return
     writer = Writer(folder, run.layout, keep=1)
     writer.save(states[1], {"round": 1})
     writer.close()
@@ -202,10 +214,11 @@ def check_no_step(case, run, turns, states):
     still, _ = run_turn(run.stages[-1], copied(states[1], run), turns[1]._replace(rates=rates))
     if case.codec is NONE:
         assert_same_bits(still.params, states[1].params)
-    lost, told = run_turn(run.stages[-1], copied(states[1], run), turns[1]._replace(rates=rates + np.inf))
-    assert not told.healthy.any()
-    arrays = lambda state: [x for x in jax.tree.leaves(state) if x.ndim > 1]  # noqa: E731
-    assert_same_bits(arrays(lost), arrays(states[1]))
+    for turn, before in zip(turns, states, strict=False):
+        lost, told = run_turn(run.stages[-1], copied(before, run), turn._replace(rates=rates + np.inf))
+        assert not told.healthy.any()
+        arrays = lambda state: [x for x in jax.tree.leaves(state) if x.ndim > 1]  # noqa: E731
+        assert_same_bits(arrays(lost), arrays(before))
 
 
 def check_traffic(run):
@@ -235,8 +248,19 @@ def compiled_operands(program):
     return {(kind, devices): size for (kind, devices), size in found.items() if devices > 1}
 
 
-def assert_same_bits(got, wanted):
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-        a, b = np.asarray(a), np.asarray(b)
-        assert (a.dtype, a.shape) == (b.dtype, b.shape)
-        assert a.tobytes() == b.tobytes()
+def test_two_processes_do_what_one_does(tmp_path):
+    settings = {"num_workers": 4, "num_devices": 4, "optimizer_state": "carry", "model.hidden": (32, 32)}
+    processes = launch(tmp_path, 2, rounds=2, eval_every=1, **{"checkpoint.every": 1}, **settings)
+    run = set_up("mlp", rounds=2, **settings)
+    states = [run_all(run, rounds) for rounds in (1, 2)]
+    results = finish(processes)
+    assert [code for code, _ in results] == [0, 0], results
+    for number, state in enumerate(states, 1):
+        saved = checkpoint.open_round(tmp_path, number)
+        found = restore_state(run.stages[-1].method, run.layout, saved, run.devices)
+        assert_same_bits(found, state)
+    assert len(jax.tree.leaves(state.travels)) == len(jax.tree.leaves(state.params))
+    rows = {row["cause"]: row for row in files.read_json(tmp_path / "ledger.json")["rows"]}
+    for cause in ("gather", "merge_units", "merge_shared", "round"):
+        assert rows[cause]["expected"] == rows[cause]["hlo"] > 0
+    assert 0 < rows["evaluation"]["hlo"] <= rows["evaluation"]["expected"]
