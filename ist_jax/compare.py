@@ -14,9 +14,9 @@ import json
 import logging
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_dict, config_flags
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import flax.linen as nn
 
     from ist_jax.runtime.setup import Run
+    from ist_jax.workdir.files import Json
 
 log = logging.getLogger("ist_jax.compare")  # also where this file is the command
 
@@ -47,7 +48,7 @@ def compare(
     methods: Sequence[str],
     seeds: int,
     model: "nn.Module | None" = None,
-) -> dict[str, Any]:
+) -> "dict[str, Json]":
     """Trains every method with every seed, and writes what compare.json holds.
 
     Args:
@@ -70,7 +71,7 @@ def compare(
     from ist_jax.workdir import files
 
     folders: dict[str, list[Path]] = {method: [] for method in methods}
-    summaries: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+    summaries: dict[str, list[dict[str, Json]]] = {method: [] for method in methods}
     starts = {}
     for seed in range(config.seed, config.seed + seeds):
         for method in methods:
@@ -112,7 +113,7 @@ def start_of(run: "Run") -> dict[str, str]:
     }
 
 
-def table(result: Mapping[str, Any]) -> str:
+def table(result: "Mapping[str, Json]") -> str:
     """The comparison for people: means, and the least and most over the seeds."""
     lines = [f"{'':14}{'test accuracy %':>26}{'seconds':>26}{'MB per worker':>16}"]
     for method, figures in result["methods"].items():
@@ -133,7 +134,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
 
 
-def _note_start(folder: Path) -> Any:
+def _note_start(folder: Path) -> "Callable[[Run], None]":
     def note(run: "Run") -> None:
         from ist_jax.workdir import files
 

@@ -6,7 +6,6 @@ tables `models.MODELS` and `data.SETS`. `configs/*.py` say what an experiment se
 
 import textwrap
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from ist_jax import data, extension
 from ist_jax.deals import DEALS
 from ist_jax.errors import did_you_mean
 from ist_jax.exchange.codec import CODECS
-from ist_jax.key import Key
+from ist_jax.key import Key, Options, Settings, Value
 from ist_jax.methods import METHODS
 from ist_jax.methods.steps import POLICIES
 from ist_jax.models import MODELS
@@ -137,7 +136,7 @@ COMMON: dict[str, Key] = {
 }
 
 
-def make(model: str, *settings: Mapping[str, Any]) -> config_dict.ConfigDict:
+def make(model: str, *settings: Options) -> config_dict.ConfigDict:
     """A config with all of its keys, locked.
 
     Args:
@@ -162,7 +161,7 @@ def make(model: str, *settings: Mapping[str, Any]) -> config_dict.ConfigDict:
     return config
 
 
-def choose(modes: Mapping[str, Mapping[str, Any]], mode: str) -> Mapping[str, Any]:
+def choose(modes: Mapping[str, Options], mode: str) -> Options:
     """What a mode of a config file sets.
 
     Raises:
@@ -195,7 +194,7 @@ def check(config: config_dict.ConfigDict) -> None:
         )
 
 
-def options(config: config_dict.ConfigDict, names: Iterable[str]) -> dict[str, Any]:
+def options(config: config_dict.ConfigDict, names: Iterable[str]) -> Settings:
     """The values of some keys by whole names, tuples as such.
 
     Raises:
@@ -217,7 +216,7 @@ def build_model(config: config_dict.ConfigDict, num_classes: int) -> nn.Module:
     return entry.build(options(config, entry.options), num_classes, dtype)
 
 
-def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
+def complete(recorded: Options) -> Settings:
     """A recorded config.json with the defaults of those keys that were added since.
 
     Args:
@@ -230,14 +229,14 @@ def complete(recorded: Mapping[str, Any]) -> dict[str, Any]:
     return _plainly(traverse_util.unflatten_dict(flat, sep="."))
 
 
-def _plainly(settings: dict[str, Any]) -> dict[str, Any]:
+def _plainly(settings: Settings) -> Settings:
     """Settings that say what is done: a method with one policy of the optimizer's state has that one."""
     entry = METHODS.get(settings.get("method", ""))
     forced = entry.optimizer_state if entry is not None else ""
     return settings | ({"optimizer_state": forced} if forced else {})
 
 
-def record(config: config_dict.ConfigDict) -> dict[str, Any]:
+def record(config: config_dict.ConfigDict) -> Settings:
     """A config as a run records it: nested, with the hashes of the files of the user's own by key.
 
     Raises:
@@ -247,7 +246,7 @@ def record(config: config_dict.ConfigDict) -> dict[str, Any]:
     return settings | {"files": extension.digests(traverse_util.flatten_dict(settings, sep="."))}
 
 
-def restore(recorded: Mapping[str, Any]) -> config_dict.ConfigDict:
+def restore(recorded: Options) -> config_dict.ConfigDict:
     """The config of a recorded one.
 
     Raises:
@@ -292,7 +291,7 @@ def _keys(model: str) -> dict[str, Key]:
     return COMMON | MODELS[model].options | data.options()
 
 
-def _get(config: config_dict.ConfigDict, name: str) -> Any:
+def _get(config: config_dict.ConfigDict, name: str) -> Value:
     value = config
     for part in name.split("."):
         if part not in value:

@@ -5,7 +5,7 @@ python -m ist_jax.evaluate --workdir=runs/digits [--data_dir=DIR] [image.png ...
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from absl import flags
 
@@ -13,11 +13,15 @@ from ist_jax import cli
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
+
+    from ist_jax.data import Split
+    from ist_jax.masking import Params
 
 _CALIBRATION_BATCHES = 32
 
 
-def read_image(path: str) -> Any:
+def read_image(path: str) -> "Image.Image":
     """An image file as a PIL image.
 
     Raises:
@@ -32,7 +36,7 @@ def read_image(path: str) -> Any:
         raise ValueError(f"cannot read {path} as an image: {error}") from None
 
 
-def to_example(image: Any, shape: tuple[int, ...]) -> "np.ndarray":
+def to_example(image: "Image.Image", shape: tuple[int, ...]) -> "np.ndarray":
     """A PIL image as uint8 [H, W, C], resized to the shape of a data set's images."""
     import numpy as np
 
@@ -100,11 +104,11 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
     print(f"test {score} with BatchNorm statistics re-estimated on training batches")
 
     @jax.jit
-    def predict(variables: Any, batch: Any) -> jax.Array:
-        logits: Any = run.model.apply(variables, run.inputs.task.eval_fn(batch)[0], scale=run.scale)
-        return jax.nn.softmax(logits)
+    def predict(variables: "dict[str, Params]", batch: "Split") -> jax.Array:
+        logits = run.model.apply(variables, run.inputs.task.eval_fn(batch)[0], scale=run.scale)
+        return jax.nn.softmax(cast(jax.Array, logits))
 
-    shape = run.inputs.task.example.shape[1:] if images else ()
+    shape = run.inputs.task.example.shape[1:] if images else ()  # type: ignore[union-attr]
     for name, picture in zip(images, pictures, strict=True):
         if encoded:
             example = inputs.make_transform(run.inputs.wanted).centre(picture)

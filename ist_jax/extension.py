@@ -6,10 +6,10 @@ import sys
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ist_jax.errors import did_you_mean, last_line
-from ist_jax.key import FILE
+from ist_jax.key import FILE, Options
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ def identity(reference: str) -> str:
     return reference if (found := digest(reference)) is None else f"{FILE.fullmatch(reference)[2]} {found}"  # type: ignore[index]
 
 
-def digests(settings: Mapping[str, Any]) -> dict[str, str]:
+def digests(settings: Options) -> dict[str, str]:
     """The digests of those settings that are FILE.py:NAME, by their keys.
 
     Raises:

@@ -2,11 +2,15 @@
 
 import math
 import re
-from collections.abc import Collection
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 FILE = re.compile(r"(.+\.py):([^\W\d]\w*)")  # FILE.py:NAME, something of the user's own
 _EXAMPLES = {int: ("ints", "'(1,2)'"), float: ("floats", "'(1,2)'"), str: ("strings", "('yes','no')")}
+
+Value: TypeAlias = Any  # of a setting: a bool, a number, a string, a tuple of these; None: unset
+Options = Mapping[str, Value]  # by whole names, such as 'model.width'
+Settings = dict[str, Value]  # a config as it is recorded, nested or by dotted key
 
 
 class Key(NamedTuple):
@@ -25,7 +29,7 @@ class Key(NamedTuple):
       extends: with another value a finished run is not finished.
     """
 
-    default: Any
+    default: Value
     help: str
     least: float | None = None
     most: float = math.inf
@@ -48,7 +52,7 @@ class Key(NamedTuple):
             return f"{self.least} to {self.most}"
         return f"{self.least} or more" + ", or leave it unset" * (self.default is None)
 
-    def check(self, name: str, value: Any) -> None:
+    def check(self, name: str, value: Value) -> None:
         """Raises ValueError, naming the setting and what is allowed, for a value that cannot work.
 
         Args:
@@ -66,10 +70,10 @@ class Key(NamedTuple):
                     finite = " (a finite number)" * (not math.isfinite(number) and self.most == math.inf)
                     raise ValueError(f"{name}={value}; set config.{name} to {self.allowed()}{finite}")
 
-    def _check_elements(self, name: str, values: Any) -> None:
+    def _check_elements(self, name: str, values: Value) -> None:
         kinds: Any = (int, float) if self.kind is float else self.kind
 
-        def fits(value: Any) -> bool:
+        def fits(value: Value) -> bool:
             right = isinstance(value, kinds) and not isinstance(value, bool)
             return right and (self.kind is str or math.isfinite(value))
 

@@ -132,7 +132,7 @@ class Group:
     def _dealt(self) -> Int[np.ndarray, " S"]:
         return np.bincount(self.deck, minlength=self.num_workers)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """What a run records of it, for JSON: all that a draw depends on."""
         return dataclasses.asdict(self)
 

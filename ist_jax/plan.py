@@ -12,7 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from absl import flags
 from ml_collections import config_dict, config_flags
@@ -21,6 +21,7 @@ from ist_jax import BANDWIDTHS, cli, errors
 
 if TYPE_CHECKING:
     from ist_jax import data
+    from ist_jax.workdir.files import Json
 
 USAGE = (
     "python -m ist_jax.plan --config=FILE[:MODE] [--json] [--bandwidth=LIST] [--flops=NUMBER] "
@@ -86,15 +87,16 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
     )
 
 
-def _one_example(facts: "data.Facts") -> Any:
+def _one_example(facts: "data.Facts") -> "data.Split":
     """Shapes of a training set of one example."""
     import jax
     import numpy as np
+    from jax.typing import DTypeLike
 
     from ist_jax.data.sparse import Rows
 
-    def shape(*sizes: int, dtype: Any = np.int32) -> Any:
-        return jax.ShapeDtypeStruct(sizes, dtype)
+    def shape(*sizes: int, dtype: DTypeLike = np.int32) -> jax.Array:
+        return jax.ShapeDtypeStruct(sizes, dtype)  # type: ignore[return-value]  # it stands for an array
 
     if not facts.sparse:
         return {"image": shape(1, *facts.example, dtype=np.uint8), "label": shape(1)}  # type: ignore[misc]
@@ -107,7 +109,7 @@ def _one_example(facts: "data.Facts") -> Any:
 
 def plan(
     config: config_dict.ConfigDict, facts: "data.Facts", *, bandwidths: Sequence[float], flops: float
-) -> dict[str, Any]:
+) -> "dict[str, Json]":
     """What `--json` prints.
 
     Args:
@@ -159,7 +161,7 @@ def _whole(cost: Cost) -> dict[str, float]:
     return {name: int(x) if x % 1 == 0 else x for name, x in cost._asdict().items()}
 
 
-def table(planned: dict[str, Any]) -> str:
+def table(planned: "dict[str, Json]") -> str:
     """The plan for people, at most 100 columns wide with up to 6 bandwidths."""
     setting, times = planned["setting"], planned["seconds_per_round"]
     lines = [
@@ -219,11 +221,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _positive(flag: str, texts: Sequence[Any]) -> list[float]:
+def _positive(flag: str, texts: Sequence[str | float]) -> list[float]:
     try:
         numbers = [float(text) for text in texts]
     except ValueError:
-        raise ValueError(f"--{flag}={','.join(texts)}: numbers are needed, separated by commas") from None
+        said = ",".join(texts)  # type: ignore[arg-type]  # a number is one
+        raise ValueError(f"--{flag}={said}: numbers are needed, separated by commas") from None
     if not all(0 < number < math.inf for number in numbers):
         raise ValueError(f"--{flag}={','.join(map(str, texts))}: numbers above 0 are needed")
     return numbers

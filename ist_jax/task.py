@@ -1,7 +1,7 @@
 """What is learned from a kind of data: its batches, its loss and its scores."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,9 @@ class Task(NamedTuple):
       scores: their M names; the first is what 'accuracy' means.
     """
 
-    example: Any
-    batch_fn: Callable[[Split, jax.Array, jax.Array], tuple[Any, jax.Array]]
-    eval_fn: Callable[[Split], tuple[Any, jax.Array]]
+    example: jax.Array | Sparse
+    batch_fn: Callable[[Split, jax.Array, jax.Array], tuple[jax.Array | Sparse, jax.Array]]
+    eval_fn: Callable[[Split], tuple[jax.Array | Sparse, jax.Array]]
     score_fn: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
     scores: tuple[str, ...]
 

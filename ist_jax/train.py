@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jaxtyping import PyTree
 from ml_collections import config_dict
 
 from ist_jax import config as configs
@@ -22,6 +23,7 @@ from ist_jax.runtime.run import Run
 from ist_jax.runtime.setup import set_up
 from ist_jax.runtime.stopping import diverged, has_stopped
 from ist_jax.workdir import checkpoint, checkpoint_writer, files, lock, resume
+from ist_jax.workdir.files import Json, Record
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ def train(
     model: nn.Module | None = None,
     *,
     started: Callable[[Run], None] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """Trains a model and writes its results.
 
     Args:
@@ -71,7 +73,7 @@ def run_rounds(
     workdir: Path,
     custom_model: nn.Module | None = None,
     observers: Sequence[Observer] = (),
-) -> dict[str, Any]:
+) -> dict[str, Json]:
     """Trains for the rounds that remain, writing metrics and checkpoints as they come, then the summary.
 
     Args:
@@ -143,21 +145,19 @@ def run_rounds(
     return summary
 
 
-def _summary(
-    run: Run, workdir: Path, records: Sequence[dict[str, Any]], custom_model: str | None
-) -> dict[str, Any]:
+def _summary(run: Run, workdir: Path, records: Sequence[Record], custom_model: str | None) -> dict[str, Json]:
     params = checkpoint.open_round(workdir, len(records)).params()
     return record.summarize(run, records, custom_model, files.params_sha256(params))
 
 
-def train_round(run: Run, state: State, index: int) -> tuple[State, dict[str, Any]]:
+def train_round(run: Run, state: State, index: int) -> tuple[State, Record]:
     """One round: the state after it, and its record.
 
     The programs are waited for one after another: that is how the phases are timed, and CPU collectives must
     not queue.
     """
     stage = run.stage(index)
-    turn, value = run.turn(stage, index), cast(Any, None)
+    turn, value = run.turn(stage, index), cast(PyTree, None)
     for name, program in stage.programs.items():
         with run.clock.lap(name, metered=stage is run.stages[-1]):  # the ledger is of the last stage's rounds
             value = jax.block_until_ready(program(state, value, turn))
@@ -167,8 +167,8 @@ def train_round(run: Run, state: State, index: int) -> tuple[State, dict[str, An
 
 
 def train_and_score(
-    run: Run, state: State, index: int, before: Sequence[dict[str, Any]] = ()
-) -> tuple[State, dict[str, Any]]:
+    run: Run, state: State, index: int, before: Sequence[Record] = ()
+) -> tuple[State, Record]:
     """One round and, when it is due, the evaluation: the state after it, and its record with all times.
 
     Evaluated is the validation split, where there is one, and the test set then at the end alone; whether
@@ -197,7 +197,7 @@ def score(run: Run, state: State, split: str = "test") -> scoring.Score:
 
 
 def _raise_if_cut_short(
-    run: Run, workdir: Path, records: Sequence[dict[str, Any]], stuck: int | None, signum: int
+    run: Run, workdir: Path, records: Sequence[Record], stuck: int | None, signum: int
 ) -> None:
     """Raises what ended the run before its last round, if anything did."""
     schedule, done = run.schedule, len(records)

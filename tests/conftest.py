@@ -13,7 +13,13 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-CHECKED = ["ist_jax.masking", "ist_jax.partition", "ist_jax.deals"]  # with what is below them
+CHECKED = [  # with what is below them
+    "ist_jax.masking",
+    "ist_jax.partition",
+    "ist_jax.deals",
+    "ist_jax.exchange",
+    "ist_jax.methods",
+]
 install_import_hook(CHECKED, "beartype.beartype")  # before any of them is imported
 
 from ist_jax.runtime import devices
@@ -27,9 +33,9 @@ logging.getLogger("ist_jax").setLevel(logging.INFO)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _eight_devices(tmp_path_factory):
+def _eight_devices():
     assert len(jax.devices("cpu")) == 8
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "xla"))  # a second run is faster
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

@@ -1,6 +1,7 @@
 """The commands as a user meets them: mistakes are one line and exit code 2."""
 
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from conftest import ROOT, get_config
 
 from ist_jax import compare, evaluate, main, plan, train
 from ist_jax.config import keys_of
+from ist_jax.workdir import files
 
 RESNET = f"--config={ROOT}/configs/resnet.py:smoke"
 MLP = f"--config={ROOT}/configs/mlp.py:smoke"
@@ -95,6 +97,19 @@ def test_a_config_file_that_fails_without_a_word(tmp_path, capsys):
     assert capsys.readouterr().err.endswith("own.py: NotImplementedError\n")
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of a run, of a run of a model of one's own, and of a broken one."""
+    folder = tmp_path_factory.mktemp("folders")
+    train.train(get_config("mlp", rounds=1), folder / "run")
+    shutil.copytree(folder / "run", folder / "own")
+    summary = files.read_summary(folder / "run") | {"custom_model": "Own()"}
+    files.write_json(folder / "own" / "summary.json", summary)
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.json").write_text('{"seed": ')
+    return folder
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -106,16 +121,8 @@ def test_a_config_file_that_fails_without_a_word(tmp_path, capsys):
         (["--workdir=broken"], "cannot read broken/config.json"),
     ],
 )
-def test_mistakes_at_evaluation(flags, message, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    if "--workdir=run" in flags:
-        train.train(get_config("mlp", rounds=1), tmp_path / "run")
-    if "--workdir=own" in flags:
-        from ist_jax.models.mlp import MLP as Own
-
-        train.train(get_config("mlp", rounds=1), tmp_path / "own", model=type("Own", (Own,), {})((8,), 10))
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "config.json").write_text('{"seed": ')
+def test_mistakes_at_evaluation(flags, message, folders, capsys, monkeypatch):
+    monkeypatch.chdir(folders)
     with pytest.raises(SystemExit) as stop:
         evaluate.main(["evaluate", *flags])
     assert stop.value.code == 2

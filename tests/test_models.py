@@ -10,6 +10,7 @@ import pytest
 from conftest import get_config
 from flax import traverse_util
 from jax import lax
+from reference import plainly
 
 from ist_jax import partition
 from ist_jax.config import build_model
@@ -94,7 +95,7 @@ def plain_bottleneck_net(params, x):
 def test_the_imagenet_net_and_its_gradients_are_the_plain_ones():
     model = ResNet((1, 3), 4, 10, (2,), block="bottleneck", stem="imagenet")
     x = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))
-    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    params = plainly(model.init)(jax.random.key(0), x)["params"]
 
     def step(apply, total, part):
         value, grads = jax.value_and_grad(lambda p: (apply(p, part) ** 2).sum())(params)
@@ -103,7 +104,7 @@ def test_the_imagenet_net_and_its_gradients_are_the_plain_ones():
     # in a loop, as in the local steps: there XLA:CPU treats gradients of convolutions differently
     ours = partial(step, lambda p, x: model.apply({"params": p}, x))
     got = jax.jit(lambda parts: lax.scan(ours, 0.0, parts))(x[None])
-    total, grads = jax.jit(partial(step, plain_bottleneck_net))(0.0, x)
+    total, grads = plainly(partial(step, plain_bottleneck_net))(0.0, x)
     wanted = total, jax.tree.map(lambda leaf: leaf[None], grads)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * float(jnp.abs(b).max()))
@@ -145,7 +146,7 @@ def test_a_subnet_is_the_same_class_with_fewer_units(model, sizes):
 def test_an_empty_slot_is_as_if_it_were_not_there(model, group):
     size = 2 if group == "section2" else 6
     x = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
-    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    params = plainly(model.init)(jax.random.key(0), x)["params"]
     axes = partition.resolve_axes(params, model.unit_axes())
     keep = np.arange(size) != 1
     cut = {
@@ -153,7 +154,7 @@ def test_an_empty_slot_is_as_if_it_were_not_there(model, group):
         for path, leaf in traverse_util.flatten_dict(params, sep="/").items()
     }
     small = model.subnet({group: size - 1})
-    wanted = small.apply({"params": traverse_util.unflatten_dict(cut, sep="/")}, x)
+    wanted = plainly(lambda p: small.apply({"params": p}, x))(traverse_util.unflatten_dict(cut, sep="/"))
     got = jax.jit(lambda p: model.apply({"params": p}, x, gates={group: jnp.asarray(keep)}))(params)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
     grads = jax.jit(
@@ -167,7 +168,7 @@ def test_an_empty_slot_is_as_if_it_were_not_there(model, group):
 def test_a_dealt_strided_block_is_the_shared_one():
     dealt = ResNet((1, 2), 4, 10, (2,), deal_strided=True)
     x = jax.random.normal(jax.random.key(1), (4, 9, 8, 1))
-    params = jax.jit(dealt.init)(jax.random.key(0), x)["params"]
+    params = plainly(dealt.init)(jax.random.key(0), x)["params"]
     axes = partition.resolve_axes(params, dealt.unit_axes())
     assert {path.split("/", 2)[1]: names[0] for path, names in axes.items() if "section" in path} == {
         "first": "section2_first", "blocks": "section2",
@@ -178,7 +179,7 @@ def test_a_dealt_strided_block_is_the_shared_one():
 
     def apply(model, params, gates=None):
         mutable = [] if gates else ["batch_stats"]
-        return jax.jit(lambda p: model.apply({"params": p}, x, gates, mutable=mutable))(params)
+        return plainly(lambda p: model.apply({"params": p}, x, gates, mutable=mutable))(params)
 
     wanted, stats = apply(dealt.clone(deal_strided=False), shared)
     got, got_stats = apply(dealt, params)
@@ -189,7 +190,7 @@ def test_a_dealt_strided_block_is_the_shared_one():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
     # at evaluation, a block that one of two workers held is the mean of the block and of what skips it
-    at = jax.jit(lambda s: dealt.apply({"params": params}, x, scale={"section2": 0.0, "section2_first": s}))
+    at = plainly(lambda s: dealt.apply({"params": params}, x, scale={"section2": 0.0, "section2_first": s}))
     nobody = {name: jnp.zeros(1, bool) for name in ("section2", "section2_first")}
     skipped, _ = apply(dealt, params, nobody)
     np.testing.assert_allclose(at(0.0), skipped, rtol=1e-4, atol=1e-5)
@@ -201,8 +202,8 @@ def test_a_dealt_strided_block_is_the_shared_one():
 def test_who_holds_no_strided_block_passes_on_every_second_pixel(block):
     module = block(8, strides=2, project=True)
     x = jax.random.normal(jax.random.key(1), (4, 9, 8, 5))
-    params = jax.jit(module.init)(jax.random.key(0), x)
-    run = jax.jit(lambda p, gate: module.apply(p, x, gate)[0])
+    params = plainly(module.init)(jax.random.key(0), x)
+    run = plainly(lambda p, gate: module.apply(p, x, gate)[0])
     got = run(params, False)
     assert got.shape == run(params, True).shape == (4, 5, 4, 8 * block.expansion)
     assert np.array_equal(got[..., :5], x[:, ::2, ::2])
@@ -214,7 +215,7 @@ def test_who_holds_no_strided_block_passes_on_every_second_pixel(block):
 def test_scale_multiplies_the_residual_branches():
     model = ResNet((1, 3), 4, 10, (2,))
     x = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
-    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    params = plainly(model.init)(jax.random.key(0), x)["params"]
     apply = jax.jit(lambda p, scale: model.apply({"params": p}, x, scale={"section2": scale}))
     for scale in (0.0, 0.5):
         scaled = jax.tree.map(lambda p: p, params)
@@ -226,7 +227,7 @@ def test_scale_multiplies_the_residual_branches():
 def test_bfloat16_is_of_the_layers_alone(model):
     x = jax.random.normal(jax.random.key(1), (16, 8, 8, 1))
     narrow = model.clone(dtype=jnp.bfloat16)
-    params = jax.jit(narrow.init)(jax.random.key(0), x)["params"]
+    params = plainly(narrow.init)(jax.random.key(0), x)["params"]
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
     jaxprs = [str(jax.make_jaxpr(lambda p, m=m: m.apply({"params": p}, x))(params)) for m in (model, narrow)]
     layers = [re.findall(r":(\w+)\[\S* = (?:conv_general_dilated|dot_general)\[", text) for text in jaxprs]

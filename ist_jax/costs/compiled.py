@@ -10,9 +10,10 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
+from jaxtyping import PyTree
 
 from ist_jax.costs.traced import Window, conv_flops
 
@@ -26,6 +27,35 @@ _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _RELEVANT = re.compile(r"=%|_computation| dot\(| convolution\(| custom-call\(|_groups=|_pairs=")
 _FLOPS = ("flops", 0)  # a key beside those of the collectives
 _OPAQUE = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul|conv|dot|cublas|cudnn|onednn)[^"]*"', re.I)
+
+
+class MemoryStats(Protocol):
+    """Bytes on a device, as the compiler counts them."""
+
+    argument_size_in_bytes: int
+    output_size_in_bytes: int
+    alias_size_in_bytes: int
+    temp_size_in_bytes: int
+
+
+class Executable(Protocol):
+    """A compiled program: a `jax.stages.Compiled`, or what calls one."""
+
+    def __call__(self, *args: PyTree) -> PyTree: ...
+
+    def as_text(self) -> str | None:
+        """Its optimised HLO."""
+
+    def memory_analysis(self) -> MemoryStats | None:
+        """None where the backend does not say."""
+
+    @property
+    def args_info(self) -> PyTree:
+        """(arguments, keyword arguments): shape and dtype of every array."""
+
+    @property
+    def input_shardings(self) -> PyTree[jax.sharding.Sharding | None]:
+        """The same tree; None where the program does not read the array."""
 
 
 class Program(NamedTuple):
@@ -49,7 +79,7 @@ def read(text: str) -> Program:
     return Program(tally, flops)
 
 
-def argument_bytes(program: jax.stages.Compiled) -> dict[str, int | None]:
+def argument_bytes(program: Executable) -> dict[str, int | None]:
     """Bytes of each argument on one device, by its place in the call's tree, such as "[0].params['w']".
 
     All of them are there: what the program does not read, and was therefore compiled without, is None; the
@@ -60,7 +90,7 @@ def argument_bytes(program: jax.stages.Compiled) -> dict[str, int | None]:
     """
     found: dict[str, int | None] = {}
 
-    def note(path: tuple, argument: Any, sharding: jax.sharding.Sharding | None) -> None:
+    def note(path: tuple, argument: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None) -> None:
         shape = argument.shape if sharding is None else sharding.shard_shape(argument.shape)
         size = math.prod(shape) * argument.dtype.itemsize
         found[jax.tree_util.keystr(path)] = None if sharding is None else size

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from ist_jax.costs import traced
 from ist_jax.exchange.kinds import kind_of, subnet_shapes
@@ -44,7 +45,7 @@ def largest_subnet(layout: Layout) -> int:
     return max(parameters(worker) for worker in range(layout.num_workers))
 
 
-def local_sgd_bytes(layout: Layout, travels: Any = ()) -> int:
+def local_sgd_bytes(layout: Layout, travels: PyTree = ()) -> int:
     """The papers' count of what a worker would exchange in a round of local SGD: the whole model both ways.
 
     Args:
@@ -79,7 +80,7 @@ def memory(recipe: Recipe, phases: Mapping[str, TracedPhase]) -> Memory:
     return Memory(_bytes(state), subnets, at_once * _bytes(fresh))
 
 
-def step_flops(recipe: Recipe, example: Any, batch_size: int) -> float:
+def step_flops(recipe: Recipe, example: jax.Array | Sparse, batch_size: int) -> float:
     """FLOPs of a local step of a subnet with all of its slots filled, as `traced` counts.
 
     Args:
@@ -100,7 +101,7 @@ def step_flops(recipe: Recipe, example: Any, batch_size: int) -> float:
     )
 
 
-def _bytes(shapes: Any) -> int:
+def _bytes(shapes: PyTree) -> int:
     """Of all arrays but those that a worker is heard by."""
     leaves = jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, Told))
     return sum(x.size * x.dtype.itemsize for x in leaves if not isinstance(x, Told))

@@ -2,16 +2,20 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from ist_jax.costs import compiled, formula
+from ist_jax.costs.compiled import Executable
 from ist_jax.costs.sockets import Meter
 from ist_jax.costs.traced import Collective, collectives, sent
 from ist_jax.costs.traffic import by_cause, round_traffic
+from ist_jax.data import Split
 from ist_jax.exchange.layout import AXIS
-from ist_jax.methods.method import Method, Recipe, Told, TracedPhase
+from ist_jax.methods.method import Method, Recipe, State, Told, TracedPhase
+from ist_jax.models.sparse import Sparse
+from ist_jax.workdir.files import Json
 
 COLUMNS = {
     "paper": "the papers' count: 4 bytes x 2 directions x the parameters of the slots that are assigned, "
@@ -49,25 +53,25 @@ class Subject(NamedTuple):
     recipe: Recipe
     method: Method
     phases: Mapping[str, TracedPhase]
-    programs: Mapping[str, Any]
-    score: Any
-    batches: Any
+    programs: Mapping[str, Executable]
+    score: Executable
+    batches: Split
     chunks: int
-    example: Any
+    example: jax.Array | Sparse
     steps: tuple[int, int]
     paper: Mapping[str, float]
 
     @property
-    def state(self) -> Any:
+    def state(self) -> State:
         """Shapes on one device."""
         return next(iter(self.phases.values())).inputs[0]
 
 
-def ledger_of(subject: Subject) -> dict[str, Any]:
+def ledger_of(subject: Subject) -> dict[str, Json]:
     """What ledger.json holds: a row per cause with its unit, and columns, None where nothing is known."""
     layout, (local_steps, batch_size) = subject.recipe.layout, subject.steps
     workers, devices = layout.workers_per_device, layout.num_devices
-    texts = {name: compiled.read(program.as_text()) for name, program in subject.programs.items()}
+    texts = {name: compiled.read(program.as_text()) for name, program in subject.programs.items()}  # type: ignore[arg-type]
     kept, found = formula.memory(subject.recipe, subject.phases)._asdict(), _held(subject.programs)
     trees = sum(map(layout.is_tree, jax.tree.leaves(subject.state, is_leaf=layout.is_tree)))
     numbers = found["subnets"] / workers if found["subnets"] else found["store"]
@@ -90,7 +94,7 @@ def ledger_of(subject: Subject) -> dict[str, Any]:
     ]  # fmt: skip
     total = {name: sum(row[name] for row in traffic) for name in ("paper", "expected", "hlo")}
     traffic.append(_row("round", "bytes", "worker and round", **total))
-    score = compiled.read(subject.score.as_text())
+    score = compiled.read(subject.score.as_text())  # type: ignore[arg-type]
     scoring = _row(
         "evaluation", "bytes", "worker and evaluation",
         expected=subject.chunks * sum(c.sent for c in _score_collectives(subject)) / workers,
@@ -114,8 +118,8 @@ def ledger_of(subject: Subject) -> dict[str, Any]:
 
 
 def with_wire(
-    table: Mapping[str, Any], meter: Meter, *, phases: Sequence[str], workers: int
-) -> dict[str, Any]:
+    table: dict[str, Json], meter: Meter, *, phases: Sequence[str], workers: int
+) -> dict[str, Json]:
     """The ledger with its last column filled in.
 
     Args:
@@ -133,12 +137,12 @@ def with_wire(
     return dict(table) | {"rows": [row | {"wire": wire.get(row["cause"])} for row in table["rows"]]}
 
 
-def _row(cause: str, unit: str, per: str, **columns: float | None) -> dict[str, Any]:
+def _row(cause: str, unit: str, per: str, **columns: float | None) -> dict[str, Json]:
     whole = {name: int(x) if x is not None and x % 1 == 0 else x for name, x in columns.items()}
     return {"cause": cause, "unit": unit, "per": per} | {name: whole.get(name) for name in COLUMNS}
 
 
-def _held(programs: Mapping[str, Any]) -> dict[str, int]:
+def _held(programs: Mapping[str, Executable]) -> dict[str, int]:
     """What a device keeps, from the arguments (state, value, turn) of the phases' programs, read or not."""
     arguments = [compiled.argument_bytes(program) for program in programs.values()]
     state: dict[str, int] = {}
@@ -152,7 +156,7 @@ def _held(programs: Mapping[str, Any]) -> dict[str, int]:
     return {"store": sum(state.values()), "subnets": max(subnets)}
 
 
-def _peak(program: Any) -> int | None:
+def _peak(program: Executable) -> int | None:
     """Bytes of a device's memory that a program needs; None where the backend does not say."""
     m = program.memory_analysis()
     if m is None:

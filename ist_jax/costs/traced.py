@@ -12,12 +12,14 @@ count as often as they run, and of a conditional the dearest branch.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxprs_in_params
+from jax.core import ShapedArray
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
+from jaxtyping import PyTree
 
 _KINDS = {
     "all_gather": "all-gather",
@@ -57,7 +59,9 @@ class Collective(NamedTuple):
         return sent(self.kind, self.operand, self.devices)
 
 
-def collectives(fn: Callable[..., Any], *args: Any, axis_name: str, num_devices: int) -> list[Collective]:
+def collectives(
+    fn: Callable[..., PyTree], *args: PyTree, axis_name: str, num_devices: int
+) -> list[Collective]:
     """The collectives of a per-device function; returns and raises as `collectives_of`.
 
     Args:
@@ -69,7 +73,7 @@ def collectives(fn: Callable[..., Any], *args: Any, axis_name: str, num_devices:
     return collectives_of(jax.make_jaxpr(fn, axis_env=[(axis_name, num_devices)])(*args), num_devices)
 
 
-def collectives_of(jaxpr: Any, num_devices: int) -> list[Collective]:
+def collectives_of(jaxpr: ClosedJaxpr, num_devices: int) -> list[Collective]:
     """The collectives of a traced per-device function that send anything: none on one device.
 
     Args:
@@ -81,7 +85,7 @@ def collectives_of(jaxpr: Any, num_devices: int) -> list[Collective]:
         kind whose bytes are not known here.
     """
 
-    def weigh(eqn: Any, _: Sequence[bool]) -> float:
+    def weigh(eqn: JaxprEqn, _: Sequence[bool]) -> float:
         return _collective(eqn, num_devices).sent if _is_collective(eqn) else 0
 
     result = []
@@ -123,18 +127,23 @@ def sent(kind: str, operand: float, devices: float) -> float:
     return operand * parts[kind] * (devices - 1) / devices
 
 
-def _is_collective(eqn: Any) -> bool:
+def _aval(atom: Var | Literal) -> ShapedArray:
+    """Shape and dtype."""
+    return atom.aval  # type: ignore[return-value]  # no other kind has operands
+
+
+def _is_collective(eqn: JaxprEqn) -> bool:
     axes = eqn.params.get("axes", eqn.params.get("axis_name", ()))
     named = any(isinstance(axis, str) for axis in (axes if isinstance(axes, tuple) else (axes,)))
     return named and eqn.primitive.name not in _SILENT
 
 
-def _collective(eqn: Any, num_devices: int) -> Collective:
+def _collective(eqn: JaxprEqn, num_devices: int) -> Collective:
     """One run of a collective; its scope is left to the caller."""
     if eqn.primitive.name not in _KINDS:
         raise ValueError(f"how much {eqn.primitive.name} sends is not known; known are {', '.join(_KINDS)}")
     groups = eqn.params.get("axis_index_groups")
-    avals = [atom.aval for atom in eqn.invars]
+    avals = [_aval(atom) for atom in eqn.invars]
     sizes = [aval.size * aval.dtype.itemsize for aval in avals]
     floats = sum(s for s, aval in zip(sizes, avals, strict=True) if jnp.issubdtype(aval.dtype, jnp.floating))
     devices = len(groups[0]) if groups else num_devices
@@ -163,7 +172,7 @@ class Window(NamedTuple):
         return int((inside & (place % self.input_dilation == 0)).sum())
 
 
-def step_flops(loss_fn: Callable[..., Any], params: Any, *args: Any) -> float:
+def step_flops(loss_fn: Callable[..., PyTree], params: PyTree, *args: PyTree) -> float:
     """FLOPs of the loss of a batch and its gradient by the parameters.
 
     Args:
@@ -180,22 +189,22 @@ def step_flops(loss_fn: Callable[..., Any], params: Any, *args: Any) -> float:
     return sum(cost.once * cost.times for cost in found)
 
 
-def _products(eqn: Any, trained: Sequence[bool]) -> int:
+def _products(eqn: JaxprEqn, trained: Sequence[bool]) -> int:
     """FLOPs of a product, forward and backward."""
     name = eqn.primitive.name
     once = _dot(eqn) if name == "dot_general" else _conv(eqn) if name == "conv_general_dilated" else 0
     return once * (1 + sum(trained))
 
 
-def _dot(eqn: Any) -> int:
+def _dot(eqn: JaxprEqn) -> int:
     (contracted, _), _ = eqn.params["dimension_numbers"]
-    left = eqn.invars[0].aval.shape
-    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    left = _aval(eqn.invars[0]).shape
+    return 2 * math.prod(_aval(eqn.outvars[0]).shape) * math.prod(left[axis] for axis in contracted)
 
 
-def _conv(eqn: Any) -> int:
+def _conv(eqn: JaxprEqn) -> int:
     params, numbers = eqn.params, eqn.params["dimension_numbers"]
-    left, right, out = (atom.aval.shape for atom in (*eqn.invars, *eqn.outvars))
+    left, right, out = (_aval(atom).shape for atom in (*eqn.invars, *eqn.outvars))
     windows = [
         Window(
             size=left[numbers.lhs_spec[2 + axis]],
@@ -231,21 +240,22 @@ def conv_flops(windows: Sequence[Window], features: int, batch: int, output_feat
 class _Cost(NamedTuple):
     """An equation that costs something."""
 
-    eqn: Any
+    eqn: JaxprEqn
     once: float
     times: float  # NaN: as often as the data say
     scope: str
 
 
-_Weigh = Callable[[Any, Sequence[bool]], float]  # (equation, which arguments depend on a parameter) -> cost
+# (equation, which arguments depend on a parameter) -> cost
+_Weigh = Callable[[JaxprEqn, Sequence[bool]], float]
 
 
-def _walk(jaxpr: Any, trained: Sequence[bool], weigh: _Weigh) -> tuple[list[_Cost], list[bool]]:
+def _walk(jaxpr: Jaxpr, trained: Sequence[bool], weigh: _Weigh) -> tuple[list[_Cost], list[bool]]:
     """(what costs something, which results depend on a parameter), from which arguments do."""
     known = {var for var, flag in zip(jaxpr.invars, trained, strict=True) if flag}
     found: list[_Cost] = []
 
-    def depends(atom: Any) -> bool:
+    def depends(atom: Var | Literal) -> bool:
         return not hasattr(atom, "val") and atom in known
 
     for eqn in jaxpr.eqns:
@@ -257,7 +267,7 @@ def _walk(jaxpr: Any, trained: Sequence[bool], weigh: _Weigh) -> tuple[list[_Cos
     return found, [depends(atom) for atom in jaxpr.outvars]
 
 
-def _enter(eqn: Any, flags: list[bool], weigh: _Weigh) -> tuple[list[_Cost], list[bool]]:
+def _enter(eqn: JaxprEqn, flags: list[bool], weigh: _Weigh) -> tuple[list[_Cost], list[bool]]:
     """`_walk` of an equation."""
     name, every = eqn.primitive.name, [any(flags)] * len(eqn.outvars)
     if once := weigh(eqn, flags):
@@ -278,7 +288,9 @@ def _enter(eqn: Any, flags: list[bool], weigh: _Weigh) -> tuple[list[_Cost], lis
     return found, inner[0][1] if is_call else every
 
 
-def _enter_scan(eqn: Any, body: Any, flags: list[bool], weigh: _Weigh) -> tuple[list[_Cost], list[bool]]:
+def _enter_scan(
+    eqn: JaxprEqn, body: Jaxpr, flags: list[bool], weigh: _Weigh
+) -> tuple[list[_Cost], list[bool]]:
     carry = sum(_same_rank(*pair) for pair in zip(eqn.outvars, body.outvars, strict=True))
     whole = sum(_same_rank(*pair) for pair in zip(eqn.invars, body.invars, strict=True))
     consts = whole - carry  # arguments: constants, what is carried, what is scanned over
@@ -290,9 +302,9 @@ def _enter_scan(eqn: Any, body: Any, flags: list[bool], weigh: _Weigh) -> tuple[
         flags = flags[:consts] + carried + flags[whole:]
 
 
-def _same_rank(outside: Any, inside: Any) -> bool:
+def _same_rank(outside: Var | Literal, inside: Var | Literal) -> bool:
     """Whether a variable of a loop is not cut into one piece per step."""
-    return outside.aval.ndim == inside.aval.ndim
+    return _aval(outside).ndim == _aval(inside).ndim
 
 
 def _total(found: list[_Cost]) -> float:

@@ -11,7 +11,7 @@ Two counts of bytes, which must not be mixed up:
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ist_jax.costs.traced import collectives_of, operands, sent
 from ist_jax.exchange.layout import Layout
@@ -19,6 +19,9 @@ from ist_jax.exchange.wire import Part
 from ist_jax.methods.method import TracedPhase
 
 _CAUSES = {"all-reduce": "gradients"}  # of collectives that are no exchange; else their kind
+
+
+N = TypeVar("N", int, float)  # of devices; NaN: not known
 
 
 class Traffic(NamedTuple):
@@ -52,7 +55,7 @@ def round_traffic(phases: Mapping[str, TracedPhase], layout: Layout) -> Traffic:
     return Traffic(dict(paper), dict(leaving))
 
 
-def by_cause(parts: Sequence[Part], found: Mapping[tuple[str, Any], float]) -> dict[str, float]:
+def by_cause(parts: Sequence[Part], found: Mapping[tuple[str, N], float]) -> dict[str, float]:
     """Bytes that a device sends in a phase, told apart: the one all-to-all of a merge has several causes.
 
     Args:

@@ -4,9 +4,6 @@ A set is one file with its facts, its reader and its options, and one line of `S
 is imported when a set is opened.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from ist_jax.data import (
     digits,
     extreme_classification,
@@ -26,7 +23,7 @@ from ist_jax.data.source import (
     load,
     select,
 )
-from ist_jax.key import Key
+from ist_jax.key import Key, Options
 
 __all__ = [
     "SETS", "ArraySource", "DataSet", "EncodedSource", "Entry", "Facts", "Source", "SparseSource", "Split",
@@ -49,7 +46,7 @@ def options() -> dict[str, Key]:
     return {name: key for entry in SETS.values() for name, key in entry.options.items()}
 
 
-def facts(name: str, given: Mapping[str, Any] | None = None) -> Facts:
+def facts(name: str, given: Options | None = None) -> Facts:
     """What is known of a set before it is opened; nothing, if it is not in `SETS`.
 
     Args:
@@ -59,7 +56,7 @@ def facts(name: str, given: Mapping[str, Any] | None = None) -> Facts:
     return SETS[name].facts(_completed(name, given)) if name in SETS else Facts()
 
 
-def open_data_set(name: str, directory: str, given: Mapping[str, Any] | None = None) -> DataSet:
+def open_data_set(name: str, directory: str, given: Options | None = None) -> DataSet:
     """Opens a data set.
 
     Args:
@@ -75,5 +72,5 @@ def open_data_set(name: str, directory: str, given: Mapping[str, Any] | None = N
     return SETS[name].load(directory, _completed(name, given))
 
 
-def _completed(name: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
+def _completed(name: str, given: Options | None) -> Options:
     return {option: (given or {}).get(option, key.default) for option, key in SETS[name].options.items()}

@@ -3,9 +3,10 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import PyTree
 
 from ist_jax.data.source import Split, select
 from ist_jax.data.sparse import Rows
@@ -14,7 +15,7 @@ from ist_jax.streams import Use, rng
 
 def split_validation(
     seed: int, train: Split, fraction: float
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
+) -> tuple[dict[str, PyTree], dict[str, PyTree] | None]:
     """Holds out a random fraction of the training examples.
 
     Args:

@@ -4,19 +4,17 @@ Reference: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI M
 Repository, 1998 (its test set).
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
 from ist_jax.data.source import ArraySource, DataSet, Entry, Facts
+from ist_jax.key import Options
 
 _INK_LEVELS = 16
 _TEST_FRACTION = 0.2
 _SPLIT_SEED = 0  # a property of the data set, the same whatever a run's seed is
 
 
-def load(directory: str, options: Mapping[str, Any]) -> DataSet:
+def load(directory: str, options: Options) -> DataSet:
     """A fixed, stratified split: 1,437 images to train on, 360 to test on; ink is bright."""
     from sklearn import datasets, model_selection  # slow to import
 

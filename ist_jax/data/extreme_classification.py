@@ -12,15 +12,15 @@ Reference: Bhatia et al., The extreme classification repository: Multi-label dat
 import logging
 import re
 from array import array
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from tqdm import tqdm
 
 from ist_jax.data.source import DataSet, Entry, Facts, SparseSource
 from ist_jax.data.sparse import Rows
+from ist_jax.key import Options
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _PAIR = re.compile(rb"\d+:" + _NUMBER)
 _PAIRS = re.compile(rb"(?:\s+\d+:" + _NUMBER + rb")*\s*")
 
 
-def load(directory: str, options: Mapping[str, Any]) -> DataSet:
+def load(directory: str, options: Options) -> DataSet:
     """Opens the two files of a folder: `train.txt` or `*_train.txt`, and `test.txt` or `*_test.txt`.
 
     Points without a label have nothing to learn or to find: they are left out, and their number is said.

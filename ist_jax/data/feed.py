@@ -7,11 +7,12 @@ the round alone, so that a run resumes at any round. `spec` is what a chunk's da
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from ist_jax.data import batches
+from ist_jax.data.source import Split
 
 
 class Chunk(NamedTuple):
@@ -22,8 +23,37 @@ class Chunk(NamedTuple):
       indices: int32 [D, W, l, B], into N.
     """
 
-    data: Any
+    data: Split
     indices: np.ndarray
+
+
+class Feed(Protocol):
+    """What feeds the rounds of a run."""
+
+    @property
+    def shards(self) -> Sequence[np.ndarray]:
+        """The examples of each worker."""
+
+    @property
+    def spec(self) -> Split:
+        """What the data of a chunk look like."""
+
+    def __call__(self, round_index: int) -> Chunk: ...
+
+    def close(self) -> None: ...
+
+
+class Evaluation(Protocol):
+    """A split as chunks of evaluation batches [D, n, B, ...], with their 'weight'."""
+
+    @property
+    def spec(self) -> Split:
+        """What a chunk looks like."""
+
+    def __len__(self) -> int:
+        """Chunks."""
+
+    def __iter__(self) -> Iterator[Split]: ...
 
 
 class InMemoryFeed(NamedTuple):
@@ -38,7 +68,7 @@ class InMemoryFeed(NamedTuple):
       batch_size: B, per worker.
     """
 
-    data: Any
+    data: Split
     shards: Sequence[np.ndarray]
     num_devices: int
     seed: int
@@ -46,7 +76,7 @@ class InMemoryFeed(NamedTuple):
     batch_size: int
 
     @property
-    def spec(self) -> Any:
+    def spec(self) -> Split:
         return self.data
 
     def __call__(self, round_index: int) -> Chunk:
@@ -67,15 +97,15 @@ class InMemoryEvaluation:
       data: on the devices, [D, batches, B, ...]: a `data.Split` and 'weight'.
     """
 
-    data: Any
+    data: Split
 
     @property
-    def spec(self) -> Any:
+    def spec(self) -> Split:
         return self.data
 
     def __len__(self) -> int:
         """Chunks."""
         return 1
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Split]:
         yield self.data

@@ -1,14 +1,13 @@
 """A folder of image files per class: `train/<class>/*.JPEG` and `val/<class>/*.JPEG`."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ist_jax.data import images
-from ist_jax.data.source import DataSet, Entry
+from ist_jax.data.source import DataSet, Entry, Example
+from ist_jax.key import Options
 
 _ENDINGS = (".jpeg", ".jpg", ".png")  # in any case
 
@@ -37,11 +36,11 @@ class FolderSource:
         label = self._classes[self.labels[index]]
         return os.path.join(self._root, label, os.fsdecode(self._names[index]))
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         return {"image": Path(self.name(index)).read_bytes(), "label": int(self.labels[index])}
 
 
-def load(directory: str, options: Mapping[str, Any]) -> DataSet:
+def load(directory: str, options: Options) -> DataSet:
     """Opens a folder; the classes are those of its training split.
 
     Args:

@@ -7,14 +7,14 @@ References:
 import functools
 import io
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ist_jax.data.source import Facts
-from ist_jax.key import Key
+from ist_jax.key import Key, Options
 
 _TRIES = 10  # random boxes per image, before a fixed one that always fits
 Box = tuple[float, float, float, float]  # left, top, width, height, in pixels
@@ -44,7 +44,7 @@ OPTIONS = {
 }
 
 
-def facts(options: Mapping[str, Any]) -> Facts:
+def facts(options: Options) -> Facts:
     """What is known of a folder of images: how they are cut."""
     return Facts(example=(options["data.size"], options["data.size"], 3), encoded=True)
 
@@ -87,7 +87,7 @@ class Transform(NamedTuple):
         return pixels[:, ::-1] if self.flip and mirrored else pixels
 
 
-def make_transform(options: Mapping[str, Any], *, flip: bool) -> Transform:
+def make_transform(options: Options, *, flip: bool) -> Transform:
     """How images become arrays of one size.
 
     Args:
@@ -108,7 +108,7 @@ def make_transform(options: Mapping[str, Any], *, flip: bool) -> Transform:
     return Transform(size, resize, area, aspect, flip)
 
 
-def channel_statistics(options: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(options: Options) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel, 0 to 255.
 
     Raises:

@@ -8,8 +8,9 @@ DIR is what `--config.data.dir` will be; without it, TFDS's own folder. Progress
 import importlib.util
 import io
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import flags
@@ -17,6 +18,10 @@ from PIL import Image
 
 from ist_jax import cli, errors
 from ist_jax.data import tfds_images
+from ist_jax.data.source import Example
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 USAGE = f"python -m ist_jax.data.prepare NAME [--dir=DIR]; NAME is one of {', '.join(tfds_images.SETS)}"
 
@@ -41,7 +46,7 @@ def prepare(name: str, directory: str) -> str:
     return str(builder.data_dir)
 
 
-def _do_without_tensorflow(builder: Any) -> None:
+def _do_without_tensorflow(builder: "tfds.core.DatasetBuilder") -> None:
     """Stands in for what TFDS takes from TensorFlow to prepare these sets: opening files, and writing PNG.
 
     This process alone is changed. The module of the builder reads its raw files by `tf.io.gfile.GFile`, and
@@ -56,14 +61,14 @@ def _do_without_tensorflow(builder: Any) -> None:
             module.tf = stand_in
     generate = builder._generate_examples
 
-    def generate_encoded(*args: Any, **kwargs: Any) -> Any:
+    def generate_encoded(*args: object, **kwargs: object) -> Iterator[tuple[object, Example]]:
         for key, example in generate(*args, **kwargs):
             yield key, example | {"image": _encode(example["image"])}
 
     builder._generate_examples = generate_encoded
 
 
-def _encode(image: Any) -> Any:
+def _encode(image: object) -> object:
     """An array uint8 [H, W, C] as PNG; what is encoded already, as it is."""
     if not isinstance(image, np.ndarray):
         return image

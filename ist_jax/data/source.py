@@ -5,12 +5,14 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from jaxtyping import PyTree
 from tqdm import tqdm
 
 from ist_jax.data.sparse import Rows, take
-from ist_jax.key import Key
+from ist_jax.key import Key, Options
 
-Split = Mapping[str, Any]  # all examples of a split: 'image' or 'feature', and 'label'; arrays or `Rows`
+Split = Mapping[str, PyTree]  # all examples of a split: 'image' or 'feature', and 'label'; arrays or `Rows`
+Example = Mapping[str, Any]  # one of them: arrays, numbers, or the bytes of an image file
 
 
 class Source(Protocol):
@@ -18,7 +20,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         """Example `index`: 'image' [H, W, C] (uint8, or float32 for features) and 'label' int.
 
         Of sparse, multi-label examples: 'feature' int32 [k], 'value' float32 [k] and 'label' int32 [l].
@@ -34,7 +36,7 @@ class EncodedSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         """Example `index`: 'image', the bytes of an image file, and 'label' int."""
 
     def name(self, index: int) -> str:
@@ -53,8 +55,8 @@ class DataSet(NamedTuple):
     """
 
     description: str
-    train: Any
-    test: Any
+    train: Source
+    test: Source
     classes: tuple[str, ...]
     encoded: bool = False
 
@@ -77,7 +79,7 @@ class Facts(NamedTuple):
     encoded: bool = False
 
 
-def _nothing_known(options: Mapping[str, Any]) -> Facts:
+def _nothing_known(options: Options) -> Facts:
     del options
     return Facts()
 
@@ -91,8 +93,8 @@ class Entry(NamedTuple):
       options: its keys of the config, by whole names such as 'data.words'; the functions get their values.
     """
 
-    load: Callable[[str, Mapping[str, Any]], DataSet]
-    facts: Callable[[Mapping[str, Any]], Facts] = _nothing_known
+    load: Callable[[str, Options], DataSet]
+    facts: Callable[[Options], Facts] = _nothing_known
     options: Mapping[str, Key] = MappingProxyType({})
 
 
@@ -111,7 +113,7 @@ class ArraySource:
     def __len__(self) -> int:
         return len(self.label)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         return {"image": self.image[index], "label": self.label[index]}
 
 
@@ -130,13 +132,13 @@ class SparseSource:
     def __len__(self) -> int:
         return len(self.label)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         feature, label = (take(rows, np.array([index])) for rows in (self.feature, self.label))
         size = int(feature.start[1])
-        return {"feature": feature.index[:size], "value": feature.value[:size], "label": label.index}
+        return {"feature": feature.index[:size], "value": feature.value[:size], "label": label.index}  # type: ignore[index]
 
 
-def load(source: Source) -> dict[str, Any]:
+def load(source: Source) -> dict[str, PyTree]:
     """All examples of a source, decoded once: 'image' [N, H, W, C], 'label' int32 [N].
 
     Of a `SparseSource`: 'feature' and 'label', `Rows`.
@@ -154,6 +156,6 @@ def load(source: Source) -> dict[str, Any]:
     return {"image": images, "label": labels}
 
 
-def select(split: Split, numbers: np.ndarray) -> dict[str, Any]:
+def select(split: Split, numbers: np.ndarray) -> dict[str, PyTree]:
     """The examples with the given numbers [...], on the host; `Rows` as by `sparse.take`."""
     return {name: take(x, numbers) if isinstance(x, Rows) else x[numbers] for name, x in split.items()}

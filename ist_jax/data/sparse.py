@@ -1,7 +1,5 @@
 """Rows of different lengths: one after another in flat arrays, on the host and on the devices."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,9 +20,9 @@ class Rows:
       longest: K, the most entries that a row can have.
     """
 
-    start: Any
-    index: Any
-    value: Any
+    start: jax.Array | np.ndarray
+    index: jax.Array | np.ndarray
+    value: jax.Array | np.ndarray | None
     width: int = struct.field(pytree_node=False)
     longest: int = struct.field(pytree_node=False)
 
@@ -60,6 +58,6 @@ def draw(rows: Rows, numbers: jax.Array) -> Sparse:
     first, last = rows.start[numbers], rows.start[numbers + 1]
     place = first[:, None] + jnp.arange(rows.longest)
     inside = place < last[:, None]
-    index = jnp.where(inside, rows.index.at[place].get(mode="clip"), rows.width)
-    value = 1.0 if rows.value is None else rows.value.at[place].get(mode="clip")
+    index = jnp.where(inside, rows.index.at[place].get(mode="clip"), rows.width)  # type: ignore[union-attr]
+    value = 1.0 if rows.value is None else rows.value.at[place].get(mode="clip")  # type: ignore[union-attr]
     return Sparse(index, jnp.where(inside, value, 0), last - first, rows.width)

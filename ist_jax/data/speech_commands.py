@@ -12,15 +12,13 @@ import os
 import re
 import uuid
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from ist_jax.data.source import ArraySource, DataSet, Entry, Facts
-from ist_jax.key import Key
+from ist_jax.key import Key, Options
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +39,14 @@ OPTIONS = {
 }
 
 
-def facts(options: Mapping[str, Any]) -> Facts:
+def facts(options: Options) -> Facts:
     """Of the whole archive; how many clips there are of some words, or of 1 s exactly, is not known."""
     words, whole = set(options["data.words"]), options["data.clip_length"] == "pad"
     num_train = 84_663 if whole and not words else None  # about four fifths of the archive's 105,829 clips
     return Facts((BANDS, 1 + RATE // _HOP, 1), len(words) or 35, num_train)
 
 
-def load(directory: str, options: Mapping[str, Any]) -> DataSet:
+def load(directory: str, options: Options) -> DataSet:
     """The words of a folder, split by speaker: the same speaker is never on both sides.
 
     The features are computed once and cached in the folder, where it can be written.

@@ -10,7 +10,6 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,10 +17,11 @@ from absl import flags
 
 from ist_jax.data.encoded import Batch, EvalBatches, TrainBatches
 from ist_jax.data.feed import Chunk
-from ist_jax.data.source import EncodedSource
+from ist_jax.data.source import EncodedSource, Split
 
 log = logging.getLogger(__name__)
 
+Spec = dict[str, jax.ShapeDtypeStruct]
 _SHARED_MEMORY = Path("/dev/shm")
 _BATCHES_EACH = 3  # that a process can have there: one is made, one waits, one is being copied out
 
@@ -56,7 +56,7 @@ class StreamingFeed:
         num_rounds: int,
         *,
         processes: int,
-        put: Callable[[Any], Any],
+        put: Callable[[Batch], Split],
     ):
         self._make, self._num_devices, self._num_rounds = make, num_devices, num_rounds
         self._processes, self._put = processes, put
@@ -73,7 +73,7 @@ class StreamingFeed:
         return self._make.shards
 
     @property
-    def spec(self) -> Any:
+    def spec(self) -> Spec:
         shape, side = (self._num_devices, self._indices[0].size), self._make.transform.size
         return {
             "image": jax.ShapeDtypeStruct((*shape, side, side, 3), np.uint8),
@@ -94,7 +94,7 @@ class StreamingFeed:
             self._ahead.close()
             self._ahead = None
 
-    def _chunks(self, first: int, stop: threading.Event) -> Generator[Any]:
+    def _chunks(self, first: int, stop: threading.Event) -> Generator[Split]:
         make, numbers = (
             self._make,
             range(first * self._make.per_round, self._num_rounds * self._make.per_round),
@@ -128,12 +128,12 @@ class StreamingEvaluation:
       put: places arrays [D, ...] on the devices.
     """
 
-    def __init__(self, make: EvalBatches, *, processes: int, put: Callable[[Any], Any]):
+    def __init__(self, make: EvalBatches, *, processes: int, put: Callable[[Batch], Split]):
         self._make, self._processes, self._put = make, processes, put
         self._unreadable = _Unreadable(make.source)
 
     @property
-    def spec(self) -> Any:
+    def spec(self) -> Spec:
         """What a chunk looks like: 'image', 'label' and 'weight', each [D, 1, B, ...]."""
         devices, _, size = self._make.plan.indices.shape
         side = self._make.transform.size
@@ -147,7 +147,7 @@ class StreamingEvaluation:
         """Chunks."""
         return self._make.plan.indices.shape[1]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Split]:
         make, each = self._make, len(self._make.devices)
         numbers = range(len(self) * each)
         with contextlib.closing(read(make, numbers, self._processes)) as stream:
@@ -185,7 +185,7 @@ class _Unreadable:
 class _ReadAhead:
     """An iterator whose next item is made by a thread while the last one is in use."""
 
-    def __init__(self, items: Callable[[threading.Event], Generator[Any]]):
+    def __init__(self, items: Callable[[threading.Event], Generator[Split]]):
         self._stop = threading.Event()
         self._items = items(self._stop)
         self._error: BaseException | None = None
@@ -201,11 +201,11 @@ class _ReadAhead:
         self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()
 
-    def __next__(self) -> Any:
+    def __next__(self) -> Split:
         self._thread.join()
         if self._error is not None:
             raise self._error
-        item, self._item = self._item, None
+        item, self._item = self._item, None  # type: ignore[assignment]  # let go of
         self._fetch()
         return item
 

@@ -4,16 +4,20 @@ They must be prepared as array_record files, which are read by index: `data.prep
 """
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from ist_jax.data import idx, images
-from ist_jax.data.source import DataSet, Entry, Facts, Source
+from ist_jax.data.source import DataSet, Entry, Example, Facts, Source
+from ist_jax.key import Options
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 # The package dataset-fashion-mnist.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -22,13 +26,13 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 class _Split:
     """A split whose records are decoded when they are asked for."""
 
-    def __init__(self, records: Any):
+    def __init__(self, records: Sequence[Example]):
         self._records = records
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         record = self._records[index]
         return {"image": record["image"], "label": record["label"]}
 
@@ -36,13 +40,13 @@ class _Split:
 class _EncodedSplit:
     """A split whose images stay as they are in the records: bytes of JPEG files."""
 
-    def __init__(self, records: Any):
+    def __init__(self, records: Sequence[Example]):
         self._records = records
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         record = self._records[index]
         return {"image": record["image"], "label": int(record["label"])}
 
@@ -56,7 +60,7 @@ class _EncodedSplit:
         return self._records[index]["file_name"].decode()
 
 
-def load_encoded(name: str, directory: str, options: Mapping[str, Any]) -> DataSet:
+def load_encoded(name: str, directory: str, options: Options) -> DataSet:
     """Opens a set of JPEGs too large to be decoded beforehand.
 
     Args:
@@ -86,7 +90,7 @@ def load_encoded(name: str, directory: str, options: Mapping[str, Any]) -> DataS
     )
 
 
-def load(name: str, directory: str, options: Mapping[str, Any]) -> DataSet:
+def load(name: str, directory: str, options: Options) -> DataSet:
     """Opens a set that is prepared.
 
     Fashion-MNIST that is not prepared is read where Debian's package puts it, if that is installed.
@@ -114,14 +118,14 @@ def load(name: str, directory: str, options: Mapping[str, Any]) -> DataSet:
     )
 
 
-def make_builder(name: str, directory: str) -> Any:
+def make_builder(name: str, directory: str) -> "tfds.core.DatasetBuilder":
     """TFDS's builder of a set, for array_record files in its data_dir `directory`; '': in its default."""
     import tensorflow_datasets as tfds  # slow to import, and only these sets need it
 
     return tfds.builder(name, data_dir=directory or None, file_format="array_record")
 
 
-def _unprepared(builder: Any, name: str, directory: str) -> ValueError:
+def _unprepared(builder: "tfds.core.DatasetBuilder", name: str, directory: str) -> ValueError:
     command = f"python -m ist_jax.data.prepare {name}" + f" --dir={shlex.quote(directory)}" * bool(directory)
     package = ", or install Debian's dataset-fashion-mnist" if name == "fashion_mnist" else ""
     return ValueError(

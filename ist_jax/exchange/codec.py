@@ -6,9 +6,9 @@ devices as long as it works number by number.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
+from jaxtyping import Array, Float, Shaped
 
 
 class Codec(NamedTuple):
@@ -19,9 +19,9 @@ class Codec(NamedTuple):
       decode: that array -> float [n, k].
     """
 
-    encode: Callable[[jax.Array], jax.Array] | None = None
-    decode: Callable[[jax.Array], jax.Array] | None = None
+    encode: Callable[[Float[Array, "n k"]], Shaped[Array, "n ..."]] | None = None
+    decode: Callable[[Shaped[Array, "n ..."]], Float[Array, "n k"]] | None = None
 
 
 NONE = Codec()
-CODECS: dict[str, Any] = {"none": NONE}
+CODECS: dict[str, Codec] = {"none": NONE}

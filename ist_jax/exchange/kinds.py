@@ -1,35 +1,44 @@
 """The kinds of leaf, by how many of a leaf's axes run over units; and the whole model leaf by leaf."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
 from flax import traverse_util
+from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
 from ist_jax.exchange import pairs, rows, shared
-from ist_jax.exchange.layout import Draw, Layout, Leaf, Shards
+from ist_jax.exchange.layout import A, Draw, Layout, Leaf, Shapes, Shards
+from ist_jax.masking import Params
+from ist_jax.models.sparse import Sparse
 
 _INIT_PARTS = 2
+T = TypeVar("T")
 
 
+@runtime_checkable  # for the checks under pytest
 class Kind(Protocol):
     """What a kind of leaf does; its file says what the arrays look like."""
 
-    def split(self, x: Any, leaf: Leaf, num_devices: int) -> Any: ...
-    def join(self, x: Any, leaf: Leaf) -> Any: ...
+    def split(self, x: Shaped[A, "..."], leaf: Leaf, num_devices: int) -> Shaped[A, "D ..."]: ...
+    def join(self, x: Shaped[A, "D ..."], leaf: Leaf) -> Shaped[A | np.generic, "..."]: ...
     def stored_shape(self, leaf: Leaf) -> tuple[int, ...]: ...
     def stored_piece(self, leaf: Leaf, device: int, num_devices: int) -> tuple[int, int, int]: ...
-    def to_stored(self, shard: np.ndarray, leaf: Leaf, device: int, num_devices: int) -> np.ndarray: ...
+    def to_stored(
+        self, shard: Shaped[np.ndarray, "..."], leaf: Leaf, device: int, num_devices: int
+    ) -> Shaped[np.ndarray | np.generic, "..."]: ...
     def cut_out(self, layout: Layout, shards: Shards, draw: Draw) -> Shards: ...
     def assemble(self, layout: Layout, parts: Shards, draw: Draw) -> Shards: ...
     def take_apart(self, layout: Layout, subnets: Shards, draw: Draw) -> Shards: ...
     def put_back(
-        self, layout: Layout, old: Shards, parts: Shards, draw: Draw, flags: jax.Array
+        self, layout: Layout, old: Shards, parts: Shards, draw: Draw, flags: Bool[Array, " S"]
     ) -> Shards: ...
-    def assigned(self, leaf: Leaf, num_workers: int) -> float: ...
-    def whole(self, layout: Layout, leaf: Leaf, shard: jax.Array) -> jax.Array: ...
-    def product(self, layout: Layout, leaf: Leaf, x: Any, shard: jax.Array) -> jax.Array: ...
+    def assigned(self, leaf: Leaf, num_workers: int) -> int | float: ...
+    def whole(self, layout: Layout, leaf: Leaf, shard: Float[Array, "..."]) -> Float[Array, "..."]: ...
+    def product(
+        self, layout: Layout, leaf: Leaf, x: Float[Array, "B I"] | Sparse, shard: Float[Array, "..."]
+    ) -> Float[Array, "B O"]: ...
 
 
 KINDS: tuple[Kind, ...] = (shared, rows, pairs)
@@ -40,7 +49,7 @@ def kind_of(leaf: Leaf) -> Kind:
     return KINDS[len(leaf.unit_axes)]
 
 
-def only(kind: Kind, layout: Layout, leaves: Mapping[str, Any]) -> dict[str, Any]:
+def only(kind: Kind, layout: Layout, leaves: Mapping[str, T]) -> dict[str, T]:
     """Those of the leaves that are of a kind."""
     return {path: x for path, x in leaves.items() if kind_of(layout.leaves[path]) is kind}
 
@@ -48,7 +57,7 @@ def only(kind: Kind, layout: Layout, leaves: Mapping[str, Any]) -> dict[str, Any
 # --- the whole model ----------------------------------------------------------------------------------------
 
 
-def shard_shapes(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+def shard_shapes(layout: Layout) -> Shapes:
     """What a device keeps of every leaf, padding included."""
     return {
         path: jax.eval_shape(
@@ -59,7 +68,7 @@ def shard_shapes(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def subnet_shapes(layout: Layout) -> dict[str, jax.ShapeDtypeStruct]:
+def subnet_shapes(layout: Layout) -> Shapes:
     """A subnet's arrays by path: every worker's have room for the n slots of the largest."""
     return {
         path: jax.ShapeDtypeStruct(leaf.subnet_shape, layout.dtype) for path, leaf in layout.leaves.items()
@@ -83,13 +92,13 @@ def init_parts(layout: Layout) -> list[list[str]]:
     return parts
 
 
-def split_leaf(layout: Layout, path: str, x: Any) -> Any:
+def split_leaf(layout: Layout, path: str, x: Shaped[A, "..."]) -> Shaped[A, "D ..."]:
     """What each device keeps of a whole leaf, stacked: [D, ...]."""
     leaf = layout.leaves[path]
     return kind_of(leaf).split(x, leaf, layout.num_devices)
 
 
-def from_params(layout: Layout, params: Any) -> dict[str, np.ndarray]:
+def from_params(layout: Layout, params: Params) -> dict[str, Float[np.ndarray, "D ..."]]:
     """Shards of given parameters (host arrays) on all devices, stacked: [D, ...] by path.
 
     Raises:
@@ -102,12 +111,16 @@ def from_params(layout: Layout, params: Any) -> dict[str, np.ndarray]:
     return {path: split_leaf(layout, path, np.asarray(flat[path])) for path in layout.leaves}
 
 
-def iter_leaves(layout: Layout, shards: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+def iter_leaves(
+    layout: Layout, shards: Mapping[str, Float[Array | np.ndarray, "D ..."]]
+) -> Iterator[tuple[str, np.ndarray | np.generic]]:
     """(path, whole leaf) on the host, one leaf at a time, in the order of the paths."""
     for path, leaf in layout.leaves.items():
         yield path, kind_of(leaf).join(np.asarray(shards[path]), leaf)
 
 
-def to_params(layout: Layout, shards: Mapping[str, Any]) -> Any:
+def to_params(
+    layout: Layout, shards: Mapping[str, Float[Array | np.ndarray, "D ..."]]
+) -> PyTree[Float[np.ndarray | np.generic, "..."]]:
     """The global parameters as a nested dict of host arrays, from shards stacked on axis 0."""
     return traverse_util.unflatten_dict(dict(iter_leaves(layout, shards)), sep="/")

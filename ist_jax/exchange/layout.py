@@ -4,19 +4,22 @@ A leaf is of one of three kinds, by how many of its axes run over units: `shared
 `pairs` (two). Each kind is a file that says what a device keeps of such a leaf and how it is exchanged.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jaxtyping import Array, PyTree, Shaped
 
 from ist_jax.exchange.codec import NONE, Codec
 from ist_jax.partition import Assignment, Axes, Group
 
 AXIS = "devices"  # the name that collectives go by
+A = TypeVar("A", np.ndarray, jax.Array)  # on the host or on a device
 Shards = dict[str, jax.Array]  # what a device keeps of every leaf, by path
+Shapes = dict[str, jax.ShapeDtypeStruct]  # of such leaves
 Draw = Mapping[str, Assignment]  # who holds which unit, by group
 
 
@@ -67,13 +70,13 @@ class Layout(NamedTuple):
     def workers_per_device(self) -> int:
         return self.num_workers // self.num_devices
 
-    def is_tree(self, x: Any) -> bool:
+    def is_tree(self, x: object) -> bool:
         """Whether x is shaped like the parameters: a flat dict of the same paths."""
         return isinstance(x, dict) and x.keys() == self.leaves.keys()
 
 
 def make_layout(
-    params: Any,
+    params: PyTree,
     axes: Axes,
     groups: Mapping[str, Group],
     num_workers: int,
@@ -118,7 +121,13 @@ def regroup(layout: Layout, groups: Mapping[str, Group]) -> Layout:
     return layout._replace(leaves=leaves, groups=dict(groups))
 
 
-def map_trees(layout: Layout, fn: Any, first: Any, *rest: Any, scalar: Any = lambda x, *_: x) -> Any:
+def map_trees(
+    layout: Layout,
+    fn: Callable[..., PyTree],
+    first: PyTree,
+    *rest: PyTree,
+    scalar: Callable[..., PyTree] = lambda x, *_: x,
+) -> PyTree:
     """`fn` of the parameter-shaped trees in a pytree, such as an optimizer's state.
 
     Args:
@@ -129,7 +138,7 @@ def map_trees(layout: Layout, fn: Any, first: Any, *rest: Any, scalar: Any = lam
       scalar: as `fn`, for the other leaves.
     """
 
-    def visit(x: Any, *others: Any) -> Any:
+    def visit(x: PyTree, *others: PyTree) -> PyTree:
         return fn(x, *others) if layout.is_tree(x) else scalar(x, *others)
 
     return jax.tree.map(visit, first, *rest, is_leaf=layout.is_tree)
@@ -138,33 +147,33 @@ def map_trees(layout: Layout, fn: Any, first: Any, *rest: Any, scalar: Any = lam
 # --- one leaf in the form that the kinds cut up ------------------------------------------------------------
 
 
-def canonical(x: Any, leaf: Leaf) -> Any:
+def canonical(x: Shaped[A, "..."], leaf: Leaf) -> Shaped[A, "..."]:
     """[..., units..., p] from [..., shape]: unit axes first, the rest raveled; leading axes kept."""
-    lead = x.ndim - len(leaf.shape)
-    where = tuple(lead + a for a in leaf.unit_axes)
+    lead: int = x.ndim - len(leaf.shape)
+    where: tuple[int, ...] = tuple(lead + a for a in leaf.unit_axes)
     order = (*range(lead), *where, *(a for a in range(lead, x.ndim) if a not in where))
     x = x.transpose(order)
     return x.reshape(*x.shape[: lead + len(where)], -1)
 
 
-def restore(x: Any, leaf: Leaf) -> Any:
+def restore(x: Shaped[A, "..."], leaf: Leaf) -> Shaped[A, "..."]:
     """The inverse of `canonical`, for any number of units."""
-    lead = x.ndim - 1 - len(leaf.unit_axes)
+    lead: int = x.ndim - 1 - len(leaf.unit_axes)
     x = x.reshape(*x.shape[:-1], *leaf.rest)
-    rest = iter(range(lead + len(leaf.unit_axes), x.ndim))
-    unit = {a: lead + i for i, a in enumerate(leaf.unit_axes)}
+    rest: Iterator[int] = iter(range(lead + len(leaf.unit_axes), x.ndim))
+    unit: dict[int, int] = {a: lead + i for i, a in enumerate(leaf.unit_axes)}
     return x.transpose(
         (*range(lead), *(unit[a] if a in unit else next(rest) for a in range(len(leaf.shape))))
     )
 
 
-def pad(x: Any, *widths: tuple[int, int]) -> Any:
+def pad(x: Shaped[A, "..."], *widths: tuple[int, int]) -> Shaped[A, "..."]:
     """x, of NumPy or JAX, with zeros around its first axes."""
-    module: Any = np if isinstance(x, np.ndarray) else jnp
+    module = np if isinstance(x, np.ndarray) else jnp
     return module.pad(x, (*widths, *((0, 0),) * (x.ndim - len(widths))))
 
 
-def cut(x: jax.Array, devices: int) -> jax.Array:
+def cut(x: Shaped[Array, "*lead p"], devices: int) -> Shaped[Array, "*lead D q"]:
     """[..., D, q] from [..., p]: the last axis padded and cut into a slice per device."""
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % devices)])
     return x.reshape(*x.shape[:-1], devices, -1)

@@ -5,27 +5,27 @@ The first unit axis is cut into S contiguous strips, W per device. The draw is s
 entries of each; 1 / S^2 of the matrix where S^2 divides U_in.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from ist_jax.exchange.layout import AXIS, Draw, Layout, Leaf, Shards, canonical, pad, restore
+from ist_jax.exchange.layout import AXIS, A, Draw, Layout, Leaf, Shards, canonical, pad, restore
 from ist_jax.exchange.scatter import scatter
 from ist_jax.exchange.wire import inputs_of_all, multiply_slice
+from ist_jax.models.sparse import Sparse
 from ist_jax.partition import Group
 
 
-def split(x: Any, leaf: Leaf, num_devices: int) -> Any:
+def split(x: Shaped[A, "*shape"], leaf: Leaf, num_devices: int) -> Shaped[A, "D W _ U_out R"]:
     """What each device keeps of a whole leaf (NumPy or JAX), stacked: [D, W, U_in / S, U_out, R]."""
     x, group = canonical(x, leaf), leaf.groups[0]
     x = pad(x, (0, group.strips * group.strip_size - len(x)))
     return x.reshape(num_devices, -1, group.strip_size, *x.shape[1:])
 
 
-def join(x: Any, leaf: Leaf) -> Any:
+def join(x: Shaped[A, "D W _ U_out R"], leaf: Leaf) -> Shaped[A, "..."]:
     """The inverse of `split`."""
     return restore(x.reshape(-1, *x.shape[3:])[: leaf.groups[0].size], leaf)
 
@@ -42,13 +42,15 @@ def stored_piece(leaf: Leaf, device: int, num_devices: int) -> tuple[int, int, i
     return 0, min(device * step, group.size), min((device + 1) * step, group.size)
 
 
-def to_stored(shard: np.ndarray, leaf: Leaf, device: int, num_devices: int) -> np.ndarray:
+def to_stored(
+    shard: Shaped[np.ndarray, "W _ U_out R"], leaf: Leaf, device: int, num_devices: int
+) -> Shaped[np.ndarray, "U U_out R"]:
     """That part, from what the device keeps."""
     _, start, stop = stored_piece(leaf, device, num_devices)
     return shard.reshape(-1, *shard.shape[2:])[: stop - start]
 
 
-def cut_out(layout: Layout, shards: Shards, draw: Draw) -> Shards:
+def cut_out(layout: Layout, shards: Shards, draw: Draw) -> PyTree[Float[Array, "D W _ _ _ _"]]:
     """What a gather sends, by path: [D, W, strips here, m, n_out, R], first axis: destination."""
     workers = layout.workers_per_device
 
@@ -62,7 +64,9 @@ def cut_out(layout: Layout, shards: Shards, draw: Draw) -> Shards:
     return {path: own(layout.leaves[path], shard) for path, shard in shards.items()}
 
 
-def assemble(layout: Layout, parts: Shards, draw: Draw) -> Shards:
+def assemble(
+    layout: Layout, parts: PyTree[Float[Array, "D W ..."]], draw: Draw
+) -> PyTree[Float[Array, "W ..."]]:
     """This device's W subnets' leaves, [W, ...], from what has come."""
     workers = layout.workers_per_device
 
@@ -77,7 +81,9 @@ def assemble(layout: Layout, parts: Shards, draw: Draw) -> Shards:
     return {path: own(layout.leaves[path], got) for path, got in parts.items()}
 
 
-def take_apart(layout: Layout, subnets: Shards, draw: Draw) -> Shards:
+def take_apart(
+    layout: Layout, subnets: PyTree[Float[Array, "W ..."]], draw: Draw
+) -> PyTree[Float[Array, "D W _ _ _ _"]]:
     """What a merge sends, by path, of the form that a gather receives."""
     devices, workers = layout.num_devices, layout.workers_per_device
 
@@ -92,7 +98,13 @@ def take_apart(layout: Layout, subnets: Shards, draw: Draw) -> Shards:
     return {path: own(layout.leaves[path], x) for path, x in subnets.items()}
 
 
-def put_back(layout: Layout, old: Shards, parts: Shards, draw: Draw, flags: jax.Array) -> Shards:
+def put_back(
+    layout: Layout,
+    old: Shards,
+    parts: PyTree[Float[Array, "D W ..."]],
+    draw: Draw,
+    flags: Bool[Array, " S"],
+) -> Shards:
     """This device's shards after a round, from what has come; `flags`, bool [S]: whose."""
     workers = layout.workers_per_device
 
@@ -108,7 +120,7 @@ def put_back(layout: Layout, old: Shards, parts: Shards, draw: Draw, flags: jax.
     return {path: own(path, shard) for path, shard in old.items()}
 
 
-def assigned(leaf: Leaf, num_workers: int) -> float:
+def assigned(leaf: Leaf, num_workers: int) -> int | float:
     """Numbers of the leaf that all workers' subnets hold together, assigned slots only; a mean over draws."""
     first, second = leaf.groups
     if first.fair and first.name != second.name:  # independent draws
@@ -116,18 +128,20 @@ def assigned(leaf: Leaf, num_workers: int) -> float:
     return sum(a * b for a, b in zip(first.counts, second.counts, strict=True)) * leaf.row_size
 
 
-def whole(layout: Layout, leaf: Leaf, shard: jax.Array) -> jax.Array:
+def whole(layout: Layout, leaf: Leaf, shard: Float[Array, "..."]) -> Float[Array, "..."]:
     """The whole leaf from what all devices keep."""
     del layout
     return join(lax.all_gather(shard, AXIS), leaf)
 
 
-def product(layout: Layout, leaf: Leaf, x: Any, shard: jax.Array) -> jax.Array:
+def product(
+    layout: Layout, leaf: Leaf, x: Float[Array, "B I"] | Sparse, shard: Float[Array, "..."]
+) -> Float[Array, "B O"]:
     """x @ kernel, [B, O], of a leaf [I, O]: inputs and results travel, the kernel stays where it is."""
     return multiply_slice(layout, inputs_of_all(x), shard.reshape(-1, leaf.shape[1]))
 
 
-def _out_indices(leaf: Leaf, draw: Draw) -> jax.Array:
+def _out_indices(leaf: Leaf, draw: Draw) -> Int[Array, "S n"]:
     return jnp.asarray(draw[leaf.groups[1].name].indices)  # [S, n_out]
 
 
@@ -136,7 +150,9 @@ def _is_dense(group: Group) -> bool:
     return group.even and group.strips * group.strip_slots == group.slots
 
 
-def _strip_tables(layout: Layout, group: Group, draw: Draw) -> tuple[jax.Array, jax.Array]:
+def _strip_tables(
+    layout: Layout, group: Group, draw: Draw
+) -> tuple[Int[Array, "S _ m"], Int[Array, "S W m"]]:
     """Per worker, which of its slots lie in which strip, and where in this device's strips.
 
     Returns:
@@ -157,13 +173,13 @@ def _strip_tables(layout: Layout, group: Group, draw: Draw) -> tuple[jax.Array, 
     return slots_of, lax.dynamic_slice_in_dim(local, lax.axis_index(AXIS) * workers, workers, 1)
 
 
-def _own(layout: Layout, per_worker: jax.Array) -> jax.Array:
+def _own(layout: Layout, per_worker: Int[Array, "S ..."]) -> Int[Array, "W ..."]:
     """This device's W rows of an array [S, ...]."""
     workers = layout.workers_per_device
     return lax.dynamic_slice_in_dim(per_worker, lax.axis_index(AXIS) * workers, workers, 0)
 
 
-def _invert(places: jax.Array, slots: int) -> jax.Array:
+def _invert(places: Int[Array, "W k"], slots: int) -> Int[Array, "W n"]:
     """[W, n]: where each slot stands in `places` [W, k]; k for slots that do not occur."""
     size = places.shape[1]
     empty = jnp.full((len(places), slots), size, jnp.int32)

@@ -3,11 +3,18 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Int
 
 from ist_jax.masking import Tally
 
 
-def scatter(shard: jax.Array, where: tuple[jax.Array, ...], new: jax.Array, *, disjoint: bool) -> jax.Array:
+def scatter(
+    shard: Float[Array, "*shape R"],
+    where: tuple[Int[Array, "S ..."], ...],
+    new: Float[Array, "S ... R"],
+    *,
+    disjoint: bool,
+) -> Float[Array, "*shape R"]:
     """Scatters all workers' values.
 
     Args:
@@ -22,7 +29,7 @@ def scatter(shard: jax.Array, where: tuple[jax.Array, ...], new: jax.Array, *, d
     if disjoint:
         return shard.at[where].set(new, mode="drop")
 
-    def add(tally: Tally, worker: tuple) -> tuple[Tally, None]:
+    def add(tally: Tally, worker: tuple[tuple[Array, ...], Array]) -> tuple[Tally, None]:
         at, value = worker
         before = jax.tree.map(lambda x: x.at[at].get(mode="fill", fill_value=0), tally)
 

@@ -5,28 +5,27 @@ gather the result, which are the bytes of a ring all-reduce. Nothing is gathered
 of a device starts from the ones that it keeps.
 """
 
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
-from ist_jax.exchange.layout import AXIS, Draw, Layout, Leaf, Shards, cut
+from ist_jax.exchange.layout import AXIS, A, Draw, Layout, Leaf, Shards, cut
 from ist_jax.exchange.wire import all_gather
 from ist_jax.masking import ordered_mean
+from ist_jax.models.sparse import Sparse
 
 SLICES = "shared leaves"  # the one part that travels
 
 
-def split(x: Any, leaf: Leaf, num_devices: int) -> Any:
+def split(x: Shaped[A, "*shape"], leaf: Leaf, num_devices: int) -> Shaped[A, " D *shape"]:
     """What each device keeps of a whole leaf (NumPy or JAX), stacked: [D, ...]."""
     del leaf
     wide = np.broadcast_to if isinstance(x, np.ndarray) else jnp.broadcast_to
     return wide(x, (num_devices, *x.shape))
 
 
-def join(x: Any, leaf: Leaf) -> Any:
+def join(x: Shaped[A, " D *shape"], leaf: Leaf) -> Shaped[A | np.generic, "*shape"]:
     """The inverse of `split`."""
     del leaf
     return x[0]
@@ -43,25 +42,31 @@ def stored_piece(leaf: Leaf, device: int, num_devices: int) -> tuple[int, int, i
     return 0, 0, (leaf.shape or (1,))[0] if device == 0 else 0
 
 
-def to_stored(shard: np.ndarray, leaf: Leaf, device: int, num_devices: int) -> np.ndarray:
+def to_stored(
+    shard: Shaped[np.ndarray | np.generic, "*shape"], leaf: Leaf, device: int, num_devices: int
+) -> Shaped[np.ndarray | np.generic, "*shape"]:
     """That part, from what the device keeps."""
     del leaf, device, num_devices
     return shard
 
 
-def cut_out(layout: Layout, shards: Shards, draw: Draw) -> Shards:
+def cut_out(layout: Layout, shards: Shards, draw: Draw) -> PyTree[Float[Array, "D W ..."]]:
     """Nothing is sent before a round."""
     del layout, shards, draw
     return {}
 
 
-def assemble(layout: Layout, parts: Shards, draw: Draw) -> Shards:
+def assemble(
+    layout: Layout, parts: PyTree[Float[Array, "D W ..."]], draw: Draw
+) -> PyTree[Float[Array, "W ..."]]:
     """Nothing has come."""
     del layout, draw
     return parts
 
 
-def take_apart(layout: Layout, subnets: Shards, draw: Draw) -> Shards:
+def take_apart(
+    layout: Layout, subnets: PyTree[Float[Array, "W ..."]], draw: Draw
+) -> PyTree[Float[Array, "D W q"]]:
     """What a merge sends, by part: [D, W, q]."""
     del draw
     if not subnets:
@@ -69,7 +74,13 @@ def take_apart(layout: Layout, subnets: Shards, draw: Draw) -> Shards:
     return {SLICES: cut(_ravel(subnets, layout.workers_per_device), layout.num_devices).swapaxes(0, 1)}
 
 
-def put_back(layout: Layout, old: Shards, parts: Shards, draw: Draw, flags: jax.Array) -> Shards:
+def put_back(
+    layout: Layout,
+    old: Shards,
+    parts: PyTree[Float[Array, "D W ..."]],
+    draw: Draw,
+    flags: Bool[Array, " S"],
+) -> Shards:
     """The leaves after a round, from what has come; `flags`, bool [S]: whose."""
     del draw
     if not old:
@@ -82,23 +93,25 @@ def put_back(layout: Layout, old: Shards, parts: Shards, draw: Draw, flags: jax.
     return {path: piece.reshape(x.shape) for (path, x), piece in zip(old.items(), pieces, strict=True)}
 
 
-def assigned(leaf: Leaf, num_workers: int) -> float:
+def assigned(leaf: Leaf, num_workers: int) -> int | float:
     """Numbers of the leaf that all workers' subnets hold together."""
     return num_workers * leaf.row_size
 
 
-def whole(layout: Layout, leaf: Leaf, shard: jax.Array) -> jax.Array:
+def whole(layout: Layout, leaf: Leaf, shard: Float[Array, "..."]) -> Float[Array, "..."]:
     """The whole leaf from what all devices keep."""
     del layout, leaf
     return shard
 
 
-def product(layout: Layout, leaf: Leaf, x: Any, shard: jax.Array) -> jax.Array:
+def product(
+    layout: Layout, leaf: Leaf, x: Float[Array, "B I"] | Sparse, shard: Float[Array, "..."]
+) -> Float[Array, "B O"]:
     """x @ kernel, [B, O], of a leaf [I, O]."""
     del layout, leaf
     return x @ shard
 
 
-def _ravel(leaves: Shards, workers: int) -> jax.Array:
+def _ravel(leaves: Shards, workers: int) -> Float[Array, "W p"]:
     """All leaves as one vector per worker, [W, sizes]."""
     return jnp.concatenate([x.reshape(workers, -1) for x in leaves.values()], axis=1)

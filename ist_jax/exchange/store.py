@@ -7,19 +7,21 @@ same program. Empty slots are gathered as zeros and scattered nowhere.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PyTree
 
 from ist_jax.exchange import shared, wire
 from ist_jax.exchange.kinds import KINDS, kind_of, only
 from ist_jax.exchange.layout import Draw, Layout, Shards
 
 _HEALTHY = "health flags"
+T = TypeVar("T")
 
 
-def gather(layout: Layout, shards: Shards, draw: Draw) -> Shards:
+def gather(layout: Layout, shards: PyTree[Float[Array, "..."]], draw: Draw) -> PyTree[Float[Array, "W ..."]]:
     """The unit leaves of this device's W subnets: flat dict of [W, ...], groups' axes n slots long.
 
     Shared leaves are not copied: every worker of a device starts from the ones in `shards`.
@@ -35,12 +37,18 @@ def gather(layout: Layout, shards: Shards, draw: Draw) -> Shards:
     return units
 
 
-def shared_leaves(layout: Layout, shards: Mapping[str, Any]) -> dict[str, Any]:
+def shared_leaves(layout: Layout, shards: Mapping[str, T]) -> dict[str, T]:
     """The leaves without units."""
     return only(shared, layout, shards)
 
 
-def merge(layout: Layout, old: Shards, subnets: Shards, draw: Draw, healthy: jax.Array) -> Shards:
+def merge(
+    layout: Layout,
+    old: PyTree[Float[Array, "..."]],
+    subnets: PyTree[Float[Array, "W ..."]],
+    draw: Draw,
+    healthy: Bool[Array, " W"],
+) -> PyTree[Float[Array, "..."]]:
     """This device's shards after the round, from the trained subnets of all workers.
 
     Args:

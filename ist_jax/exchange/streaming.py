@@ -4,12 +4,12 @@ Per device, with named-axis collectives: one block or layer is in memory at a ti
 """
 
 import dataclasses
-from typing import Any
 
-import jax
+from jaxtyping import Array, Float
 
 from ist_jax.exchange.kinds import kind_of
 from ist_jax.exchange.layout import Layout
+from ist_jax.models.sparse import Sparse
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -18,10 +18,12 @@ class Streamed:
 
     layout: Layout
 
-    def __call__(self, path: str, shard: jax.Array) -> jax.Array:
+    def __call__(self, path: str, shard: Float[Array, "..."]) -> Float[Array, "..."]:
         leaf = self.layout.leaves[path]
         return kind_of(leaf).whole(self.layout, leaf, shard)
 
-    def product(self, path: str, x: Any, shard: jax.Array) -> jax.Array:
+    def product(
+        self, path: str, x: Float[Array, "B I"] | Sparse, shard: Float[Array, "..."]
+    ) -> Float[Array, "B O"]:
         leaf = self.layout.leaves[path]
         return kind_of(leaf).product(self.layout, leaf, x, shard)

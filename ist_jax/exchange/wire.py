@@ -8,15 +8,19 @@ import contextlib
 import math
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PyTree, Shaped, UInt8
 
 from ist_jax.exchange.layout import AXIS, Layout, Shards
 from ist_jax.models.sparse import Sparse
+
+X = TypeVar("X", bound=jax.Array | Sparse)
 
 
 class Part(NamedTuple):
@@ -55,13 +59,15 @@ def note(part: Part) -> None:
         parts.append(part)
 
 
-def encoded_bytes(layout: Layout, part: Any) -> int:
+def encoded_bytes(layout: Layout, part: Float[Array | jax.ShapeDtypeStruct, "D ..."]) -> int:
     """Bytes that a part [D, ...] takes on its way."""
     shape = jax.eval_shape(lambda x: _encode(layout, x), part)
     return shape.size * shape.dtype.itemsize
 
 
-def all_to_all(layout: Layout, parts: Shards, exact: Shards) -> Shards:
+def all_to_all(
+    layout: Layout, parts: PyTree[Float[Array, "D ..."]], exact: PyTree[Shaped[Array, "D ..."]]
+) -> PyTree[Shaped[Array, "D ..."]]:
     """Exchanges arrays [D, ...], first axis: destination, then source.
 
     Args:
@@ -77,7 +83,7 @@ def all_to_all(layout: Layout, parts: Shards, exact: Shards) -> Shards:
     return {name: _decode(layout, got[name], x) for name, x in parts.items()} | plain
 
 
-def all_gather(layout: Layout, x: jax.Array) -> jax.Array:
+def all_gather(layout: Layout, x: Float[Array, " q"]) -> Float[Array, " p"]:
     """[D q] on every device, from the slices [q]."""
     if layout.codec.encode is None:
         return lax.all_gather(x, AXIS, tiled=True) if layout.num_devices > 1 else x
@@ -97,24 +103,26 @@ def _exchange(layout: Layout, parts: Shards) -> Shards:
     return {path: y.reshape(x.shape) for (path, x), y in zip(parts.items(), pieces, strict=True)}
 
 
-def _encode(layout: Layout, x: jax.Array) -> jax.Array:
+def _encode(layout: Layout, x: Shaped[Array, "D ..."]) -> Shaped[Array, "D ..."]:
     """[D, ...] as bytes, uint8 [D, b]; where there is no codec, as it is."""
     encode = layout.codec.encode
     return x if encode is None else _to_bytes(encode(x.reshape(len(x), -1)))
 
 
-def _decode(layout: Layout, got: jax.Array, like: Any) -> jax.Array:
+def _decode(
+    layout: Layout, got: UInt8[Array, "D b"], like: Float[Array | jax.ShapeDtypeStruct, "*shape"]
+) -> Float[Array, "*shape"]:
     flat = jax.ShapeDtypeStruct((len(got), math.prod(like.shape[1:])), like.dtype)
     sent = jax.eval_shape(layout.codec.encode, flat)  # type: ignore[arg-type]
     decoded = layout.codec.decode(_from_bytes(got, sent.shape, sent.dtype))  # type: ignore[misc]
     return decoded.astype(like.dtype).reshape(like.shape)
 
 
-def _to_bytes(x: jax.Array) -> jax.Array:
+def _to_bytes(x: Shaped[Array, "D ..."]) -> UInt8[Array, "D b"]:
     return lax.bitcast_convert_type(x, jnp.uint8).reshape(len(x), -1)
 
 
-def _from_bytes(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def _from_bytes(x: UInt8[Array, "D b"], shape: tuple[int, ...], dtype: DTypeLike) -> Shaped[Array, "D ..."]:
     size = jnp.dtype(dtype).itemsize
     return lax.bitcast_convert_type(x.reshape(*shape, *((size,) if size > 1 else ())), dtype)
 
@@ -122,12 +130,14 @@ def _from_bytes(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 # --- products by a kernel of which every device keeps a part ------------------------------------------------
 
 
-def inputs_of_all(x: Any) -> Any:
+def inputs_of_all(x: X) -> X:
     """The inputs of all devices, [D B, I], from this device's: an array, or `Sparse`."""
     return jax.tree.map(lambda a: lax.all_gather(a, AXIS, tiled=True), x)
 
 
-def multiply_slice(layout: Layout, x: Any, kernel: jax.Array) -> jax.Array:
+def multiply_slice(
+    layout: Layout, x: Float[Array, "N I"] | Sparse, kernel: Float[Array, "rows O"]
+) -> Float[Array, "B O"]:
     """x @ kernel, [B, O], where every device keeps so many rows of it: slices of the inputs, in order.
 
     Args:
@@ -137,7 +147,7 @@ def multiply_slice(layout: Layout, x: Any, kernel: jax.Array) -> jax.Array:
     """
     size, first = len(kernel), lax.axis_index(AXIS) * len(kernel)
     if isinstance(x, Sparse):  # what lies outside counts for nothing
-        own: Any = Sparse(x.index - first, x.value, x.count, size)
+        own: jax.Array | Sparse = Sparse(x.index - first, x.value, x.count, size)
     else:
         x = jnp.pad(x, ((0, 0), (0, layout.num_devices * size - x.shape[1])))
         own = lax.dynamic_slice_in_dim(x, first, size, 1)

@@ -3,12 +3,12 @@
 All workers have the same whole model; the optimizer's state is the same everywhere and never sent.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from ist_jax.data import Split
 from ist_jax.exchange.layout import AXIS, Shards
 from ist_jax.methods.method import Method, Recipe, State, Told, Turn
 from ist_jax.methods.steps import all_finite, is_sound, sum_over_workers, update, worker_key, worker_numbers
@@ -27,7 +27,9 @@ def make(recipe: Recipe) -> Method:
         not finite is not taken.
         """
 
-        def step(carry: tuple, xs: tuple) -> tuple[tuple, Told]:
+        def step(
+            carry: tuple[Shards, PyTree], xs: tuple[Int[Array, ""], Int[Array, "W B"], Float[Array, ""]]
+        ) -> tuple[tuple[Shards, PyTree], Told]:
             number, batches, rate = xs
             params, opt_state = carry
             grads, told, counts = mean_gradient(params, number, batches)
@@ -37,8 +39,12 @@ def make(recipe: Recipe) -> Method:
             kept = jax.tree.map(lambda new, old: jnp.where(taken, new, old), stepped, carry)
             return kept, told._replace(healthy=told.healthy & sound)
 
-        def mean_gradient(params: Shards, number: jax.Array, batches: jax.Array) -> tuple:
-            def gradient(args: tuple) -> tuple[Shards, Told, jax.Array]:
+        def mean_gradient(
+            params: Shards, number: Int[Array, ""], batches: Int[Array, "W B"]
+        ) -> tuple[Shards, Told, Int[Array, ""]]:
+            def gradient(
+                args: tuple[Int[Array, ""], Bool[Array, ""], Int[Array, " B"]],
+            ) -> tuple[Shards, Told, Bool[Array, ""]]:
                 worker, here, batch = args
                 key = jax.random.fold_in(worker_key(recipe, turn, worker), number)
                 inputs, labels = recipe.batch_fn(turn.data, batch, key)
@@ -61,7 +67,7 @@ def make(recipe: Recipe) -> Method:
             Told(told.loss.mean(0), told.accuracy.mean(0), told.healthy.all(0)),
         )
 
-    def score(state: State, batches: Any) -> jax.Array:
+    def score(state: State, batches: Split) -> Float[Array, "n k"]:
         return recipe.score_fn(state.params, batches)
 
     return Method(init, {"local": local}, score)

@@ -10,13 +10,20 @@ and is named in the table of `methods`, or given as `--config.method=FILE.py:NAM
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
+from jax.extend.core import ClosedJaxpr
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from ist_jax.data import Split
 from ist_jax.exchange import wire
-from ist_jax.exchange.layout import AXIS, Layout, Shards
+from ist_jax.exchange.layout import AXIS, Draw, Layout, Shards
+from ist_jax.masking import Params
+from ist_jax.models.sparse import Sparse
+
+Gates = Mapping[str, Bool[Array, "*W n"]]  # False in empty slots, by group
 
 
 class Turn(NamedTuple):
@@ -32,16 +39,17 @@ class Turn(NamedTuple):
       index: int scalar, the round, counted from 0.
     """
 
-    draw: Any
-    gates: Any
-    present: Any
-    data: Any
-    indices: Any
-    rates: Any
-    index: Any
+    draw: Draw
+    gates: Gates
+    present: Bool[Array, " W"]
+    data: Split
+    indices: Int[Array, "W l B"]
+    rates: Float[Array, " l"]
+    index: Int[Array, ""]  # type: ignore[assignment]  # a tuple has a method of the name
 
 
-AXES = Turn(None, 0, 0, 0, 0, None, None)  # 0: a slice per device; None: the same everywhere
+# 0: a slice per device; None: the same everywhere
+AXES = Turn(None, 0, 0, 0, 0, None, None)  # type: ignore[arg-type]
 
 
 class State(NamedTuple):
@@ -56,21 +64,21 @@ class State(NamedTuple):
     """
 
     params: Shards
-    travels: Any = ()
-    stays: Any = ()
-    own: Any = ()
+    travels: PyTree = ()
+    stays: PyTree = ()
+    own: PyTree = ()
 
 
 class Told(NamedTuple):
     """What is heard of each worker of a device, [W]: means over the steps, and whether all was finite."""
 
-    loss: Any
-    accuracy: Any
-    healthy: Any
+    loss: Float[Array, " W"]
+    accuracy: Float[Array, " W"]
+    healthy: Bool[Array, " W"]
 
 
 RESERVED = {"compile", "evaluate", "rest", "round", "total"}  # names of other times in records and figures
-Phase = Callable[[State, Any, Turn], Any]
+Phase = Callable[[State, PyTree, Turn], PyTree]
 
 
 class Method(NamedTuple):
@@ -85,7 +93,7 @@ class Method(NamedTuple):
 
     init: Callable[[Shards], State]
     phases: Mapping[str, Phase]
-    score: Callable[[State, Any], jax.Array]
+    score: Callable[[State, Split], Float[Array, "n k"]]
 
 
 class Policy(NamedTuple):
@@ -97,9 +105,9 @@ class Policy(NamedTuple):
       end: its state after the round -> what travels.
     """
 
-    init: Callable[..., Any]
-    start: Callable[..., Any]
-    end: Callable[[Any], Any]
+    init: Callable[[optax.GradientTransformation, Shards], PyTree]
+    start: Callable[[optax.GradientTransformation, Shards, PyTree], PyTree]
+    end: Callable[[PyTree], PyTree]
 
 
 class Recipe(NamedTuple):
@@ -120,10 +128,12 @@ class Recipe(NamedTuple):
 
     layout: Layout
     tx: optax.GradientTransformation
-    loss_fn: Callable[..., tuple[jax.Array, jax.Array]]
-    batch_fn: Callable[..., tuple[jax.Array, jax.Array]]
-    score_fn: Callable[[Shards, Any], jax.Array]
-    init_params: Callable[[jax.Array], Any]
+    loss_fn: Callable[
+        [Shards, Array | Sparse, Array, Gates | None], tuple[Float[Array, ""], Float[Array, ""]]
+    ]
+    batch_fn: Callable[[Split, Int[Array, " B"], Key[Array, ""]], tuple[Array | Sparse, Array]]
+    score_fn: Callable[[Shards, Split], Float[Array, "n k"]]
+    init_params: Callable[[Key[Array, ""]], Params]
     policy: Policy
     seed: int = 0
     vmapped: bool = False
@@ -140,13 +150,13 @@ class TracedPhase(NamedTuple):
       parts: of the exchanges in it.
     """
 
-    jaxpr: Any
-    inputs: tuple[Any, Any, Any]
-    result: Any
+    jaxpr: ClosedJaxpr
+    inputs: tuple[State, PyTree, Turn]
+    result: PyTree
     parts: list[wire.Part]
 
 
-def trace(method: Method, state: Any, turn: Turn, num_devices: int) -> dict[str, TracedPhase]:
+def trace(method: Method, state: State, turn: Turn, num_devices: int) -> dict[str, TracedPhase]:
     """The phases of a round, chained by their shapes; nothing is compiled, no array is made.
 
     Args:

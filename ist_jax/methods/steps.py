@@ -4,14 +4,14 @@ Everything here is per device. A method puts these together with an exchange.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
 from ist_jax.exchange.layout import AXIS, Layout, Shards
-from ist_jax.methods.method import Policy, Recipe, Told, Turn
+from ist_jax.methods.method import Gates, Policy, Recipe, Told, Turn
 
 POLICIES: dict[str, Policy] = {
     # anew in every round, as in the papers
@@ -30,8 +30,8 @@ POLICIES: dict[str, Policy] = {
 
 
 def train_worker(
-    recipe: Recipe, params: Shards, opt_state: Any, turn: Turn, worker: jax.Array
-) -> tuple[Shards, Any, Told]:
+    recipe: Recipe, params: PyTree[Float[Array, "..."]], opt_state: PyTree, turn: Turn, worker: Int[Array, ""]
+) -> tuple[PyTree[Float[Array, "..."]], PyTree, Told]:
     """Trains one worker for l steps.
 
     Args:
@@ -46,7 +46,9 @@ def train_worker(
     """
     key = worker_key(recipe, turn, worker)
 
-    def step(carry: tuple, xs: tuple) -> tuple[tuple, tuple]:
+    def step(
+        carry: tuple[Shards, PyTree], xs: tuple[Int[Array, ""], Int[Array, " B"], Float[Array, ""]]
+    ) -> tuple[tuple[Shards, PyTree], tuple[Float[Array, ""], Float[Array, ""]]]:
         params, opt_state = carry
         number, batch, rate = xs
         inputs, labels = recipe.batch_fn(turn.data, batch, jax.random.fold_in(key, number))
@@ -61,13 +63,15 @@ def train_worker(
     return params, opt_state, Told(losses.mean(), accuracies.mean(), healthy)
 
 
-def update(recipe: Recipe, params: Shards, opt_state: Any, grads: Shards, rate: jax.Array) -> tuple:
+def update(
+    recipe: Recipe, params: Shards, opt_state: PyTree, grads: Shards, rate: Float[Array, ""]
+) -> tuple[Shards, PyTree]:
     """(parameters, optimizer state) after one step."""
     updates, opt_state = recipe.tx.update(grads, opt_state, params)
     return jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), params, updates), opt_state
 
 
-def clear_empty_slots(layout: Layout, grads: Shards, gates: Any) -> Shards:
+def clear_empty_slots(layout: Layout, grads: Shards, gates: Gates) -> Shards:
     """Keeps the parameters of empty slots at the zeros that they were gathered as."""
     cleared = dict(grads)
     for path, leaf in layout.leaves.items():
@@ -79,31 +83,35 @@ def clear_empty_slots(layout: Layout, grads: Shards, gates: Any) -> Shards:
     return cleared
 
 
-def worker_numbers(layout: Layout) -> jax.Array:
+def worker_numbers(layout: Layout) -> Int[Array, " W"]:
     """Of this device's workers, int32 [W]."""
     workers = layout.workers_per_device
     return lax.axis_index(AXIS) * workers + jnp.arange(workers)
 
 
-def worker_key(recipe: Recipe, turn: Turn, worker: jax.Array) -> jax.Array:
+def worker_key(recipe: Recipe, turn: Turn, worker: Int[Array, ""]) -> Key[Array, ""]:
     """A worker's key of a round: a function of the seed, the round and the worker alone."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(recipe.seed), turn.index), worker)
 
 
-def each_worker(recipe: Recipe, fn: Callable[[Any], Any], args: Any) -> Any:
+def each_worker(
+    recipe: Recipe, fn: Callable[[PyTree], PyTree], args: PyTree[Shaped[Array, "W ..."]]
+) -> PyTree[Shaped[Array, "W ..."]]:
     """`fn` for each of this device's workers, along the leading axis of `args`."""
     if recipe.layout.workers_per_device == 1:
         return jax.tree.map(lambda x: x[None], fn(jax.tree.map(lambda x: x[0], args)))
     return jax.vmap(fn)(args) if recipe.vmapped else lax.map(fn, args)
 
 
-def sum_over_workers(recipe: Recipe, fn: Callable[[Any], tuple], args: Any) -> tuple:
+def sum_over_workers(
+    recipe: Recipe, fn: Callable[[PyTree], tuple[PyTree, ...]], args: PyTree[Shaped[Array, "W ..."]]
+) -> tuple[PyTree, ...]:
     """(sum of fn's first result, its other results stacked); one gradient in memory unless vmapped."""
     if recipe.layout.workers_per_device == 1 or recipe.vmapped:
         grads, *others = each_worker(recipe, fn, args)
         return (jax.tree.map(lambda g: g.sum(0), grads), *others)
 
-    def add(total: Any, own: Any) -> tuple[Any, tuple]:
+    def add(total: PyTree, own: PyTree) -> tuple[PyTree, tuple[PyTree, ...]]:
         grads, *others = fn(own)
         return jax.tree.map(jnp.add, total, grads), tuple(others)
 
@@ -113,11 +121,11 @@ def sum_over_workers(recipe: Recipe, fn: Callable[[Any], tuple], args: Any) -> t
     return (total, *others)
 
 
-def all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: PyTree[Shaped[Array, "..."]]) -> Bool[Array, ""]:
     """Whether every number of every leaf is finite, a bool scalar."""
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
-def is_sound(params: Shards, opt_state: Any) -> jax.Array:
+def is_sound(params: Shards, opt_state: PyTree) -> Bool[Array, ""]:
     """Whether parameters and moments are finite; scalars of the state, such as counts, are not looked at."""
     return all_finite((params, [x for x in jax.tree.leaves(opt_state) if x.ndim]))

@@ -11,10 +11,9 @@ References:
   Stich, Local SGD Converges Fast and Communicates Little, arXiv:1805.09767, 2018.
 """
 
-from typing import Any
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-import jax
-
+from ist_jax.data import Split
 from ist_jax.exchange import store
 from ist_jax.exchange.layout import Shards, map_trees
 from ist_jax.methods.method import Method, Recipe, State, Told, Turn
@@ -28,7 +27,7 @@ def make(recipe: Recipe) -> Method:
     def init(params: Shards) -> State:
         return State(params, travels=policy.init(recipe.tx, params))
 
-    def gather(state: State, _: None, turn: Turn) -> Any:
+    def gather(state: State, _: None, turn: Turn) -> PyTree[Float[Array, "W ..."]]:
         """The unit leaves [W, ...] of every tree that goes out."""
         return map_trees(
             layout,
@@ -37,14 +36,18 @@ def make(recipe: Recipe) -> Method:
             scalar=lambda x: None,
         )
 
-    def local(state: State, units: Any, turn: Turn) -> tuple[Any, Told]:
+    def local(
+        state: State, units: PyTree[Float[Array, "W ..."]], turn: Turn
+    ) -> tuple[PyTree[Shaped[Array, "W ..."]], Told]:
         """This device's trained subnets, (parameters, moments) [W, ...], and what is told of them."""
         kept = (state.params, state.travels)
         if units is None:
             units = map_trees(layout, lambda tree: {}, kept, scalar=lambda x: None)
         shared = map_trees(layout, lambda tree: store.shared_leaves(layout, tree), kept)
 
-        def train(args: tuple) -> tuple[Any, Told]:
+        def train(
+            args: tuple[Int[Array, ""], PyTree, dict[str, Bool[Array, " n"]], Int[Array, "l B"]],
+        ) -> tuple[tuple[Shards, PyTree], Told]:
             worker, own_units, own_gates, own_indices = args
             params, travels = map_trees(layout, lambda _, s, u: s | u, kept, shared, own_units)
             own = turn._replace(gates=own_gates, indices=own_indices)
@@ -54,7 +57,9 @@ def make(recipe: Recipe) -> Method:
 
         return each_worker(recipe, train, (worker_numbers(layout), units, dict(turn.gates), turn.indices))
 
-    def merge(state: State, trained: tuple[Any, Told], turn: Turn) -> tuple[State, Told]:
+    def merge(
+        state: State, trained: tuple[PyTree[Shaped[Array, "W ..."]], Told], turn: Turn
+    ) -> tuple[State, Told]:
         """The state after the round."""
         subnets, told = trained
         heard = told.healthy & turn.present
@@ -67,7 +72,7 @@ def make(recipe: Recipe) -> Method:
         )
         return state._replace(params=params, travels=travels), told
 
-    def score(state: State, batches: Any) -> jax.Array:
+    def score(state: State, batches: Split) -> Float[Array, "n k"]:
         return recipe.score_fn(state.params, batches)
 
     phases = {"gather": gather} if layout.groups else {}

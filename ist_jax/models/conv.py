@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from jax import lax
 
+Pair = tuple[int, int]
+Pads = tuple[Pair, ...]  # before and after, per spatial axis
 _DIMS = ("NHWC", "HWIO", "NHWC")
 
 
@@ -50,20 +52,20 @@ def conv_general_dilated(
     return _conv(lhs, rhs, strides, tuple((lo, hi) for lo, hi in padding))
 
 
-def _plain_conv(x: jax.Array, w: jax.Array, strides: Any, pads: Any) -> jax.Array:
+def _plain_conv(x: jax.Array, w: jax.Array, strides: Sequence[int], pads: Sequence[Pair]) -> jax.Array:
     return lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=_DIMS)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x: jax.Array, w: jax.Array, strides: tuple, pads: tuple) -> jax.Array:
+def _conv(x: jax.Array, w: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
     return _plain_conv(x, w, strides, pads)
 
 
-def _conv_fwd(x: jax.Array, w: jax.Array, strides: tuple, pads: tuple) -> tuple:
+def _conv_fwd(x: jax.Array, w: jax.Array, strides: Pair, pads: Pads) -> tuple:
     return _plain_conv(x, w, strides, pads), (x, w)
 
 
-def _conv_bwd(strides: tuple, pads: tuple, residuals: tuple, dy: jax.Array) -> tuple:
+def _conv_bwd(strides: Pair, pads: Pads, residuals: tuple, dy: jax.Array) -> tuple:
     """From dy [N, H', W', O]: dx [N, H, W, I], a convolution of dy, and dw [h, w, I, O], one of x with dy."""
     x, w = residuals
     zero = dy.dtype.type(0)

@@ -1,13 +1,18 @@
 """What the models share: their line in the table, and access to parameters that are elsewhere."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 import flax.linen as nn
 import jax
 from flax import traverse_util
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
-from ist_jax.key import Key
+from ist_jax.key import Key, Options
+from ist_jax.models.sparse import Sparse
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Entry(NamedTuple):
@@ -18,7 +23,7 @@ class Entry(NamedTuple):
       options: its keys of the config, by whole names such as 'model.width'.
     """
 
-    build: Callable[[Mapping[str, Any], int, Any], nn.Module]
+    build: Callable[[Options, int, DTypeLike | None], nn.Module]
     options: dict[str, Key]
 
 
@@ -28,14 +33,14 @@ class Fetch(Protocol):
     def __call__(self, path: str, shard: jax.Array) -> jax.Array:
         """The whole leaf, from what each device keeps of it."""
 
-    def product(self, path: str, x: Any, shard: jax.Array) -> jax.Array:
+    def product(self, path: str, x: jax.Array | Sparse, shard: jax.Array) -> jax.Array:
         """x @ kernel for a leaf [I, O], by which the inputs travel and not the kernel.
 
         Args: path of the leaf; x [B, I], or `sparse.Sparse`; what this device keeps of it. Returns: [B, O].
         """
 
 
-def streamed(module: Any, path: str, fetch: Fetch | None, kept: Sequence[str] = ()) -> Any:
+def streamed(module: type[M], path: str, fetch: Fetch | None, kept: Sequence[str] = ()) -> type[M]:
     """The module class with its parameters fetched when it is called.
 
     Args:
@@ -47,7 +52,7 @@ def streamed(module: Any, path: str, fetch: Fetch | None, kept: Sequence[str] = 
     if fetch is None:
         return module
 
-    def fetch_all(variables: Any) -> Any:
+    def fetch_all(variables: PyTree) -> PyTree:
         flat = traverse_util.flatten_dict(variables["params"], sep="/")
         whole = {name: x if name in kept else fetch(f"{path}/{name}", x) for name, x in flat.items()}
         return {"params": traverse_util.unflatten_dict(whole, sep="/")}

@@ -6,16 +6,17 @@ References:
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from ist_jax.key import Key
+from ist_jax.key import Key, Options
 from ist_jax.models.interface import Entry, Fetch, streamed
 from ist_jax.models.norm import BatchNorm, at_least_float32
 from ist_jax.models.sparse import Sparse
+from ist_jax.partition import Group, Names
 
 OPTIONS = {
     "model.hidden": Key((1024, 1024), "neurons of each hidden layer", kind=int, least=1),
@@ -28,7 +29,7 @@ class _Dense(nn.Module):
     """x @ kernel, [B, F] -> [B, features]; with `fetch`, of the kernel this device keeps a part."""
 
     features: int
-    dtype: Any
+    dtype: DTypeLike | None
     leaf: str
     fetch: Fetch | None
 
@@ -36,7 +37,7 @@ class _Dense(nn.Module):
     def __call__(self, x: jax.Array | Sparse) -> jax.Array:
         width = x.width if isinstance(x, Sparse) else x.shape[-1]
         if self.fetch is not None:
-            kernel: Any = self.get_variable("params", "kernel")
+            kernel: jax.Array = self.get_variable("params", "kernel")
         else:
             kernel = self.param("kernel", nn.initializers.lecun_normal(), (width, self.features), jnp.float32)
         if not isinstance(x, Sparse):  # a sum of few rows has no use for a narrow copy of all
@@ -51,7 +52,7 @@ class _Layer(nn.Module):
     features: int
     is_output: bool
     normalized: bool
-    dtype: Any
+    dtype: DTypeLike | None
     place: str
     fetch: Fetch | None
 
@@ -79,15 +80,15 @@ class MLP(nn.Module):
 
     hidden: tuple[int, ...]
     num_classes: int
-    dtype: Any = None
+    dtype: DTypeLike | None = None
     output_norm: bool = True
     fetch: Fetch | None = None
 
-    def unit_axes(self) -> dict[str, Any]:
+    def unit_axes(self) -> dict[str, Names]:
         """One group per hidden layer: its columns, its norm, and the next layer's rows."""
         names = [None, *(f"hidden{i + 1}" for i in range(len(self.hidden))), None]
         layers = [f"layer{i + 1}" for i in range(len(self.hidden))] + ["output"]
-        axes: dict[str, Any] = {
+        axes: dict[str, Names] = {
             f"{layer}/dense/kernel": (names[i], names[i + 1]) for i, layer in enumerate(layers)
         }
         return axes | {f"layer{i + 1}/norm/.*": (f"hidden{i + 1}",) for i in range(len(self.hidden))}
@@ -96,7 +97,7 @@ class MLP(nn.Module):
         """The net with `sizes['hidden1']` neurons in the first hidden layer, and so on."""
         return self.clone(hidden=tuple(sizes.get(f"hidden{i + 1}", w) for i, w in enumerate(self.hidden)))
 
-    def check_groups(self, groups: Mapping[str, Any]) -> None:
+    def check_groups(self, groups: Mapping[str, Group]) -> None:
         """Raises ValueError where a worker would have an empty layer. groups: of `partition`, by name."""
         for group in groups.values():
             if min(group.counts) < 1:
@@ -118,9 +119,11 @@ class MLP(nn.Module):
         The global net's wider sums are absorbed by BatchNorm; without one on the logits, they are scaled to
         the mean of what the subnets' would be.
         """
-        y: Any = x if isinstance(x, Sparse) else x.reshape(len(x), -1)
+        y: jax.Array | Sparse = x if isinstance(x, Sparse) else x.reshape(len(x), -1)
 
-        def layer(y: Any, features: int, place: str, is_output: bool, normalized: bool) -> Any:
+        def layer(
+            y: jax.Array | Sparse, features: int, place: str, is_output: bool, normalized: bool
+        ) -> jax.Array:
             module = streamed(_Layer, place, self.fetch, kept=[_KERNEL])
             return module(features, is_output, normalized, self.dtype, place, self.fetch, name=place)(y)
 
@@ -132,7 +135,7 @@ class MLP(nn.Module):
         return logits if self.output_norm else logits * (scale or {}).get(f"hidden{len(self.hidden)}", 1.0)
 
 
-def build(options: Mapping[str, Any], num_classes: int, dtype: Any) -> MLP:
+def build(options: Options, num_classes: int, dtype: DTypeLike | None) -> MLP:
     """The net that the values of `OPTIONS` describe; dtype: as for `MLP`."""
     if not options["model.hidden"]:
         raise ValueError("model.hidden=(); set config.model.hidden to one or more positive widths")

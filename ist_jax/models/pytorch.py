@@ -11,12 +11,12 @@ References:
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
 
+from ist_jax.masking import Params
 from ist_jax.models.resnet import ResNet
 
 _SPELLINGS = ((r"^(module\.)+", ""), (r"\.downsample\.0\.", ".shortcut.0."), (r"^fc\.", "linear."))
@@ -26,7 +26,7 @@ _MODULES = {"stem": "conv1", "head": "linear", "shortcut": "shortcut.0"}
 _AXES = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}
 
 
-def from_torch(state_dict: Mapping[str, Any], model: ResNet) -> dict[str, Any]:
+def from_torch(state_dict: Mapping[str, np.ndarray], model: ResNet) -> Params:
     """The parameters of `model` from the state dict of a PyTorch net of the same form.
 
     The net has no running averages: `running_mean`, `running_var` and `num_batches_tracked` are ignored, and
@@ -68,7 +68,7 @@ def from_torch(state_dict: Mapping[str, Any], model: ResNet) -> dict[str, Any]:
     return traverse_util.unflatten_dict(params, sep="/")
 
 
-def _with_plain_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def _with_plain_names(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Without averages, and in one spelling."""
     arrays = {}
     for given, array in state_dict.items():
@@ -94,7 +94,7 @@ def _torch_names(path: str, sections: Sequence[int]) -> list[str]:
     return [f"layer{number}.{block}.{name}" for block in blocks]
 
 
-def _leaf(path: str, shape: tuple[int, ...], arrays: Mapping[str, Any]) -> np.ndarray:
+def _leaf(path: str, shape: tuple[int, ...], arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """The leaf of this shape, from the arrays of its blocks by name."""
     rank = 1 if not path.endswith("kernel") else 2 if path.startswith("head") else 4
     wanted = tuple(shape[-rank:][axis] for axis in _AXES[rank])

@@ -9,19 +9,22 @@ References:
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from ist_jax.key import Key
+from ist_jax.key import Key, Options
 from ist_jax.models.conv import conv_general_dilated
 from ist_jax.models.interface import Entry, Fetch, streamed
 from ist_jax.models.norm import BatchNorm, at_least_float32
+from ist_jax.partition import Group, Rules
 
 
-def _conv(width: int, size: int, strides: int = 1, dtype: Any = None, name: str | None = None) -> nn.Conv:
+def _conv(
+    width: int, size: int, strides: int = 1, dtype: DTypeLike | None = None, name: str | None = None
+) -> nn.Conv:
     """A size x size convolution that pads size // 2 pixels on each side, as PyTorch's nets do.
 
     'SAME' is the same only where the stride is 1: of an even number of pixels at stride 2 it pads 0 and 1.
@@ -51,7 +54,7 @@ class Block(nn.Module):
     width: int
     strides: int = 1
     project: bool = False
-    dtype: Any = None
+    dtype: DTypeLike | None = None
     expansion = 1
 
     def setup(self) -> None:
@@ -159,13 +162,13 @@ class ResNet(nn.Module):
     num_classes: int
     partitioned: tuple[int, ...] = (3,)
     deal_strided: bool = False
-    dtype: Any = None
+    dtype: DTypeLike | None = None
     block: str = "basic"
     stem: str = "small"
     fetch: Fetch | None = None
     unroll: int = 1
 
-    def unit_axes(self) -> dict[str, Any]:
+    def unit_axes(self) -> Rules:
         """One group per partitioned section, and one per dealt strided block.
 
         Raises:
@@ -192,7 +195,7 @@ class ResNet(nn.Module):
             )
         )
 
-    def check_groups(self, groups: Mapping[str, Any]) -> None:
+    def check_groups(self, groups: Mapping[str, Group]) -> None:
         """Raises ValueError where every worker would hold a dealt block. groups: of `partition`, by name."""
         least = max((group.min_units for group in groups.values()), default=0)
         if self.deal_strided and least:
@@ -244,7 +247,7 @@ class _Section(nn.Module):
     width: int
     strides: int
     dealt: bool
-    dtype: Any
+    dtype: DTypeLike | None
     fetch: Fetch | None
     unroll: int
 
@@ -287,7 +290,7 @@ def _with_unit_axis(block: type[Block], init: bool) -> type[Block]:
     )
 
 
-def build(options: Mapping[str, Any], num_classes: int, dtype: Any) -> ResNet:
+def build(options: Options, num_classes: int, dtype: DTypeLike | None) -> ResNet:
     """The net that the values of `OPTIONS` describe; dtype: as for `ResNet`."""
     if not options["model.sections"]:
         raise ValueError("model.sections=(); set config.model.sections to one or more positive numbers")

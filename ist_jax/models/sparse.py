@@ -1,12 +1,12 @@
 """Sparse inputs: a weighted sum of a kernel's rows, never a dense input."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.typing import DTypeLike
 
 _CHUNK = 1024  # entries read at once: so many rows of the kernel are copied at a time
 
@@ -62,7 +62,7 @@ def _backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, None]:
 _dot.defvjp(_forward, _backward)
 
 
-def _for_entries(x: Sparse, dtype: Any, add: Callable[..., jax.Array], start: jax.Array) -> jax.Array:
+def _for_entries(x: Sparse, dtype: DTypeLike, add: Callable[..., jax.Array], start: jax.Array) -> jax.Array:
     """`add(out, row [P], feature [P], value [P, 1])` of all entries; row B and feature F stand for none."""
     ends = jnp.cumsum(x.count)
 

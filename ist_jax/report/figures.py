@@ -5,7 +5,7 @@ too, stacked parts in hatching. Colours of the frame are left to the page's styl
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ def style(index: int) -> dict[str, str]:
             (("color", COLORS[:6]), ("dash", DASHES), ("marker", MARKERS))}  # fmt: skip
 
 
-def accuracy_figures(series: Sequence[Series], bits_per_second: float) -> dict[str, Any]:
+def accuracy_figures(series: Sequence[Series], bits_per_second: float) -> dict[str, figure]:
     """Test accuracy against examples, bytes and modelled time; the page's script redraws the last.
 
     A thin line per run, a thick one with markers for their mean; none where runs share no evaluated round.
@@ -63,7 +63,7 @@ def accuracy_figures(series: Sequence[Series], bits_per_second: float) -> dict[s
                 }
                 _add_curve(fig, ColumnDataSource(columns), style(index), thin)
     for name, fig in figures.items():
-        fig.x_range.start = 0
+        fig.x_range.start = 0  # type: ignore[attr-defined]
         fig.add_tools(_hover([("", "@label"), ("round", "@round{0,0}"), (labels[name], "@x{0,0.[00]}"),
                               ("test accuracy", "@y{0.00} %")], fig, "points"))  # fmt: skip
     return figures
@@ -76,7 +76,7 @@ def _unit(largest: float, units: dict[str, float]) -> tuple[float, str]:
 
 def _columns(
     curve: Curve, name: str, scales: dict[str, tuple[float, str]], bits_per_second: float
-) -> dict[str, Any]:
+) -> dict[str, np.ndarray]:
     """What a source holds; a modelled time's parts as well, for the page's script."""
     if name == "time":
         x = modelled_seconds(curve.seconds_local, curve.bytes_sent, bits_per_second)
@@ -86,7 +86,7 @@ def _columns(
     return {"x": x, "y": curve.accuracy, "round": curve.round}
 
 
-def _add_curve(fig: Any, source: ColumnDataSource, style: dict[str, str], thin: bool) -> None:
+def _add_curve(fig: figure, source: ColumnDataSource, style: dict[str, str], thin: bool) -> None:
     dash = [int(n) for n in style["dash"].split()]
     width, alpha = (1.2, 0.75) if thin else (2.5, 1)
     fig.line("x", "y", source=source, color=style["color"], line_dash=dash, line_width=width, alpha=alpha)
@@ -104,7 +104,7 @@ def phase_styles(runs: Sequence[RunFiles]) -> dict[str, tuple[str, str]]:
     return dict(zip(names, itertools.cycle(_PHASES), strict=False)) | _LAST
 
 
-def phase_figure(series: Sequence[Series]) -> Any:
+def phase_figure(series: Sequence[Series]) -> figure:
     """Mean time of a round per series, split into its phases; one bar each."""
     styles = phase_styles([run for one in series for run in one.runs])
     labels = [one.label for one in series][::-1]
@@ -115,12 +115,12 @@ def phase_figure(series: Sequence[Series]) -> Any:
     }
     columns = dict(zip(styles, np.transpose([means[label] for label in labels]), strict=True))
     _stack(fig, fig.hbar_stack, ColumnDataSource({_BAR: labels} | columns), styles, y=_BAR, height=0.7)
-    fig.x_range.start = 0
+    fig.x_range.start = 0  # type: ignore[attr-defined]
     fig.ygrid.visible = False
     return fig
 
 
-def phase_history_figure(run: RunFiles) -> Any:
+def phase_history_figure(run: RunFiles) -> figure:
     """The same over the rounds of a run; in long runs a bar is the mean of several rounds."""
     styles = phase_styles([run])
     seconds = _split_rounds(run, styles)
@@ -133,7 +133,7 @@ def phase_history_figure(run: RunFiles) -> Any:
     label = "round" if width == 1 else f"round (a bar: the mean of {width})"
     fig = _figure(label, "time of a round (ms)")
     _stack(fig, fig.vbar_stack, source, styles, x=_BAR, width=0.8 * width)
-    fig.y_range.start = 0
+    fig.y_range.start = 0  # type: ignore[attr-defined]
     fig.xgrid.visible = False
     return fig
 
@@ -146,7 +146,11 @@ def _split_rounds(run: RunFiles, names: Iterable[str]) -> np.ndarray:
 
 
 def _stack(
-    fig: Any, stack: Any, source: ColumnDataSource, styles: Mapping[str, tuple[str, str]], **where: Any
+    fig: figure,
+    stack: Callable[..., object],
+    source: ColumnDataSource,
+    styles: Mapping[str, tuple[str, str]],
+    **where: Any,
 ) -> None:
     colors, hatches = zip(*styles.values(), strict=True)
     stack(list(styles), source=source, fill_color=list(colors), hatch_pattern=list(hatches),
@@ -154,7 +158,7 @@ def _stack(
     fig.add_tools(HoverTool(tooltips=[("phase", "$name"), ("ms", "@$name{0,0.00}")]))
 
 
-def map_figures(units: UnitMap) -> dict[str, Any]:
+def map_figures(units: UnitMap) -> dict[str, figure]:
     """Who trained which unit in which round; and in how many rounds each worker trained each unit."""
     return {"map": _map_figure(units), "counts": _counts_figure(units)}
 
@@ -164,7 +168,7 @@ def worker_colors(num_workers: int) -> list[str]:
     return list(COLORS[:num_workers]) if num_workers <= len(COLORS) else list(viridis(min(256, num_workers)))
 
 
-def _map_figure(units: UnitMap) -> Any:
+def _map_figure(units: UnitMap) -> figure:
     wide = int(units.columns[1] - units.columns[0]) if len(units.columns) > 1 else 1
     high = int(units.rows[1]) if len(units.rows) > 1 else units.group.size
     column, worker, row = np.nonzero(units.trained)
@@ -186,7 +190,7 @@ def _map_figure(units: UnitMap) -> Any:
     return fig
 
 
-def _counts_figure(units: UnitMap) -> Any:
+def _counts_figure(units: UnitMap) -> figure:
     size = units.group.size
     width = -(-size // _UNITS)
     starts = np.arange(0, size, width)
@@ -203,7 +207,7 @@ def _counts_figure(units: UnitMap) -> Any:
     )
     corners = {"left": left, "right": left + widths[bar], "bottom": top - bars[worker, bar], "top": top}
     _add_cells(fig, corners, worker, units, {"unit": starts[bar], "count": bars[worker, bar]})
-    fig.y_range.start = 0
+    fig.y_range.start = 0  # type: ignore[attr-defined]
     fig.xgrid.visible = False
     fig.add_tools(
         _hover([("unit", "@unit"), ("worker", "@worker"), ("rounds", "@count{0,0.[0]}")], fig, "cells")
@@ -212,7 +216,11 @@ def _counts_figure(units: UnitMap) -> Any:
 
 
 def _add_cells(
-    fig: Any, corners: dict[str, Any], worker: np.ndarray, units: UnitMap, more: dict[str, Any]
+    fig: figure,
+    corners: dict[str, np.ndarray],
+    worker: np.ndarray,
+    units: UnitMap,
+    more: dict[str, np.ndarray],
 ) -> None:
     """Rectangles in the workers' colours; the page's script fades all but a chosen worker's."""
     colors = worker_colors(units.group.num_workers)
@@ -227,11 +235,11 @@ def _every(pitch: int) -> str:
     return "" if pitch == 1 else f" (one in {pitch} shown)"
 
 
-def _hover(tooltips: list[tuple[str, str]], fig: Any, name: str) -> HoverTool:
-    return HoverTool(tooltips=tooltips, renderers=[r for r in fig.renderers if r.name == name])
+def _hover(tooltips: list[tuple[str, str]], fig: figure, name: str) -> HoverTool:
+    return HoverTool(tooltips=tooltips, renderers=[r for r in fig.renderers if r.name == name])  # type: ignore[misc]
 
 
-def _figure(x_label: str, y_label: str, *, height: int = 300, **ranges: Any) -> Any:
+def _figure(x_label: str, y_label: str, *, height: int = 300, **ranges: Any) -> figure:
     fig: Any = figure(
         height=height, sizing_mode="stretch_width", toolbar_location=None, tools="",
         x_axis_label=x_label, y_axis_label=y_label, min_border_right=14, **ranges,

@@ -3,17 +3,18 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import numpy as np
 from bokeh.core.types import ID
 from bokeh.embed import json_item
+from bokeh.plotting import figure
 from bokeh.resources import Resources
 
 from ist_jax import BANDWIDTHS
 from ist_jax.report import figures
 from ist_jax.report.runs import RunFiles, Series, draw_maps, group_by_config, modelled_seconds, read_run
+from ist_jax.workdir.files import Json
 
 _BANDWIDTH = 1e9  # chosen when the page opens
 _COLUMNS, _UNITS = 64, 48  # of a partition map
@@ -81,7 +82,7 @@ def render(runs: Sequence[RunFiles]) -> str:
     )  # fmt: skip
 
 
-def _partition(series: Sequence[Series]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _partition(series: Sequence[Series]) -> tuple[dict[str, object], dict[str, figure]]:
     """What the template needs for the maps of the first run that was partitioned, and their figures."""
     parted = [s for s in series if s.runs[0].summary["units"]]
     draws = ((s, draw_maps(s.runs[0], columns=_COLUMNS, rows=_UNITS, budget=DRAWN)) for s in parted)
@@ -91,7 +92,7 @@ def _partition(series: Sequence[Series]) -> tuple[dict[str, Any], dict[str, Any]
     shown, maps = drawn
     first = shown.runs[0]
     groups = []
-    charts: dict[str, Any] = {}
+    charts: dict[str, figure] = {}
     for index, units in enumerate(maps[:_GROUPS]):
         names = {kind: f"{kind}{index}" for kind in ("map", "counts")}
         charts |= {names[kind]: chart for kind, chart in figures.map_figures(units).items()}
@@ -139,7 +140,7 @@ def _results(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def _modelled(series: Series) -> dict[str, Any]:
+def _modelled(series: Series) -> dict[str, Json]:
     """All rounds' modelled time, and what it is made of for the page's script; means over the runs."""
     seconds_local = float(np.mean([run.seconds("local").sum() for run in series.runs]))
     bytes_sent = float(np.mean([run.column("bytes_sent").sum() for run in series.runs]))
@@ -154,7 +155,7 @@ def _settings(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
     return [(key, [json.dumps(config.get(key)) for config in first]) for key in keys]
 
 
-def _ledger(series: Series) -> dict[str, Any]:
+def _ledger(series: Series) -> dict[str, object]:
     """The table of a ledger.json: numbers as text; columns of which nothing is known are left out."""
     ledger = series.runs[0].ledger
     columns = {

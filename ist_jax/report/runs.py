@@ -13,13 +13,15 @@ of sending with computing.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ist_jax import extension, partition
 from ist_jax.deals import DEALS
+from ist_jax.key import Settings
 from ist_jax.workdir import files
+from ist_jax.workdir.files import Json, Record
 
 _SECONDS = "seconds_"  # and the name of a phase: a key of a record
 
@@ -28,10 +30,10 @@ class RunFiles(NamedTuple):
     """A finished run: what its folder holds."""
 
     folder: Path
-    config: dict[str, Any]  # flat, by dotted key
-    summary: dict[str, Any]
-    records: list[dict[str, Any]]  # a line of metrics.jsonl per round
-    ledger: Any  # ledger.json; None where there is none
+    config: Settings  # flat, by dotted key
+    summary: dict[str, Json]
+    records: list[Record]
+    ledger: Json  # None where there is none
 
     def column(self, key: str) -> np.ndarray:
         """A figure of all rounds, float64 [rounds]; NaN in rounds that lack it."""

@@ -4,16 +4,20 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
+from ist_jax.costs.compiled import Executable
 from ist_jax.exchange.layout import AXIS
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # XLA ends the process when virtual CPU devices meet a collective further apart than this (its own
 # default is 40 s); on a loaded machine long evaluations would.
@@ -78,7 +82,7 @@ def host() -> jax.Device:
     return jax.local_devices(backend="cpu" if not platforms or "cpu" in platforms else None)[0]
 
 
-def put(tree: Any, devices: Sequence[jax.Device]) -> Any:
+def put(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     """Places host arrays [D, ...] one slice per device, so that calls copy nothing.
 
     Each process places the slices of its own devices; the others' may hold anything.
@@ -89,12 +93,12 @@ def put(tree: Any, devices: Sequence[jax.Device]) -> Any:
     return jax.tree.map(lambda x: _place(np.asarray(x), sharding), tree)
 
 
-def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
+def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     """Places a copy of host arrays on every device: [D, ...]."""
     return put(jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *np.shape(x))), tree), devices)
 
 
-def to_host(tree: Any) -> Any:
+def to_host(tree: PyTree) -> PyTree:
     """Host arrays [D, ...] of small results, whole in every process."""
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, tree)
@@ -109,13 +113,13 @@ def agree(value: int, devices: Sequence[jax.Device]) -> int:
 
 
 def compile_program(
-    fn: Callable[..., Any],
-    args: Sequence[Any],
+    fn: Callable[..., PyTree],
+    args: Sequence[PyTree],
     devices: Sequence[jax.Device],
     *,
-    in_axes: Sequence[Any],
+    in_axes: Sequence[PyTree[int | None]],
     donate: Sequence[int] = (),
-) -> Any:
+) -> Executable:
     """Compiles a per-device function for all devices.
 
     Args:
@@ -126,7 +130,7 @@ def compile_program(
       donate: numbers of the arguments whose memory the program may reuse.
 
     Returns:
-      The executable, a `jax.stages.Compiled` or what calls one; it accepts just these shapes, so nothing can
+      The executable; it accepts just these shapes, so nothing can
       ever be compiled again. Wait for its results before the next program with collectives: queued programs
       can block each other on CPU.
     """
@@ -147,20 +151,22 @@ class _SpanningProgram:
 
     def __init__(
         self,
-        fn: Callable[..., Any],
-        args: Sequence[Any],
+        fn: Callable[..., PyTree],
+        args: Sequence[PyTree],
         devices: Sequence[jax.Device],
-        in_axes: Sequence[Any],
+        in_axes: Sequence[PyTree[int | None]],
         donate: Sequence[int],
     ):
-        def spread(axis: int | None, arg: Any, leaf: Callable[[int | None, Any], Any]) -> Any:
+        def spread(axis: int | None, arg: PyTree, leaf: Callable[[int | None, jax.Array], T]) -> PyTree[T]:
             return jax.tree.map(lambda x: leaf(axis, x), arg)
 
-        def per_leaf(leaf: Callable[[int | None, Any], Any], args: Sequence[Any]) -> tuple:
+        def per_leaf(
+            leaf: Callable[[int | None, jax.Array], T], args: Sequence[PyTree]
+        ) -> tuple[PyTree[T], ...]:
             each = partial(spread, leaf=leaf)
             return jax.tree.map(each, tuple(in_axes), tuple(args), is_leaf=lambda axis: axis is None)
 
-        def per_device(*slices: Any) -> Any:
+        def per_device(*slices: PyTree) -> PyTree:
             own = per_leaf(lambda axis, x: x[0] if axis == 0 else x, slices)
             return jax.tree.map(lambda x: x[None], fn(*own))
 
@@ -180,11 +186,11 @@ class _SpanningProgram:
         self.args_info, self.in_tree = self.compiled.args_info, self.compiled.in_tree
         self.input_shardings = self.compiled.input_shardings
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: PyTree) -> PyTree:
         return self.compiled(*jax.tree.map(_place_host, args, self._shardings))
 
 
-def _place_host(x: Any, sharding: NamedSharding) -> jax.Array:
+def _place_host(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
     return x if isinstance(x, jax.Array) else _place(np.asarray(x), sharding)
 
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
@@ -14,11 +14,15 @@ from ist_jax.data import augment, batches, images
 from ist_jax.data.encoded import EvalBatches, TrainBatches
 from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
 from ist_jax.data.stream import StreamingEvaluation, StreamingFeed, check_shared_memory
+from ist_jax.key import Options
 from ist_jax.runtime import devices
 from ist_jax.streams import Use, rng
 from ist_jax.task import Task, classification, multi_label
 
 log = logging.getLogger(__name__)
+
+# A `data.Split` in memory or, where the data set is encoded, an `EncodedSource`.
+Examples: TypeAlias = Any
 
 
 class Wanted(NamedTuple):
@@ -42,7 +46,7 @@ class Wanted(NamedTuple):
 
     name: str
     directory: str
-    options: dict[str, Any]
+    options: Options
     pad: int
     flip: bool
     validation: float
@@ -69,9 +73,9 @@ class Inputs(NamedTuple):
 
     wanted: Wanted
     dataset: data.DataSet
-    train: Any
-    test: Any
-    validation: Any
+    train: Examples
+    test: Examples
+    validation: data.Split | None
     task: Task
 
     @property
@@ -160,7 +164,7 @@ def feed_rounds(inputs: Inputs, chosen: Sequence[jax.Device], rounds: int) -> In
 
 
 def feed_evaluation(
-    wanted: Wanted, split: Any, chosen: Sequence[jax.Device]
+    wanted: Wanted, split: Examples, chosen: Sequence[jax.Device]
 ) -> InMemoryEvaluation | StreamingEvaluation:
     """A split as fixed, class-mixed batches: all on the devices, or read anew by every pass.
 
@@ -177,13 +181,13 @@ def feed_evaluation(
     return StreamingEvaluation(make, processes=wanted.options["data.processes"], put=put)
 
 
-def deal_batches(split: data.Split, batch_size: int, num_devices: int) -> dict[str, Any]:
+def deal_batches(split: data.Split, batch_size: int, num_devices: int) -> data.Split:
     """The fixed batches [D, n, B, ...] of a split in memory, and the examples' 'weight' float32 [D, n, B]."""
     plan = batches.eval_batches(len(split["label"]), batch_size, num_devices)
     return data.select(split, plan.indices) | {"weight": plan.weights}
 
 
-def calibration_batches(inputs: Inputs, most: int) -> Iterator[Any]:
+def calibration_batches(inputs: Inputs, most: int) -> Iterator[data.Split]:
     """At most so many batches of training examples, not augmented, each example once."""
     wanted = inputs.wanted
     size = min(wanted.eval_batch_size, inputs.num_train)

@@ -5,17 +5,22 @@ An observer is a function that is called with every round's record, as in metric
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 from tqdm import tqdm
 
+from ist_jax.workdir.files import Record
+
+if TYPE_CHECKING:
+    pass
+
 log = logging.getLogger(__name__)
 
-Observer = Callable[[Mapping[str, Any]], None]
+Observer = Callable[[Record], None]
 
 
 @contextmanager
@@ -48,7 +53,7 @@ def show_progress(total: int, desc: str, done: int = 0) -> Iterator[Observer]:
     every, score = max(1, total // 20), ""
     plain = not sys.stderr.isatty()
 
-    def show(record: Mapping[str, Any]) -> None:
+    def show(record: Record) -> None:
         nonlocal score
         for split in ("validation", "test"):
             if f"{split}_accuracy" in record:
@@ -72,9 +77,9 @@ def write_events(folder: Path) -> Iterator[Observer]:
     """
     from tensorboardX import SummaryWriter  # seldom needed
 
-    writers: list[Any] = []
+    writers: list[SummaryWriter] = []
 
-    def write(record: Mapping[str, Any]) -> None:
+    def write(record: Record) -> None:
         step = record["round"]
         if not writers:
             writers.append(SummaryWriter(str(folder), purge_step=step))
@@ -94,7 +99,7 @@ def profile_rounds(folder: Path, rounds: int) -> Iterator[Observer]:
     """Profiles so many rounds with `jax.profiler`, from the session's second on; for Perfetto or XProf."""
     seen = 0
 
-    def start_or_stop(record: Mapping[str, Any]) -> None:
+    def start_or_stop(record: Record) -> None:
         nonlocal seen
         del record
         seen += 1

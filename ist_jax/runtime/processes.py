@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 import jax
 from jax._src import distributed as runtime  # the key-value store has no public name
@@ -20,6 +20,8 @@ from jax._src import distributed as runtime  # the key-value store has no public
 from ist_jax import errors
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LOST = 75  # exit code: try again later (EX_TEMPFAIL)
 _BEAT_SECONDS = 1.0
@@ -98,7 +100,7 @@ def meet(what: str) -> None:
             raise
 
 
-def first_alone(fn: Callable[[], Any], what: str) -> Any:
+def first_alone(fn: Callable[[], T], what: str) -> T | None:
     """`fn` in process 0 and, when that is done, in the others: for what process 0 tidies up on disk."""
     result = fn() if number() == 0 else None
     meet(what)

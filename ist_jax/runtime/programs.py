@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
+from jaxtyping import PyTree
 
+from ist_jax.costs.compiled import Executable
+from ist_jax.data import Split
 from ist_jax.exchange.kinds import init_parts, shard_shapes, split_leaf
 from ist_jax.exchange.layout import Layout, Shards
-from ist_jax.methods.method import AXES, Method, State, TracedPhase
+from ist_jax.masking import Params
+from ist_jax.methods.method import AXES, Method, State, TracedPhase, Turn
 from ist_jax.runtime import devices
 from ist_jax.workdir import checkpoint
 
@@ -19,7 +22,7 @@ _IN_AXES = (0, 0, AXES)  # of (state, value, turn)
 
 def compile_phases(
     method: Method, traced: Mapping[str, TracedPhase], chosen: Sequence[jax.Device]
-) -> dict[str, Any]:
+) -> dict[str, Executable]:
     """The phases of a round, each compiled once for the whole run.
 
     The last one may reuse the memory of the state, the others that of their value where all of it fits what
@@ -30,7 +33,7 @@ def compile_phases(
       traced: from `methods.method.trace`.
       chosen: the devices.
     """
-    programs: dict[str, Any] = {}
+    programs: dict[str, Executable] = {}
     for name, phase in traced.items():
         last = len(programs) + 1 == len(traced)
         donate = [0] if last else [1] if _fits(phase.inputs[1], phase.result) else []
@@ -41,22 +44,22 @@ def compile_phases(
     return programs
 
 
-def compile_score(method: Method, state: State, batches: Any, chosen: Sequence[jax.Device]) -> Any:
+def compile_score(method: Method, state: State, batches: Split, chosen: Sequence[jax.Device]) -> Executable:
     """The evaluation of the state on the batches [D, ...] of one call."""
     return devices.compile_program(method.score, (state, batches), chosen, in_axes=(0, 0))
 
 
-def with_axes(inputs: tuple[Any, Any, Any], num_devices: int) -> Any:
+def with_axes(inputs: tuple[State, PyTree, Turn], num_devices: int) -> tuple[State, PyTree, Turn]:
     """The shapes of (state, value, turn) on all devices, from those on one."""
 
-    def spread(axis: int | None, arg: Any) -> Any:
+    def spread(axis: int | None, arg: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
         lead = (num_devices,) if axis == 0 else ()
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), arg)
 
     return jax.tree.map(spread, _IN_AXES, inputs, is_leaf=lambda axis: axis is None)
 
 
-def _fits(value: Any, result: Any) -> bool:
+def _fits(value: PyTree, result: PyTree) -> bool:
     """Whether every array of `value` has one of the same shape and dtype to itself in `result`."""
     free = [(x.shape, x.dtype) for x in jax.tree.leaves(result)]
     for x in jax.tree.leaves(value):
@@ -70,7 +73,7 @@ def _fits(value: Any, result: Any) -> bool:
 
 
 def init_shards(
-    layout: Layout, init_params: Callable[[jax.Array], Any], seed: int, chosen: Sequence[jax.Device]
+    layout: Layout, init_params: Callable[[jax.Array], Params], seed: int, chosen: Sequence[jax.Device]
 ) -> Shards:
     """Freshly initialised parameters.
 
@@ -88,7 +91,9 @@ def init_shards(
     return {path: shards[path] for path in layout.leaves}
 
 
-def _init_leaves(init_params: Callable[[jax.Array], Any], paths: tuple[str, ...], key: jax.Array) -> dict:
+def _init_leaves(
+    init_params: Callable[[jax.Array], Params], paths: tuple[str, ...], key: jax.Array
+) -> dict[str, jax.Array]:
     """The leaves asked for; under `jit` the others are not computed."""
     flat = traverse_util.flatten_dict(init_params(key), sep="/")
     return {path: flat[path] for path in paths}
@@ -116,6 +121,6 @@ def restore_state(
     return saved.restore(layout, like, partial(devices.put, devices=chosen))
 
 
-def _on_one_device(tree: Any) -> Any:
+def _on_one_device(tree: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
     """Shapes on one device of arrays [D, ...]."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)

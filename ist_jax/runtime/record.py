@@ -3,22 +3,23 @@
 import datetime
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
+import jax
 import numpy as np
 
 from ist_jax import __version__
 from ist_jax.costs import formula, ledger
 from ist_jax.methods.method import Told
 from ist_jax.runtime.run import Run, Stage
+from ist_jax.workdir.files import Json, Record
 
 log = logging.getLogger(__name__)
 
 
-def round_record(run: Run, stage: Stage, index: int, told: Told, present: np.ndarray) -> dict[str, Any]:
+def round_record(run: Run, stage: Stage, index: int, told: Told, present: jax.Array | np.ndarray) -> Record:
     """The record of a round, but for its times; says which workers were left out.
 
     Args:
@@ -50,19 +51,19 @@ def round_record(run: Run, stage: Stage, index: int, told: Told, present: np.nda
     }
 
 
-def _mean_where(chosen: np.ndarray, values: np.ndarray) -> float:
+def _mean_where(chosen: jax.Array | np.ndarray, values: jax.Array | np.ndarray) -> float:
     """Mean over the chosen workers; NaN where there is none."""
     return float(values[chosen].mean()) if chosen.any() else float("nan")
 
 
-def about_checkpoint(run: Run, record: Mapping[str, Any], custom_model: str | None) -> dict[str, Any]:
+def about_checkpoint(run: Run, record: Record, custom_model: str | None) -> dict[str, Json]:
     """What a checkpoint says of the run and of its last round, by that round's record."""
     scores = {key: record.get(key) for key in ("test_accuracy", "validation_accuracy")}
     about = {key: record[key] for key in ("round", "examples")}
     return about | scores | {"custom_model": custom_model, "config": run.settings}
 
 
-def make_ledger(run: Run) -> dict[str, Any]:
+def make_ledger(run: Run) -> dict[str, Json]:
     """The ledger of a run's last stage; see `costs.ledger`."""
     stage, (chunks, program) = run.stages[-1], run.splits["test"]
     subject = ledger.Subject(
@@ -82,8 +83,8 @@ def make_ledger(run: Run) -> dict[str, Any]:
 
 
 def summarize(
-    run: Run, records: Sequence[Mapping[str, Any]], custom_model: str | None, params_sha256: str
-) -> dict[str, Any]:
+    run: Run, records: Sequence[Record], custom_model: str | None, params_sha256: str
+) -> dict[str, Json]:
     """The final figures of a run; bytes as its records count them, times in seconds.
 
     Args:
@@ -136,7 +137,7 @@ def write_report(workdir: Path) -> Path:
     return workdir / "report.html"
 
 
-def last_line(summary: Mapping[str, Any]) -> str:
+def last_line(summary: dict[str, Json]) -> str:
     """A run's result in a line for people."""
     exchanged, full = summary["bytes_exchanged_per_worker"], summary["bytes_local_sgd_per_worker"]
     return (

@@ -1,13 +1,16 @@
 """A run that is set up: what the driver goes by."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 
+from ist_jax.costs.compiled import Executable
 from ist_jax.costs.traffic import Traffic
+from ist_jax.data.feed import Evaluation, Feed
 from ist_jax.exchange.layout import Layout
+from ist_jax.key import Settings
 from ist_jax.methods.method import Method, Recipe, State, TracedPhase, Turn
 from ist_jax.runtime.clock import Clock
 from ist_jax.runtime.inputs import Inputs
@@ -32,7 +35,7 @@ class Stage(NamedTuple):
     recipe: Recipe
     method: Method
     phases: Mapping[str, TracedPhase]
-    programs: Mapping[str, Any]
+    programs: Mapping[str, Executable]
     traffic: Traffic
     apart: Traffic
     deal: str
@@ -45,8 +48,8 @@ class Stage(NamedTuple):
 class Split(NamedTuple):
     """Examples that the model is scored on: chunks of batches, and the program for one."""
 
-    chunks: Any
-    program: Any
+    chunks: Evaluation
+    program: Executable
 
 
 class Run(NamedTuple):
@@ -70,14 +73,14 @@ class Run(NamedTuple):
     """
 
     name: str
-    settings: dict[str, Any]
+    settings: Settings
     inputs: Inputs
     model: nn.Module
     scale: dict[str, float]
     devices: list[jax.Device]
     stages: tuple[Stage, ...]
     state: State
-    feed: Any
+    feed: Feed
     splits: dict[str, Split]
     schedule: Schedule
     turn: Callable[[Stage, int], Turn]

@@ -1,7 +1,7 @@
 """Evaluation of the global model: a split's scores, and statistics to classify single examples by."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -9,9 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax import lax
+from jaxtyping import PyTree
 
+from ist_jax.data import Split
 from ist_jax.exchange.layout import Layout, Shards
 from ist_jax.exchange.streaming import Streamed
+from ist_jax.masking import Params
+from ist_jax.methods.method import Gates
+from ist_jax.models.sparse import Sparse
 from ist_jax.task import Task
 
 
@@ -54,9 +59,11 @@ def make_loss_fn(
       scale: of its units' branches; None: as they are.
     """
 
-    def loss_fn(params: Shards, inputs: Any, labels: jax.Array, gates: Any) -> tuple:
+    def loss_fn(
+        params: Shards, inputs: jax.Array | Sparse, labels: jax.Array, gates: Gates | None
+    ) -> tuple[jax.Array, jax.Array]:
         variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
-        logits: Any = model.apply(variables, inputs, gates=gates, scale=scale)
+        logits = cast(jax.Array, model.apply(variables, inputs, gates=gates, scale=scale))
         losses, scores = score_fn(logits, labels)
         return losses.mean(), scores[:, 0].mean()
 
@@ -69,7 +76,7 @@ def score_shards(
     task: Task,
     scale: Mapping[str, float],
     shards: Shards,
-    batches: Mapping[str, Any],
+    batches: Split,
 ) -> jax.Array:
     """Sums over this device's evaluation batches; a program for `devices.compile_program`.
 
@@ -92,24 +99,24 @@ def score_shards(
         params = {path: fetch(path, shard) for path, shard in shards.items()}
     variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
 
-    def score(_: None, batch: Mapping[str, Any]) -> tuple[None, jax.Array]:
+    def score(_: None, batch: Split) -> tuple[None, jax.Array]:
         return None, score_batch(model, task, scale, variables, batch)
 
     return lax.scan(score, None, dict(batches))[1]
 
 
 def score_batch(
-    model: nn.Module, task: Task, scale: Mapping[str, float], variables: Any, batch: Mapping[str, Any]
+    model: nn.Module, task: Task, scale: Mapping[str, float], variables: PyTree, batch: Split
 ) -> jax.Array:
     """Weighted sums over a batch, float32 [2 + M]: the loss, the scores, and the weights'."""
     inputs, labels = task.eval_fn(batch)
-    logits: Any = model.apply(variables, inputs, scale=scale)
+    logits = cast(jax.Array, model.apply(variables, inputs, scale=scale))
     losses, scores = task.score_fn(logits, labels)
     weight = batch["weight"]
     return jnp.concatenate([(weight[:, None] * jnp.c_[losses, scores]).sum(0), weight.sum()[None]])
 
 
-def total_score(task: Task, sums: Any) -> Score:
+def total_score(task: Task, sums: np.ndarray) -> Score:
     """The score from the sums [..., 2 + M] of all devices and batches, added up in float64."""
     sums = np.asarray(sums, np.float64)
     loss, *scores, weight = sums.reshape(-1, sums.shape[-1]).sum(0).tolist()
@@ -118,8 +125,8 @@ def total_score(task: Task, sums: Any) -> Score:
 
 
 def estimate_batch_stats(
-    model: nn.Module, params: Any, batches: Iterable[Any], scale: Mapping[str, float]
-) -> Any:
+    model: nn.Module, params: Params, batches: Iterable[jax.Array | Sparse], scale: Mapping[str, float]
+) -> PyTree:
     """BatchNorm statistics of the merged model over training batches ("precise BN").
 
     Mean and mean square of every norm's input, averaged over the batches: with them a single example
@@ -136,7 +143,7 @@ def estimate_batch_stats(
     """
 
     @jax.jit
-    def statistics(params: Any, inputs: jax.Array) -> Any:
+    def statistics(params: Params, inputs: jax.Array | Sparse) -> PyTree:
         _, state = model.apply({"params": params}, inputs, scale=scale, mutable=["batch_stats"])
         return state.get("batch_stats", {})
 

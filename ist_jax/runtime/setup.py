@@ -7,25 +7,29 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 from ml_collections import config_dict
 
 from ist_jax import data, extension, methods, partition
 from ist_jax.config import build_model, check, options, record
 from ist_jax.costs import formula
 from ist_jax.costs.traffic import Traffic, round_traffic
-from ist_jax.data.feed import Chunk
+from ist_jax.data.feed import Feed
 from ist_jax.deals import DEALS
 from ist_jax.exchange.codec import CODECS
 from ist_jax.exchange.kinds import from_params, shard_shapes
 from ist_jax.exchange.layout import Layout, make_layout, regroup
+from ist_jax.masking import Params
 from ist_jax.methods.method import Method, Recipe, State, TracedPhase, Turn, trace
 from ist_jax.methods.steps import POLICIES
+from ist_jax.models.sparse import Sparse
 from ist_jax.runtime import devices, inputs, processes, programs, scoring
 from ist_jax.runtime.clock import Clock
 from ist_jax.runtime.run import Run, Split, Stage
@@ -35,11 +39,13 @@ from ist_jax.workdir import checkpoint, files
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 def set_up(
     config: config_dict.ConfigDict,
     model: nn.Module | None = None,
-    params: Any = None,
+    params: Params | None = None,
     *,
     start: checkpoint.Saved | None = None,
     evaluation_only: bool = False,
@@ -71,7 +77,7 @@ def set_up(
     schedule = make_schedule(config, opened.num_train, done)
     splits = _make_splits(opened, method, state, chosen)
     stages: tuple[Stage, ...] = ()
-    feed: Any = None
+    feed: Feed = None  # type: ignore[assignment]  # an evaluation has no rounds
     if evaluation_only:
         nothing = Traffic({}, {})
         stages = (Stage(schedule.rounds, recipe, method, {}, {}, nothing, nothing, ""),)
@@ -125,7 +131,7 @@ def method_of(config: config_dict.ConfigDict) -> methods.Entry:
     return found if isinstance(found, methods.Entry) else methods.Entry(found, deals_units=True)
 
 
-def _load(config: config_dict.ConfigDict, key: str, table: Mapping[str, Any]) -> Any:
+def _load(config: config_dict.ConfigDict, key: str, table: Mapping[str, T]) -> T:
     """What a key names: of its table, or of a file of the user's own."""
     name = files.flatten(config.to_dict())[key]
     try:
@@ -168,7 +174,7 @@ def make_recipe(config: config_dict.ConfigDict, model: nn.Module, task: Task, nu
 
 
 def _make_groups(
-    config: config_dict.ConfigDict, model: nn.Module, shapes: Any, axes: partition.Axes
+    config: config_dict.ConfigDict, model: nn.Module, shapes: PyTree, axes: partition.Axes
 ) -> dict[str, partition.Group]:
     """The unit groups that `config` partitions."""
     if not any(name for names in axes.values() for name in names):
@@ -261,7 +267,7 @@ def count_warmup_rounds(config: config_dict.ConfigDict, num_train: int, done: Pr
     return min(rounds, count_rounds(config.partition.warmup_epochs, num_train, per_round, done))
 
 
-def turn_shapes(layout: Layout, data: Any, local_steps: int, batch_size: int) -> Turn:
+def turn_shapes(layout: Layout, data: data.Split, local_steps: int, batch_size: int) -> Turn:
     """What a round is given on one device.
 
     Args:
@@ -272,12 +278,13 @@ def turn_shapes(layout: Layout, data: Any, local_steps: int, batch_size: int) ->
     """
     workers = layout.workers_per_device
 
-    def shape(*sizes: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, dtype)
+    def shape(*sizes: int, dtype: DTypeLike = np.int32) -> jax.Array:
+        """It stands for an array."""
+        return jax.ShapeDtypeStruct(sizes, dtype)  # type: ignore[return-value]
 
     def dealt(group: partition.Group) -> partition.Assignment:
         size = (group.num_workers, group.slots)
-        return partition.Assignment(shape(*size), shape(*size, dtype=bool))  # type: ignore[arg-type]
+        return partition.Assignment(shape(*size), shape(*size, dtype=bool))
 
     return Turn(
         draw={name: dealt(group) for name, group in layout.groups.items()},
@@ -291,7 +298,7 @@ def turn_shapes(layout: Layout, data: Any, local_steps: int, batch_size: int) ->
 
 
 def trace_round(
-    method: methods.Entry, recipe: Recipe, data: Any, local_steps: int, batch_size: int
+    method: methods.Entry, recipe: Recipe, data: data.Split, local_steps: int, batch_size: int
 ) -> dict[str, TracedPhase]:
     """The phases of a round on one device, from shapes alone; arguments as of `turn_shapes`."""
     made, layout = method.make(recipe), recipe.layout
@@ -301,7 +308,7 @@ def trace_round(
 
 
 def _make_stage(
-    config: config_dict.ConfigDict, until: int, recipe: Recipe, feed: Any, chosen: list[jax.Device]
+    config: config_dict.ConfigDict, until: int, recipe: Recipe, feed: Feed, chosen: list[jax.Device]
 ) -> Stage:
     """Rounds by one recipe: traced, counted and compiled."""
     entry, layout = method_of(config), recipe.layout
@@ -317,12 +324,16 @@ def _make_stage(
     return Stage(until, recipe, method, phases, compiled, here, apart, deal)
 
 
-def _init_params(model: nn.Module, example: Any, key: jax.Array) -> Any:
+def _init_params(model: nn.Module, example: jax.Array | Sparse, key: jax.Array) -> Params:
     return model.init(key, example)["params"]
 
 
 def _first_state(
-    method: Method, recipe: Recipe, chosen: list[jax.Device], start: checkpoint.Saved | None, params: Any
+    method: Method,
+    recipe: Recipe,
+    chosen: list[jax.Device],
+    start: checkpoint.Saved | None,
+    params: Params | None,
 ) -> State:
     layout = recipe.layout
     if start is not None:
@@ -346,7 +357,7 @@ def _make_splits(
 
 
 def turn_maker(
-    config: config_dict.ConfigDict, feed: Callable[[int], Chunk], schedule: Schedule
+    config: config_dict.ConfigDict, feed: Feed, schedule: Schedule
 ) -> Callable[[Stage, int], Turn]:
     """(stage, round's number) -> the inputs of the round.
 
@@ -370,7 +381,7 @@ def turn_maker(
         }
         present = partition.draw_present(seed, index, workers, participation).reshape(grid)
         rates = schedule.learning_rates[index]
-        return Turn(draw, gates, present, shown, indices, rates, np.int32(index))
+        return Turn(draw, gates, present, shown, indices, rates, np.int32(index))  # type: ignore[arg-type]
 
     return turn
 

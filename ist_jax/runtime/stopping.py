@@ -1,11 +1,12 @@
 """When to stop: a pure function of the records, so that a resumed run stops at the same round."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+
+from ist_jax.workdir.files import Record
 
 
-def has_stopped(records: Sequence[Mapping[str, Any]], patience: int) -> bool:
+def has_stopped(records: Sequence[Record], patience: int) -> bool:
     """Whether the validation accuracy has not risen above its best for `patience` evaluations.
 
     Args:
@@ -18,7 +19,7 @@ def has_stopped(records: Sequence[Mapping[str, Any]], patience: int) -> bool:
     return bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
 
 
-def diverged(records: Sequence[Mapping[str, Any]], limit: int) -> int | None:
+def diverged(records: Sequence[Record], limit: int) -> int | None:
     """The worker that was left out in each of the last `limit` rounds, if there is one; 0: no limit."""
     if not limit or len(records) < limit:
         return None

@@ -18,21 +18,24 @@ and one of itself: zarr (and orbax) read flipped bits and missing files without 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
 from flax import traverse_util
+from jaxtyping import PyTree
 
 from ist_jax import errors
 from ist_jax.exchange.kinds import kind_of
 from ist_jax.exchange.layout import Layout, Leaf, restore
+from ist_jax.masking import Params
 from ist_jax.methods.method import State
+from ist_jax.workdir.files import Json, Record
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,17 @@ FOLDER = "checkpoints"
 ITEM = "model"
 PARAMS = "params"
 _DAMAGED = "damaged-"
+Like = jax.Array | jax.ShapeDtypeStruct  # an array of one device, or its shape
+
+
+class Entry(TypedDict):
+    """What an index says of an array; `pieces`: [axis, start, stop, SHA-256]."""
+
+    shape: Sequence[int]
+    unit_axes: Sequence[int]
+    dtype: str
+    chunk: NotRequired[Sequence[int]]
+    pieces: NotRequired[list[list[Json]]]
 
 
 class Damaged(ValueError):
@@ -69,7 +83,7 @@ class Stored:
         rows = self.shape[0] // num_devices
         return 0, device * rows, (device + 1) * rows
 
-    def to_stored(self, kept: np.ndarray, device: int, num_devices: int) -> np.ndarray:
+    def to_stored(self, kept: np.ndarray, device: int, num_devices: int) -> np.ndarray | np.generic:
         """That part, from what the device keeps."""
         if self.leaf is None:
             return kept
@@ -81,10 +95,10 @@ class Stored:
             return whole.reshape(num_devices, -1, *whole.shape[1:])
         return kind_of(self.leaf).split(whole, self.leaf, num_devices)
 
-    def entry(self, num_devices: int) -> dict[str, Any]:
+    def entry(self, num_devices: int) -> Entry:
         """What an index says of the array, the pieces aside."""
         axes = self.leaf.unit_axes if self.leaf else ()
-        entry = {"shape": self.shape, "unit_axes": axes, "dtype": str(self.dtype)}
+        entry: Entry = {"shape": self.shape, "unit_axes": axes, "dtype": str(self.dtype)}
         axis, start, stop = self.piece(0, num_devices)
         chunk = tuple(stop - start if a == axis else s for a, s in enumerate(shape_on_disk(entry)))
         return entry | {"chunk": chunk}
@@ -101,22 +115,22 @@ def stored_arrays(layout: Layout, like: State) -> State:
       ValueError: an array of `own` has no axis of workers.
     """
 
-    def tree(name: str, parts: Mapping[str, Any]) -> Any:
+    def tree(name: str, parts: Mapping[str, Like]) -> PyTree[Stored]:
         return {
             path: Stored(f"{name}/{path}", leaf.shape, parts[path].dtype, leaf)
             for path, leaf in layout.leaves.items()
         }
 
-    def everywhere(name: str, x: Any) -> Stored:
+    def everywhere(name: str, x: Like) -> Stored:
         return Stored(name, x.shape, x.dtype, Leaf(x.shape, (), ()))
 
-    def field(name: str, value: Any) -> Any:
+    def field(name: str, value: PyTree) -> PyTree[Stored]:
         parts, treedef = jax.tree.flatten(value, is_leaf=layout.is_tree)
         numbered = [(f"{name}/{i}", x) for i, x in enumerate(parts)]
         stored = [(tree if layout.is_tree(x) else everywhere)(name, x) for name, x in numbered]
         return jax.tree.unflatten(treedef, stored)
 
-    def rows(number: int, x: Any) -> Stored:
+    def rows(number: int, x: Like) -> Stored:
         if x.shape[:1] != (layout.workers_per_device,):
             raise ValueError(
                 f"array {number} of a state's `own` has shape {tuple(x.shape)} on a device; its first axis "
@@ -144,8 +158,8 @@ class Saved(NamedTuple):
     """
 
     folder: Path
-    about: dict[str, Any]
-    arrays: dict[str, dict[str, Any]]
+    about: dict[str, Json]
+    arrays: dict[str, Entry]
 
     @property
     def round(self) -> int:
@@ -285,7 +299,7 @@ def verify(saved: Saved) -> None:
         saved.read(name)
 
 
-def load_params(workdir: str | Path, which: int | str = "last") -> Any:
+def load_params(workdir: str | Path, which: int | str = "last") -> Params:
     """The global parameters of a run: nested dict of NumPy arrays, for `model.apply`.
 
     Args:
@@ -303,7 +317,7 @@ def load_params(workdir: str | Path, which: int | str = "last") -> Any:
     if not there:
         raise ValueError(f"{workdir} holds no checkpoint, so no parameters")
     if which == "best":
-        accuracies: Any = {r: accuracy(open_round(workdir, r).about) for r in there}
+        accuracies: dict[int, Json] = {r: accuracy(open_round(workdir, r).about) for r in there}
         which = max(there, key=lambda r: -1.0 if accuracies[r] is None else accuracies[r])
     number = there[-1] if which == "last" else which
     if number not in there:
@@ -311,12 +325,12 @@ def load_params(workdir: str | Path, which: int | str = "last") -> Any:
     return traverse_util.unflatten_dict(dict(open_round(workdir, int(number)).params()), sep="/")
 
 
-def accuracy(record: Mapping[str, Any]) -> float | None:
+def accuracy(record: Record) -> float | None:
     """What a state is judged by, from its record: on the validation split, where there is one."""
     return record.get("test_accuracy" if record.get("validation_accuracy") is None else "validation_accuracy")
 
 
-def _read_index(folder: Path, process: int) -> dict[str, Any]:
+def _read_index(folder: Path, process: int) -> dict[str, Json]:
     path = folder / ITEM / f"index-{process}.json"
     try:
         digest, _, content = path.read_text().partition("\n")
@@ -328,14 +342,14 @@ def _read_index(folder: Path, process: int) -> dict[str, Any]:
     return json.loads(content)
 
 
-def array_spec(folder: Path, name: str) -> dict[str, Any]:
+def array_spec(folder: Path, name: str) -> dict[str, Json]:
     """Where tensorstore finds an array. Not synced to the disk one by one: what a power failure takes of the
     newest checkpoint, its hashes tell."""
     path = f"{folder.resolve()}/{name}/"
     return {"driver": "zarr", "kvstore": {"driver": "file", "path": path, "file_io_sync": False}}
 
 
-def shape_on_disk(entry: Mapping[str, Any]) -> tuple[int, ...]:
+def shape_on_disk(entry: Entry) -> tuple[int, ...]:
     """Of an array: unit axes first and the rest raveled, where it has any."""
     leaf = Leaf(tuple(entry["shape"]), tuple(entry["unit_axes"]), ())
     return (*(leaf.shape[a] for a in leaf.unit_axes), leaf.row_size) if leaf.unit_axes else leaf.shape

@@ -8,10 +8,10 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, NoReturn, Protocol
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ from ist_jax.workdir import checkpoint
 from ist_jax.workdir.checkpoint import (
     FOLDER,
     ITEM,
+    Entry,
     Stored,
     array_spec,
     digest_of,
@@ -33,6 +34,7 @@ from ist_jax.workdir.checkpoint import (
     shape_on_disk,
     stored_arrays,
 )
+from ist_jax.workdir.files import Json, Record
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,12 @@ def snapshot(layout: Layout, state: State) -> tuple[list[Piece], list[Stored]]:
     return pieces, arrays
 
 
+class Kept(Protocol):
+    """What orbax knows of a checkpoint; `step` is its round."""
+
+    step: int
+
+
 class Writer:
     """Writes checkpoints of a run in the background, and decides which are kept.
 
@@ -84,7 +92,7 @@ class Writer:
             ),
         )
 
-    def save(self, state: State, about: Mapping[str, Any], records: Sequence[Mapping[str, Any]] = ()) -> None:
+    def save(self, state: State, about: dict[str, Json], records: Sequence[Record] = ()) -> None:
         """Copies the state to the host and starts the write; `wait` (or the next save) ends it.
 
         Args:
@@ -129,7 +137,7 @@ class _KeepLatestAndBest:
         self.latest = latest
         self.accuracies: dict[int, float] = {}
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    def should_preserve(self, checkpoints: Sequence[Kept], *, context: object) -> list[bool]:
         del context
         scored = [c.step for c in checkpoints if c.step in self.accuracies]
         best = max(scored, key=lambda step: self.accuracies[step], default=None)
@@ -140,14 +148,14 @@ class _KeepLatestAndBest:
 class _Handler(ocp.AsyncCheckpointHandler):
     """Writes a `_Save`; reading is `Saved`'s, since it needs no run and no orbax manager."""
 
-    async def async_save(self, directory: Any, args: "_Save") -> list[ocp.future.Future]:
+    async def async_save(self, directory: Path, args: "_Save") -> list[ocp.future.Future]:
         write = _write(Path(directory), args)
         return [ocp.future.CommitFutureAwaitingContractedSignals(write, name="ist_jax_checkpoint")]
 
-    def save(self, directory: Any, args: "_Save") -> None:
+    def save(self, directory: Path, args: "_Save") -> None:
         asyncio.run(_write(Path(directory), args))
 
-    def restore(self, directory: Any, args: Any = None) -> Any:
+    def restore(self, directory: Path, args: object = None) -> NoReturn:
         raise NotImplementedError("checkpoints are read by workdir.checkpoint.open_round")
 
 
@@ -155,8 +163,8 @@ class _Handler(ocp.AsyncCheckpointHandler):
 @dataclass
 class _Save(ocp.args.CheckpointArgs):
     pieces: list[Piece]
-    arrays: dict[str, dict[str, Any]]
-    about: dict[str, Any]
+    arrays: dict[str, Entry]
+    about: dict[str, Json]
 
 
 async def _write(folder: Path, save: _Save) -> None:
@@ -167,7 +175,7 @@ async def _write(folder: Path, save: _Save) -> None:
     index.write_text(f"{hashlib.sha256(content.encode()).hexdigest()}\n{content}\n")
 
 
-async def _write_piece(folder: Path, piece: Piece, entry: dict[str, Any]) -> None:
+async def _write_piece(folder: Path, piece: Piece, entry: Entry) -> None:
     name, axis, start, data = piece
     stop = start + (data.shape[axis] if data.ndim else 1)
     entry["pieces"].append([axis, start, stop, digest_of(data)])

@@ -2,28 +2,33 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from flax import traverse_util
 
+from ist_jax.key import Options, Settings
 
-def append_record(workdir: Path, record: Mapping[str, Any]) -> None:
+Json: TypeAlias = Any  # what a JSON file holds, or part of it
+Record = dict[str, Json]  # of a round: a line of metrics.jsonl
+
+
+def append_record(workdir: Path, record: Record) -> None:
     """Adds a line to metrics.jsonl; a loss that is not finite is written as null."""
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(_plain(dict(record)), allow_nan=False) + "\n")
 
 
-def read_records(workdir: Path) -> list[dict[str, Any]]:
+def read_records(workdir: Path) -> list[Record]:
     """The records of metrics.jsonl; what follows a line that a killed process left unfinished is no record.
 
     Returns:
       Records of rounds 1, 2, ... without a gap; none where there is no file.
     """
     path = workdir / "metrics.jsonl"
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             record = json.loads(line)
@@ -35,14 +40,14 @@ def read_records(workdir: Path) -> list[dict[str, Any]]:
     return records
 
 
-def write_records(workdir: Path, records: Iterable[Mapping[str, Any]]) -> None:
+def write_records(workdir: Path, records: Iterable[Record]) -> None:
     """Writes metrics.jsonl anew, whole or not at all."""
     part = workdir / "metrics.part"
     part.write_text("".join(json.dumps(_plain(dict(r)), allow_nan=False) + "\n" for r in records))
     part.replace(workdir / "metrics.jsonl")
 
 
-def read_config(workdir: Path) -> dict[str, Any]:
+def read_config(workdir: Path) -> Settings:
     """The config of a run, nested.
 
     Raises:
@@ -54,12 +59,12 @@ def read_config(workdir: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(config: Options) -> Settings:
     """A nested config by dotted key."""
     return traverse_util.flatten_dict(config, sep=".")
 
 
-def read_summary(workdir: Path) -> dict[str, Any]:
+def read_summary(workdir: Path) -> dict[str, Json]:
     """What summary.json holds.
 
     Raises:
@@ -78,7 +83,7 @@ def is_file(path: Path) -> bool:
         raise ValueError(f"cannot look into {path.parent}: {error.strerror}") from None
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> Json:
     """What a file holds. Raises ValueError where it cannot be read."""
     try:
         return json.loads(path.read_text())
@@ -86,14 +91,14 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"cannot read {path}: {error}") from None
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Json) -> None:
     """Writes a file whole or not at all; numbers that are not finite as null."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(_plain(value), indent=2, allow_nan=False) + "\n")
     part.replace(path)
 
 
-def params_sha256(leaves: Iterable[tuple[str, np.ndarray]]) -> str:
+def params_sha256(leaves: Iterable[tuple[str, np.ndarray | np.generic]]) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of leaves, in the order given."""
     digest = hashlib.sha256()
     for path, leaf in leaves:
@@ -102,7 +107,7 @@ def params_sha256(leaves: Iterable[tuple[str, np.ndarray]]) -> str:
     return digest.hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Json) -> Json:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -4,19 +4,20 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 
 from ist_jax import config
+from ist_jax.key import Settings
 from ist_jax.workdir import checkpoint, files
+from ist_jax.workdir.files import Json
 
 log = logging.getLogger(__name__)
 
 
 def find_finished(
-    settings: dict[str, Any], workdir: Path, model: nn.Module | None = None
-) -> dict[str, Any] | None:
+    settings: Settings, workdir: Path, model: nn.Module | None = None
+) -> dict[str, Json] | None:
     """The summary of the finished run of this config, length and model in the folder; None: there is none.
 
     Args:
@@ -49,7 +50,7 @@ def find_finished(
     return summary
 
 
-def _difference(key: str, before: dict[str, Any], now: dict[str, Any]) -> str:
+def _difference(key: str, before: Settings, now: Settings) -> str:
     if key.startswith("files."):  # what a user's own file held
         named = key.removeprefix("files.")
         return f"{named}={now.get(named)} is not the file that it was begun with"
@@ -95,7 +96,7 @@ def find_start(workdir: Path, model: nn.Module | None = None) -> checkpoint.Save
     return saved
 
 
-def open_workdir(settings: dict[str, Any], workdir: Path, start: checkpoint.Saved | None) -> None:
+def open_workdir(settings: Settings, workdir: Path, start: checkpoint.Saved | None) -> None:
     """Makes the folder ready for the rounds after `start`: config.json, metrics up to it, no summary.
 
     Raises:
