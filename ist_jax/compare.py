@@ -70,6 +70,8 @@ def compare(
     from ist_jax.report import page
     from ist_jax.workdir import files
 
+    if len({_folder_name(method) for method in methods}) < len(methods):
+        raise ValueError(f"two of the methods {', '.join(methods)} have one name; give one of them another")
     folders: dict[str, list[Path]] = {method: [] for method in methods}
     summaries: dict[str, list[dict[str, Json]]] = {method: [] for method in methods}
     starts = {}
@@ -77,7 +79,7 @@ def compare(
         for method in methods:
             own = config.copy_and_resolve_references()
             own.method, own.seed = method, seed
-            folder = workdir / f"{Path(method).name.replace('.py:', '-')}-{seed}"
+            folder = workdir / f"{_folder_name(method)}-{seed}"
             log.info("compare: %s, seed %d", method, seed)
             summaries[method].append(train.train(own, folder, model, started=_note_start(folder)))
             folders[method].append(folder)
@@ -93,6 +95,11 @@ def compare(
     files.write_json(workdir / "compare.json", result)
     page.write_report([folder for method in methods for folder in folders[method]], workdir / "report.html")
     return result
+
+
+def _folder_name(method: str) -> str:
+    """What the folders of a method's runs begin with; FILE.py:NAME without its path."""
+    return Path(method).name.replace(".py:", "-")
 
 
 def start_of(run: "Run") -> dict[str, str]:

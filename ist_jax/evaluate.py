@@ -78,9 +78,10 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
     config.num_devices = 0
     if data_dir is not None:
         config.data.dir = data_dir
+    saved = checkpoint.open_round(workdir, max(checkpoint.rounds(workdir), default=0))
     params = checkpoint.load_params(workdir)
     pictures = [read_image(name) for name in images]  # before the wait, so that a typo costs none
-    run = setup.set_up(config, params=params, evaluation_only=True)
+    run = setup.set_up(config, start=saved, evaluation_only=True)
     encoded = run.inputs.dataset.encoded
     if images and not encoded and getattr(run.inputs.test.get("image"), "dtype", None) != np.uint8:
         raise ValueError(f"the examples of data.name={config.data.name!r} are no images: nothing to classify")

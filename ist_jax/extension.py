@@ -85,7 +85,7 @@ def _execute(path: Path, version: str | None) -> types.ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # pickle and dataclasses look there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the file is the user's own code
+    except (Exception, SystemExit) as error:  # the file is the user's own code
         del sys.modules[name]
         raise ValueError(f"{path} fails: {last_line(error)}") from error
     return module

@@ -287,10 +287,16 @@ def draw(seed: int, round_index: int, groups: Mapping[str, Group], deal: Deal) -
     """
     source, drawn = rng(seed, Use.PARTITION, round_index), {}
     for name, group in sorted(groups.items()):
-        assignment = deal(source, group, round_index)
+        if group.min_units == group.size:  # as in a warm-up: there is nothing to choose
+            drawn[name] = assign(np.ones((group.num_workers, group.size), bool), group)
+            continue
+        where = f"deal {getattr(deal, '__name__', str(deal))!r} in round {round_index + 1}, group {name!r}"
+        try:
+            assignment = deal(source, group, round_index)
+        except Exception as error:  # a user's own code
+            raise BrokenDeal(f"{where}: {type(error).__name__}: {error}") from error
         if fault := _find_fault(assignment, group):
-            rule = getattr(deal, "__name__", str(deal))
-            raise BrokenDeal(f"deal {rule!r} in round {round_index + 1}, group {name!r}: {fault}")
+            raise BrokenDeal(f"{where}: {fault}")
         drawn[name] = Assignment(np.asarray(assignment.indices, np.int32), np.asarray(assignment.gates))
     return drawn
 

@@ -129,6 +129,8 @@ def plan(
     for method in dict.fromkeys([*METHODS, config.method]):
         own = config.copy_and_resolve_references()
         own.method = method
+        if not setup.method_of(own).exchanges:
+            own.exchange.codec = "none"
         costs[method] = predict(own, facts)
     workers = config.num_workers
     devices = config.num_devices or workers
@@ -208,7 +210,10 @@ def main(argv: list[str]) -> int:
         bandwidths = _positive("bandwidth", values.bandwidth)
         (rate,) = _positive("flops", [values.flops])
         config = values.config
-        facts = _facts(config, [int(size) for size in _positive("example", values.example)], values.classes)
+        sizes = _positive("example", values.example)
+        if any(size % 1 for size in sizes):
+            raise ValueError(f"--example={','.join(values.example)}: whole numbers are needed")
+        facts = _facts(config, [int(size) for size in sizes], values.classes)
 
         import jax
 

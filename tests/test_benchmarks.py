@@ -23,6 +23,7 @@ def cifar10_small():
     return cifar10_small
 
 
+@pytest.mark.slow
 def test_the_input_is_measured_against_a_constant_batch(capsys):
     import input_cost
 
@@ -67,6 +68,7 @@ def test_images_are_read_as_the_imagenet_config_says(capsys, monkeypatch):
     assert "size 224" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_rounds_are_measured_in_turn(cifar10_small):
     configs = {method: get_config("mlp", method=method) for method in ("ist", "local_sgd")}
     times = cifar10_small.time_rounds(configs, 2)
@@ -112,6 +114,7 @@ def test_the_table_compares_nets_of_one_kind(cifar10_small):
     assert cells[2] == ["50.0", "", "60", "5.0", "10.0", "40", "", "", "", ""]
 
 
+@pytest.mark.slow
 def test_a_run_on_one_device_is_summed_up(tmp_path):
     import accelerator
 

@@ -11,9 +11,10 @@ import pytest
 import reference
 from conftest import ROOT, get_config
 
-from ist_jax import compare, main, plan, train
+from ist_jax import compare, evaluate, main, plan, train
 from ist_jax.report.__main__ import main as report
 from ist_jax.runtime.setup import set_up
+from ist_jax.workdir import files
 
 # The examples of the README, by what they define.
 NAMES = {"own_method.py": "def slowmo", "own_deal.py": "def rolling", "own_codec.py": "half = Codec"}
@@ -48,7 +49,7 @@ def test_own_things_work_in_main_report_and_on_resume(folder, capsys):
     summaries = [json.loads((f / "summary.json").read_text()) for f in (whole, cut)]
     assert summaries[0]["params_sha256"] == summaries[1]["params_sha256"]
     rows = {row["cause"]: row for row in json.loads((whole / "ledger.json").read_text())["rows"]}
-    for cause in ("gather", "merge_units", "merge_shared", "round", "store"):
+    for cause in ("gather", "merge_units", "merge_shared", "round", "store", "parameters held"):
         assert rows[cause]["expected"] == rows[cause]["hlo"], cause
     # 64-32-32-10 for 2 workers: half of each layer and its norms, both ways, 2 bytes a number; 3 rounds
     assert summaries[0]["bytes_exchanged_per_worker"] == 3 * 2 * 2 * (64 * 16 + 16 * 16 + 16 * 10 + 4 * 16)
@@ -76,6 +77,94 @@ def test_plan_and_compare_know_them(folder, capsys):
     assert compare.main(["compare", *flags, methods, "--seeds=1", f"--workdir={folder / 'c'}"]) == 0
     compared = json.loads((folder / "c" / "compare.json").read_text())["methods"]
     assert compared.keys() == {"ist", OWN["method"]}
+
+
+ENSEMBLE = '''\
+"""S nets that are never merged, each worker's its own; scored one by one."""
+
+import jax
+from flax import traverse_util
+
+from ist_jax.methods import Entry
+from ist_jax.methods.method import Method, State
+from ist_jax.methods.steps import each_worker, train_worker, worker_numbers
+
+
+def make(recipe):
+    def fresh(worker):
+        key = jax.random.fold_in(jax.random.key(recipe.seed), worker)
+        return traverse_util.flatten_dict(recipe.init_params(key), sep="/")
+
+    def init(params):
+        return State(params, own=jax.lax.map(fresh, worker_numbers(recipe.layout)))
+
+    def local(state, _, turn):
+        def train(args):
+            worker, params, indices = args
+            own = turn._replace(gates={}, indices=indices)
+            params, _, told = train_worker(recipe, params, recipe.tx.init(params), own, worker)
+            return params, told
+
+        args = (worker_numbers(recipe.layout), state.own, turn.indices)
+        members, told = each_worker(recipe, train, args)
+        return state._replace(own=members), told
+
+    def score(state, batches):
+        return jax.lax.map(lambda params: recipe.score_fn(params, batches), state.own).mean(0)
+
+    return Method(init, {"local": local}, score)
+
+
+ensemble = Entry(make)
+'''
+
+
+def test_what_workers_keep_is_saved_scored_and_gone_on_with(folder, capsys):
+    (folder / "own.py").write_text(ENSEMBLE)
+    own, size = {"method": "own.py:ensemble"}, {"rounds": 12, "local_steps": 10}
+    assert main.main(command(folder / "whole", **own, **size)) == 0
+    assert main.main(command(folder / "cut", **own, **size | {"rounds": 2})) == 0
+    assert main.main(command(folder / "cut", **own, **size)) == 0  # goes on
+    records = [files.read_records(folder / name) for name in ("whole", "cut")]
+    assert [r["train_loss"] for r in records[0]] == [r["train_loss"] for r in records[1]]
+    assert records[0][-1]["train_loss"] < 0.7 * records[0][0]["train_loss"]
+    summary = json.loads((folder / "whole" / "summary.json").read_text())
+    assert summary["bytes_exchanged_per_worker"] == 0
+    capsys.readouterr()
+    assert evaluate.main(["evaluate", f"--workdir={folder / 'whole'}"]) == 0
+    assert f"test accuracy {summary['test_accuracy']:.2%}, loss" in capsys.readouterr().out
+
+
+ODD = {
+    "method": ("is a int, and no function", "x = 3"),
+    "partition.deal": ("is a int, and no function", "x = 3"),
+    "exchange.codec": ("is no ist_jax.exchange.codec.Codec", "def x(): pass"),
+}
+
+
+@pytest.mark.parametrize("key", ODD)
+def test_what_is_no_method_deal_or_codec_is_one_line(key, folder, capsys):
+    message, text = ODD[key]
+    (folder / "odd.py").write_text(text)
+    with pytest.raises(SystemExit) as refused:
+        main.main(command(folder / "run", **{key: "odd.py:x"}))
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_codec_is_refused_where_nothing_is_exchanged(folder, capsys):
+    with pytest.raises(SystemExit) as refused:
+        main.main(
+            command(folder / "run", method="data_parallel", **{"exchange.codec": OWN["exchange.codec"]})
+        )
+    assert refused.value.code == 2
+    assert "set config.exchange.codec to 'none'" in capsys.readouterr().err
+
+
+def test_in_a_warmup_no_deal_is_asked(folder):
+    overrides = {"partition.deal": OWN["partition.deal"], "partition.warmup_epochs": 0.02}
+    run = set_up(get_config("mlp", **overrides))
+    assert run.turn(run.stages[0], 0).draw["hidden1"].gates.all()
 
 
 def test_the_rolling_window_is_dealt_and_slowmo_is_slow(folder):

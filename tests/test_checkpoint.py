@@ -56,7 +56,7 @@ def stop_after(monkeypatch, number, signum=signal.SIGTERM):
     ("name", "overrides"),
     [
         ("mlp", {"optimizer_state": "carry", "participation": 0.7}),
-        ("mlp", {"method": "data_parallel"}),
+        pytest.param("mlp", {"method": "data_parallel"}, marks=pytest.mark.slow),  # see the sweep
         pytest.param(  # cosine, augmentation
             "resnet", {"num_workers": 3, "num_devices": 1, "data.sharing": "disjoint"}, marks=pytest.mark.slow
         ),
@@ -144,6 +144,7 @@ def test_more_rounds_and_other_workers_or_devices_go_on(tmp_path, caplog):
         train.train(get_config("mlp", rounds=5), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_schedule_goes_on_by_examples_when_the_workers_change(tmp_path):
     overrides = {"optimizer.schedule": "step", "optimizer.step_at": (0.5,), "eval_every": 0}
     train.train(get_config("mlp", num_workers=4, rounds=6, **overrides), tmp_path)

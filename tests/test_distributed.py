@@ -18,7 +18,7 @@ from ist_jax.runtime import signals
 from ist_jax.workdir import checkpoint, files
 
 OVERRIDES = {
-    "num_workers": 4, "rounds": 200, "eval_every": 50, "checkpoint.every": 10, "lost_after": 15.0,
+    "num_workers": 4, "rounds": 200, "eval_every": 50, "checkpoint.every": 10, "lost_after": 8.0,
     "model.hidden": (256, 256),
 }  # fmt: skip
 
@@ -110,7 +110,7 @@ def test_two_processes_stopped_lost_and_resumed_give_the_bits_of_one(whole, tmp_
     processes[1].wait()
     (code, text), _ = finish(processes)
     assert code == distributed.LOST
-    assert "process 1 of 2 has given no sign of life for 15 s" in text
+    assert "process 1 of 2 has given no sign of life for 8 s" in text
     assert time.monotonic() - began < 15 + 15
     assert len(files.read_records(workdir)) - checkpoint.rounds(workdir)[-1] <= 10
 

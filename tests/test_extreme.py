@@ -289,7 +289,12 @@ def test_logits_without_norm_are_scaled_to_the_subnets():
 
 
 @pytest.mark.parametrize(
-    "method", ["ist", pytest.param("local_sgd", marks=pytest.mark.slow), "data_parallel"]
+    "method",
+    [
+        pytest.param("ist", marks=pytest.mark.slow),
+        pytest.param("local_sgd", marks=pytest.mark.slow),
+        "data_parallel",
+    ],
 )
 def test_every_method_learns_and_reports_precisions(method, folder, tmp_path, capsys):
     config = tiny(folder, method=method, rounds=30, local_steps=5, batch_size=16, eval_every=0)

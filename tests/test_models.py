@@ -92,6 +92,7 @@ def plain_bottleneck_net(params, x):
     return x.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
 
 
+@pytest.mark.slow
 def test_the_imagenet_net_and_its_gradients_are_the_plain_ones():
     model = ResNet((1, 3), 4, 10, (2,), block="bottleneck", stem="imagenet")
     x = jax.random.normal(jax.random.key(1), (3, 16, 16, 3))

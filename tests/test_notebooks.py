@@ -67,9 +67,10 @@ def test_the_first_cell_installs_where_nothing_is_installed(path, tmp_path):
 
 @pytest.mark.parametrize(
     "path",
-    [NOTEBOOKS[0], *(pytest.param(path, marks=pytest.mark.slow) for path in NOTEBOOKS[1:])],
+    NOTEBOOKS,
     ids=lambda path: path.stem,
 )
+@pytest.mark.slow
 def test_it_runs_from_top_to_bottom(path, tmp_path):
     environment = os.environ | {"IST_JAX_SMOKE": "1", "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(

@@ -131,7 +131,9 @@ def test_exchange_on_devices_equals_masking(case):
     check_equal_to_masking(case, pmapped)
 
 
-@pytest.mark.parametrize(("least", "counts"), [(0, (1, 6)), (9, (1, 2, 3, 6))])
+@pytest.mark.parametrize(
+    ("least", "counts"), [(0, (1, 2, 6)), pytest.param(9, (1, 2, 3, 6), marks=pytest.mark.slow)]
+)
 def test_exchange_is_bit_identical_on_any_number_of_devices(least, counts):
     results = []
     for num_devices in counts:

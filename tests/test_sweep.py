@@ -21,6 +21,7 @@ from test_distributed import finish, launch
 from ist_jax import masking, partition
 from ist_jax.costs import compiled
 from ist_jax.costs.traced import collectives, collectives_of, operands
+from ist_jax.deals import DEALS
 from ist_jax.exchange.codec import NONE, Codec
 from ist_jax.exchange.layout import AXIS
 from ist_jax.runtime import devices
@@ -58,6 +59,7 @@ ADAM = optax.scale_by_adam(eps=1e-3)
 CASES = {
     "ist": Case((4, 4)),
     "ist uneven": Case((3, 3), **EXACT, policy="carry", overrides={"partition.shares": (3.0, 2.0, 1.0)}),
+    "ist rolling": Case((2, 2), deal="rolling"),
     "ist overlap": Case((4, 2, "map"), **CARRY, tx=ADAM, overrides={"partition.min_units": 20}),
     "ist ill": Case((4, 1, "vmap"), **CARRY, ill=(2, "update")),
     "ist bfloat16": Case((4, 2, "vmap"), **EXACT, codec=BFLOAT16, overrides=SOME),
@@ -79,6 +81,21 @@ CASES = {
         overrides={"model.sections": (1, 2), "partition.deal_strided": True},
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _rolling(monkeypatch):
+    """A second deal: a window of units that moves on by one in every round."""
+
+    def rolling(rng, group, round_index):
+        del rng
+        held = np.zeros((group.num_workers, group.size), bool)
+        for start in range(0, group.size, group.strip_size):
+            stop = min(start + group.strip_size, group.size)
+            held[group.deck[start:stop], np.roll(np.arange(start, stop), round_index)] = True
+        return partition.assign(held, group)
+
+    monkeypatch.setitem(DEALS, "rolling", rolling)
 
 
 def set_up_case(case):
@@ -131,7 +148,13 @@ def with_bad_batch(run, turn, ill):
     return turn._replace(data=turn.data | {"label": devices.put(labels, run.devices)})
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] * (name == "resnet strided"))
+        for name, case in CASES.items()
+    ],
+)
 def test_a_round_is_what_it_means(case, tmp_path):
     with jax.enable_x64(case.dtype is np.float64):
         run = set_up_case(case)

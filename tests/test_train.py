@@ -256,7 +256,9 @@ def transformer_config(num_workers):
     return config
 
 
-@pytest.mark.parametrize("num_workers", [2, pytest.param(5, marks=slow)])  # 5 layers: 3 and 2, or one each
+@pytest.mark.parametrize(
+    "num_workers", [pytest.param(2, marks=slow), pytest.param(5, marks=slow)]
+)  # 5 layers: 3 and 2, or one each
 def test_a_model_never_seen_before_trains(num_workers, tmp_path, caplog):
     config, seen = transformer_config(num_workers), []
     summary = train.train(

@@ -74,8 +74,7 @@ def memory(recipe: Recipe, phases: Mapping[str, TracedPhase]) -> Memory:
     layout, traced_phases = recipe.layout, list(phases.values())
     state = traced_phases[0].inputs[0]
     subnets = max((_bytes(phase.result) for phase in traced_phases[:-1]), default=0)
-    keeps_moments = bool(jax.tree.leaves(state._replace(params={})))
-    fresh = () if keeps_moments else jax.eval_shape(recipe.tx.init, subnet_shapes(layout))
+    fresh = jax.eval_shape(recipe.tx.init, subnet_shapes(layout)) if recipe.policy.fresh else ()
     at_once = layout.workers_per_device if recipe.vmapped else 1
     return Memory(_bytes(state), subnets, at_once * _bytes(fresh))
 

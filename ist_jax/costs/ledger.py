@@ -73,7 +73,9 @@ def ledger_of(subject: Subject) -> dict[str, Json]:
     workers, devices = layout.workers_per_device, layout.num_devices
     texts = {name: compiled.read(program.as_text()) for name, program in subject.programs.items()}  # type: ignore[arg-type]
     kept, found = formula.memory(subject.recipe, subject.phases)._asdict(), _held(subject.programs)
-    trees = sum(map(layout.is_tree, jax.tree.leaves(subject.state, is_leaf=layout.is_tree)))
+    state = subject.state  # of which subnets hold what goes out
+    held = (state.params, state.travels) if found["subnets"] else state
+    trees = sum(map(layout.is_tree, jax.tree.leaves(held, is_leaf=layout.is_tree)))
     numbers = found["subnets"] / workers if found["subnets"] else found["store"]
     parameters = _row(
         "parameters held", "parameters", "worker",

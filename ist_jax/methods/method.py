@@ -103,11 +103,13 @@ class Policy(NamedTuple):
       init: (tx, params) -> what travels with the parameters.
       start: (tx, params, travels) -> a worker's optimizer state at the start of a round.
       end: its state after the round -> what travels.
+      fresh: it is made anew in every round.
     """
 
     init: Callable[[optax.GradientTransformation, Shards], PyTree]
     start: Callable[[optax.GradientTransformation, Shards, PyTree], PyTree]
     end: Callable[[PyTree], PyTree]
+    fresh: bool
 
 
 class Recipe(NamedTuple):
@@ -156,6 +158,13 @@ class TracedPhase(NamedTuple):
     parts: list[wire.Part]
 
 
+def trace_init(
+    method: Method, shards: PyTree[jax.ShapeDtypeStruct], num_devices: int
+) -> tuple[ClosedJaxpr, State]:
+    """The start of the state on one device, from shapes of the parameters' shards; nothing is compiled."""
+    return jax.make_jaxpr(method.init, axis_env=[(AXIS, num_devices)], return_shape=True)(shards)
+
+
 def trace(method: Method, state: State, turn: Turn, num_devices: int) -> dict[str, TracedPhase]:
     """The phases of a round, chained by their shapes; nothing is compiled, no array is made.
 
@@ -166,12 +175,14 @@ def trace(method: Method, state: State, turn: Turn, num_devices: int) -> dict[st
       num_devices: D.
 
     Raises:
-      ValueError: a phase has a name that is taken.
+      ValueError: there is no phase, one has a name that is taken, or the last one returns something else.
     """
     if taken := RESERVED & method.phases.keys():
         raise ValueError(
             f"a phase must not be called {min(taken)!r}: times are recorded under that name already"
         )
+    if not method.phases:
+        raise ValueError("a method needs at least one phase")
     traced, value = {}, None
     for name, phase in method.phases.items():
         make = jax.make_jaxpr(phase, axis_env=[(AXIS, num_devices)], return_shape=True)
@@ -179,4 +190,16 @@ def trace(method: Method, state: State, turn: Turn, num_devices: int) -> dict[st
             jaxpr, result = make(state, value, turn)
         traced[name] = TracedPhase(jaxpr, (state, value, turn), result, parts)
         value = result
+    last = list(traced)[-1]
+    pair = value if isinstance(value, tuple) and len(value) == 2 else (None, None)
+    if not isinstance(pair[1], Told) or _describe(pair[0]) != _describe(state):
+        raise ValueError(
+            f"the last phase, {last!r}, must return (state, Told), the state with the structure, shapes and "
+            "dtypes that it had"
+        )
     return traced
+
+
+def _describe(tree: PyTree) -> tuple[object, ...]:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, *((x.shape, x.dtype) for x in leaves)

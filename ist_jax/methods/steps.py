@@ -19,12 +19,14 @@ POLICIES: dict[str, Policy] = {
         init=lambda tx, params: (),
         start=lambda tx, params, travels: tx.init(params),
         end=lambda opt_state: (),
+        fresh=True,
     ),
     # exchanged with the parameters, and merged like them
     "carry": Policy(
         init=lambda tx, params: tx.init(params),
         start=lambda tx, params, travels: travels,
         end=lambda opt_state: opt_state,
+        fresh=False,
     ),
 }
 

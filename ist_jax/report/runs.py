@@ -165,7 +165,10 @@ def draw_maps(run: RunFiles, *, columns: int, rows: int, budget: int) -> list[Un
     Returns:
       Per group, alphabetically; [] where all rounds are passed over, as in a warm-up to the end.
     """
-    config, groups, (deal, rule) = run.config, _groups(run), _deal(run)
+    config, groups, dealt = run.config, _groups(run), _deal(run)
+    if dealt is None:
+        return []
+    deal, rule = dealt
     same = partition.fingerprint(tuple(groups.values()), rule)
     records = [record for record in run.records if groups and record["partition"] == same]
     if not records:
@@ -192,10 +195,15 @@ def _groups(run: RunFiles) -> dict[str, partition.Group]:
     return {name: partition.Group.from_dict(unit) for name, unit in units if "num_workers" in unit}
 
 
-def _deal(run: RunFiles) -> tuple[partition.Deal, str]:
-    """Who got which units, and what tells that rule from others in a fingerprint."""
+def _deal(run: RunFiles) -> tuple[partition.Deal, str] | None:
+    """Who got which units, and what tells that rule from others; None: its file is gone or another one."""
     name = run.config.get("partition.deal", "random")  # earlier versions have no other
-    return extension.load(name, DEALS), extension.identity(name)
+    recorded = run.config.get("files.partition.deal")
+    try:
+        same = extension.digest(name) == recorded
+    except ValueError:  # the user's file is gone
+        same = False
+    return (extension.load(name, DEALS), extension.identity(name)) if same else None
 
 
 def _map(

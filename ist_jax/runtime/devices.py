@@ -1,8 +1,10 @@
 """The devices, of one process or several, and the only place with `pmap`: programs compiled ahead of time."""
 
+import hashlib
+import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -110,6 +112,15 @@ def agree(value: int, devices: Sequence[jax.Device]) -> int:
     if jax.process_count() == 1:
         return value
     return int(to_host(put(np.full(len(devices), value, np.int32), devices)).max())
+
+
+def check_same(settings: Mapping[str, object], devices: Sequence[jax.Device]) -> None:
+    """Raises ValueError where processes of a run differ in their settings or the hashes of files."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    mark = int(hashlib.sha256(text.encode()).hexdigest()[:7], 16)
+    most, least = agree(mark, devices), -agree(-mark, devices)  # both, before any process leaves
+    if most != least:
+        raise ValueError("the processes of this run have different settings, or different files of one name")
 
 
 def compile_program(

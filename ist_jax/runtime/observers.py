@@ -8,15 +8,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 from tqdm import tqdm
 
 from ist_jax.workdir.files import Record
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 

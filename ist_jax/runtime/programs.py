@@ -13,7 +13,7 @@ from ist_jax.data import Split
 from ist_jax.exchange.kinds import init_parts, shard_shapes, split_leaf
 from ist_jax.exchange.layout import Layout, Shards
 from ist_jax.masking import Params
-from ist_jax.methods.method import AXES, Method, State, TracedPhase, Turn
+from ist_jax.methods.method import AXES, Method, State, TracedPhase, Turn, trace_init
 from ist_jax.runtime import devices
 from ist_jax.workdir import checkpoint
 
@@ -101,8 +101,8 @@ def _init_leaves(
 
 def init_state(method: Method, shards: Shards, chosen: Sequence[jax.Device]) -> State:
     """The state before the first round, from the parameters' shards on the devices."""
-    like = jax.eval_shape(method.init, _on_one_device(shards))
-    if not jax.tree.leaves(like._replace(params={})):
+    traced, like = trace_init(method, _on_one_device(shards), len(chosen))
+    if traced.jaxpr.outvars == traced.jaxpr.invars:  # nothing but the parameters, as they are
         return like._replace(params=shards)
     return jax.block_until_ready(
         devices.compile_program(method.init, (shards,), chosen, in_axes=(0,))(shards)
@@ -117,7 +117,7 @@ def restore_state(
     Raises:
       ValueError: the checkpoint is not of this model or method, or damaged.
     """
-    like = jax.eval_shape(method.init, shard_shapes(layout))
+    _, like = trace_init(method, shard_shapes(layout), layout.num_devices)
     return saved.restore(layout, like, partial(devices.put, devices=chosen))
 
 

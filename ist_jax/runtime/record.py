@@ -60,7 +60,7 @@ def about_checkpoint(run: Run, record: Record, custom_model: str | None) -> dict
     """What a checkpoint says of the run and of its last round, by that round's record."""
     scores = {key: record.get(key) for key in ("test_accuracy", "validation_accuracy")}
     about = {key: record[key] for key in ("round", "examples")}
-    return about | scores | {"custom_model": custom_model, "config": run.settings}
+    return about | scores | {"custom_model": custom_model, "config": run.settings, "version": __version__}
 
 
 def make_ledger(run: Run) -> dict[str, Json]:

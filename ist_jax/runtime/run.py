@@ -45,7 +45,7 @@ class Stage(NamedTuple):
         return self.recipe.layout
 
 
-class Split(NamedTuple):
+class ScoredSplit(NamedTuple):
     """Examples that the model is scored on: chunks of batches, and the program for one."""
 
     chunks: Evaluation
@@ -81,7 +81,7 @@ class Run(NamedTuple):
     stages: tuple[Stage, ...]
     state: State
     feed: Feed
-    splits: dict[str, Split]
+    splits: dict[str, ScoredSplit]
     schedule: Schedule
     turn: Callable[[Stage, int], Turn]
     clock: Clock

@@ -23,16 +23,16 @@ from ist_jax.costs import formula
 from ist_jax.costs.traffic import Traffic, round_traffic
 from ist_jax.data.feed import Feed
 from ist_jax.deals import DEALS
-from ist_jax.exchange.codec import CODECS
+from ist_jax.exchange.codec import CODECS, NONE, Codec
 from ist_jax.exchange.kinds import from_params, shard_shapes
 from ist_jax.exchange.layout import Layout, make_layout, regroup
 from ist_jax.masking import Params
-from ist_jax.methods.method import Method, Recipe, State, TracedPhase, Turn, trace
+from ist_jax.methods.method import Method, Recipe, State, TracedPhase, Turn, trace, trace_init
 from ist_jax.methods.steps import POLICIES
 from ist_jax.models.sparse import Sparse
 from ist_jax.runtime import devices, inputs, processes, programs, scoring
 from ist_jax.runtime.clock import Clock
-from ist_jax.runtime.run import Run, Split, Stage
+from ist_jax.runtime.run import Run, ScoredSplit, Stage
 from ist_jax.runtime.schedule import NOTHING_DONE, Progress, Rates, Schedule, count_rounds, learning_rates
 from ist_jax.task import Task
 from ist_jax.workdir import checkpoint, files
@@ -67,10 +67,10 @@ def set_up(
     opened = inputs.open_inputs(wanted_data(config))
     model = model or build_model(config, len(opened.dataset.classes))
     chosen = devices.choose(config.num_workers, config.num_devices)
+    devices.check_same(record(config), chosen)
     recipe = make_recipe(config, model, opened.task, len(chosen))
     layout, method = recipe.layout, method_of(config).make(recipe)
     scale = unit_scale(config, layout)
-    partition.draw(config.seed, 0, layout.groups, _load(config, "partition.deal", DEALS))  # is it sound?
     started = time.perf_counter()
     state = _first_state(method, recipe, chosen, start, params)
     done = Progress(start.round, start.about["examples"]) if start else NOTHING_DONE
@@ -135,9 +135,15 @@ def _load(config: config_dict.ConfigDict, key: str, table: Mapping[str, T]) -> T
     """What a key names: of its table, or of a file of the user's own."""
     name = files.flatten(config.to_dict())[key]
     try:
-        return extension.load(name, table)
+        found = extension.load(name, table)
     except ValueError as error:
         raise ValueError(f"{key}={name}: {error}") from None
+    is_codec = isinstance(found, Codec) and (found.encode is None) == (found.decode is None)
+    if key == "exchange.codec" and not is_codec:
+        raise ValueError(f"{key}={name} is no ist_jax.exchange.codec.Codec with both of its functions")
+    if key != "exchange.codec" and not (callable(found) or isinstance(found, methods.Entry)):
+        raise ValueError(f"{key}={name} is a {type(found).__name__}, and no function")
+    return found
 
 
 def make_recipe(config: config_dict.ConfigDict, model: nn.Module, task: Task, num_devices: int) -> Recipe:
@@ -158,7 +164,13 @@ def make_recipe(config: config_dict.ConfigDict, model: nn.Module, task: Task, nu
     axes = partition.resolve_axes(shapes, model.unit_axes() if entry.deals_units else {})
     groups = _make_groups(config, model, shapes, axes) if entry.deals_units else {}
     codec = _load(config, "exchange.codec", CODECS)
+    if codec != NONE and not entry.exchanges:
+        raise ValueError(
+            f"exchange.codec={config.exchange.codec!r} is for exchanges of parameters, and method="
+            f"{config.method!r} has none; set config.exchange.codec to 'none'"
+        )
     layout = make_layout(shapes, axes, groups, config.num_workers, num_devices, codec)
+    partition.draw(config.seed, 0, groups, _load(config, "partition.deal", DEALS))  # is it sound?
     subnet = model.subnet({name: group.slots for name, group in groups.items()}) if groups else model
     return Recipe(
         layout=layout,
@@ -302,7 +314,7 @@ def trace_round(
 ) -> dict[str, TracedPhase]:
     """The phases of a round on one device, from shapes alone; arguments as of `turn_shapes`."""
     made, layout = method.make(recipe), recipe.layout
-    state = jax.eval_shape(made.init, shard_shapes(layout))
+    _, state = trace_init(made, shard_shapes(layout), layout.num_devices)
     turn = turn_shapes(layout, data, local_steps, batch_size)
     return trace(made, state, turn, layout.num_devices)
 
@@ -346,13 +358,13 @@ def _first_state(
 
 def _make_splits(
     opened: inputs.Inputs, method: Method, state: State, chosen: list[jax.Device]
-) -> dict[str, Split]:
+) -> dict[str, ScoredSplit]:
     """The test set and, where there is one, the validation split."""
     splits = {}
     for name, examples in (("test", opened.test), ("validation", opened.validation)):
         if examples is not None:
             chunks = inputs.feed_evaluation(opened.wanted, examples, chosen)
-            splits[name] = Split(chunks, programs.compile_score(method, state, chunks.spec, chosen))
+            splits[name] = ScoredSplit(chunks, programs.compile_score(method, state, chunks.spec, chosen))
     return splits
 
 

@@ -112,7 +112,7 @@ def stored_arrays(layout: Layout, like: State) -> State:
       like: the state of one device; arrays or shapes.
 
     Raises:
-      ValueError: an array of `own` has no axis of workers.
+      ValueError: an array of `own` has no axis of workers, or one elsewhere is none that can be stored.
     """
 
     def tree(name: str, parts: Mapping[str, Like]) -> PyTree[Stored]:
@@ -122,6 +122,11 @@ def stored_arrays(layout: Layout, like: State) -> State:
         }
 
     def everywhere(name: str, x: Like) -> Stored:
+        if x.ndim:
+            raise ValueError(
+                f"{name} of the state has shape {tuple(x.shape)}: what travels or stays is shaped like the "
+                "parameters or a single number; arrays of a worker's own belong into `own`"
+            )
         return Stored(name, x.shape, x.dtype, Leaf(x.shape, (), ()))
 
     def field(name: str, value: PyTree) -> PyTree[Stored]:

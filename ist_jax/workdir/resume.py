@@ -7,7 +7,7 @@ from pathlib import Path
 
 import flax.linen as nn
 
-from ist_jax import config
+from ist_jax import __version__, config
 from ist_jax.key import Settings
 from ist_jax.workdir import checkpoint, files
 from ist_jax.workdir.files import Json
@@ -86,6 +86,11 @@ def find_start(workdir: Path, model: nn.Module | None = None) -> checkpoint.Save
         log.info("%s holds a run that did not get to its first checkpoint; it starts over", workdir)
         return None
     check_model(workdir, saved.about["custom_model"], model)
+    if (version := saved.about.get("version", "an earlier version")) != __version__:
+        log.warning(
+            "%s was begun by ist_jax %s, this is %s; what may differ since stands in CHANGELOG.md",
+            workdir, version, __version__,
+        )  # fmt: skip
     lost = len(records) - saved.round
     log.info(
         "resuming %s after round %d%s",
