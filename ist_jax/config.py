@@ -16,7 +16,7 @@ from ist_jax import data, extension
 from ist_jax.deals import DEALS
 from ist_jax.errors import did_you_mean
 from ist_jax.exchange.codec import CODECS
-from ist_jax.key import Key, Options, Settings, Value
+from ist_jax.key import FILE, Key, Options, Settings, Value
 from ist_jax.methods import METHODS, Entry
 from ist_jax.methods.steps import POLICIES
 from ist_jax.models import MODELS
@@ -243,7 +243,8 @@ def record(config: config_dict.ConfigDict) -> Settings:
       ValueError: there is no such file.
     """
     settings = config.to_dict()
-    entry = extension.load(settings["method"], METHODS)
+    name = str(settings.get("method"))
+    entry = extension.load(name, METHODS) if FILE.fullmatch(name) else METHODS.get(name)
     if isinstance(entry, Entry) and entry.optimizer_state:  # the one that it has, whatever is asked for
         settings["optimizer_state"] = entry.optimizer_state
     return settings | {"files": extension.digests(traverse_util.flatten_dict(settings, sep="."))}

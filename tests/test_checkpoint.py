@@ -100,6 +100,7 @@ def test_a_second_signal_ends_at_once(tmp_path, monkeypatch, capsys):
     assert files.read_records(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [(30,), pytest.param((1, 30), marks=pytest.mark.slow)])
 def test_killed_processes_resume_to_the_same_bits(kills, tmp_path):
     overrides = {"rounds": 150, "eval_every": 50, "checkpoint.every": 4}
@@ -131,6 +132,7 @@ def test_killed_processes_resume_to_the_same_bits(kills, tmp_path):
     assert untimed(workdir) == untimed(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_more_rounds_and_other_workers_or_devices_go_on(tmp_path, caplog):
     for number, overrides in enumerate([{}, {"num_devices": 1}, {"num_workers": 4}, {"num_workers": 1}]):
         summary = train.train(get_config("mlp", rounds=3 * number + 3, **overrides), tmp_path)

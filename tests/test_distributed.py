@@ -81,6 +81,7 @@ def whole(tmp_path_factory):
     return train.train(get_config("mlp", **OVERRIDES), folder), files.read_records(folder)
 
 
+@pytest.mark.slow
 def test_two_processes_stopped_lost_and_resumed_give_the_bits_of_one(whole, tmp_path):
     summary, records = whole
     workdir = tmp_path / "run"
