@@ -30,11 +30,6 @@ def join(x: Shaped[A, "D W _ U_out R"], leaf: Leaf) -> Shaped[A, "..."]:
     return restore(x.reshape(-1, *x.shape[3:])[: leaf.groups[0].size], leaf)
 
 
-def stored_shape(leaf: Leaf) -> tuple[int, ...]:
-    """The shape on disk: [U_in, U_out, R]."""
-    return (*(leaf.shape[a] for a in leaf.unit_axes), leaf.row_size)
-
-
 def stored_piece(leaf: Leaf, device: int, num_devices: int) -> tuple[int, int, int]:
     """(axis, start, stop) of the stored form that a device keeps."""
     group = leaf.groups[0]

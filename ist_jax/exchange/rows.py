@@ -29,11 +29,6 @@ def join(x: Shaped[A, "D U q"], leaf: Leaf) -> Shaped[A, "..."]:
     return restore(x.reshape(len(x), -1)[:, : leaf.row_size], leaf)
 
 
-def stored_shape(leaf: Leaf) -> tuple[int, ...]:
-    """The shape on disk: [U, p]."""
-    return leaf.shape[leaf.unit_axes[0]], leaf.row_size
-
-
 def stored_piece(leaf: Leaf, device: int, num_devices: int) -> tuple[int, int, int]:
     """(axis, start, stop) of the stored form that a device keeps."""
     size, step = leaf.row_size, -(-leaf.row_size // num_devices)

@@ -31,11 +31,6 @@ def join(x: Shaped[A, " D *shape"], leaf: Leaf) -> Shaped[A | np.generic, "*shap
     return x[0]
 
 
-def stored_shape(leaf: Leaf) -> tuple[int, ...]:
-    """The shape on disk."""
-    return leaf.shape
-
-
 def stored_piece(leaf: Leaf, device: int, num_devices: int) -> tuple[int, int, int]:
     """(axis, start, stop) of the stored form that a device writes: device 0 all of it."""
     del num_devices
