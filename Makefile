@@ -1,6 +1,6 @@
 # make run    sets up, then trains: ResIST with 4 workers on scikit-learn's digits
 # make test   sets up, then runs the tests
-# make test-all   the slow ones too
+# make test-all   the slow ones too, after the others
 # make lint   style and types
 # Another interpreter: make PYTHON=python3.13 run
 
@@ -17,8 +17,8 @@ run: setup
 test: setup
 	@$(BIN)/python -m pytest --numprocesses=2
 
-test-all: setup
-	@$(BIN)/python -m pytest --numprocesses=2 -m "slow or not slow"
+test-all: test
+	@$(BIN)/python -m pytest --numprocesses=2 -m slow
 
 lint: setup
 	@$(BIN)/ruff check .

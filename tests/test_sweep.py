@@ -24,6 +24,8 @@ from ist_jax.costs.traced import collectives, collectives_of, operands
 from ist_jax.deals import DEALS
 from ist_jax.exchange.codec import NONE, Codec
 from ist_jax.exchange.layout import AXIS
+from ist_jax.methods import METHODS
+from ist_jax.methods.steps import POLICIES
 from ist_jax.runtime import devices
 from ist_jax.runtime.programs import restore_state
 from ist_jax.workdir import checkpoint, files
@@ -59,10 +61,10 @@ ADAM = optax.scale_by_adam(eps=1e-3)
 CASES = {
     "ist": Case((4, 4)),
     "ist uneven": Case((3, 3), **EXACT, policy="carry", overrides={"partition.shares": (3.0, 2.0, 1.0)}),
-    "ist rolling": Case((2, 2), deal="rolling"),
+    "ist rolling": Case((2, 2), **CARRY, deal="rolling"),
     "ist overlap": Case((4, 2, "map"), **CARRY, tx=ADAM, overrides={"partition.min_units": 20}),
     "ist ill": Case((4, 1, "vmap"), **CARRY, ill=(2, "update")),
-    "ist bfloat16": Case((4, 2, "vmap"), **EXACT, codec=BFLOAT16, overrides=SOME),
+    "ist bfloat16": Case((4, 2, "vmap"), **EXACT, codec=BFLOAT16, deal="rolling", overrides=SOME),
     "local_sgd": Case((4, 2, "vmap"), **CARRY, method="local_sgd", ill=(0, "loss")),
     "local_sgd absent": Case((4, 1, "map"), method="local_sgd", overrides=SOME),
     "local_sgd bfloat16": Case((3, 3), **EXACT, method="local_sgd", codec=BFLOAT16, policy="carry"),
@@ -96,6 +98,14 @@ def _rolling(monkeypatch):
         return partition.assign(held, group)
 
     monkeypatch.setitem(DEALS, "rolling", rolling)
+
+
+def test_every_method_deal_and_policy_is_swept():
+    swept = {(case.method, case.deal, case.policy) for case in CASES.values()}
+    for name, entry in METHODS.items():
+        for deal in DEALS if entry.deals_units else ("random",):
+            for policy in ("reset",) if entry.optimizer_state else POLICIES:
+                assert (name, deal, policy) in swept
 
 
 def set_up_case(case):
