@@ -16,13 +16,14 @@ from jax import lax
 Pair = tuple[int, int]
 Pads = tuple[Pair, ...]  # before and after, per spatial axis
 _DIMS = ("NHWC", "HWIO", "NHWC")
+_plain_conv = partial(lax.conv_general_dilated, dimension_numbers=_DIMS)
 
 
 def conv_general_dilated(
     lhs: jax.Array,
     rhs: jax.Array,
     window_strides: Sequence[int],
-    padding: str | Sequence[tuple[int, int]],
+    padding: str | Sequence[Pair],
     **options: Any,
 ) -> jax.Array:
     """`lax.conv_general_dilated` for `flax.linen.Conv`'s field of that name.
@@ -43,17 +44,12 @@ def conv_general_dilated(
         and all(d in (None, 1, (1, 1)) for d in (options.get("lhs_dilation"), options.get("rhs_dilation")))
     )
     if jax.default_backend() != "cpu" or not plain:
-        return lax.conv_general_dilated(
-            lhs, rhs, window_strides, padding, **{"dimension_numbers": _DIMS, **options}
-        )
+        options = {"dimension_numbers": _DIMS, **options}
+        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
     strides = (window_strides[0], window_strides[1])
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
     return _conv(lhs, rhs, strides, tuple((lo, hi) for lo, hi in padding))
-
-
-def _plain_conv(x: jax.Array, w: jax.Array, strides: Sequence[int], pads: Sequence[Pair]) -> jax.Array:
-    return lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=_DIMS)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))

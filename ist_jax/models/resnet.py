@@ -245,13 +245,8 @@ class _Section(nn.Module):
 
 def _with_unit_axis(block: type[Block], init: bool) -> type[Block]:
     """The block with a leading axis of size 1 on all of its parameters; init: they are made now."""
-    return nn.map_variables(
-        block,
-        "params",
-        trans_in_fn=partial(jax.tree.map, lambda x: x[0]),
-        trans_out_fn=partial(jax.tree.map, lambda x: x[None]),
-        init=init,
-    )
+    cut, put_back = partial(jax.tree.map, lambda x: x[0]), partial(jax.tree.map, lambda x: x[None])
+    return nn.map_variables(block, "params", trans_in_fn=cut, trans_out_fn=put_back, init=init)
 
 
 def build(options: Options, num_classes: int, dtype: DTypeLike | None) -> ResNet:

@@ -46,10 +46,6 @@ def _dot(kernel: jax.Array, x: Sparse) -> jax.Array:
     return _for_entries(x, kernel.dtype, add, jnp.zeros((len(x.index), kernel.shape[1]), kernel.dtype))
 
 
-def _forward(kernel: jax.Array, x: Sparse) -> tuple[jax.Array, tuple]:
-    return _dot(kernel, x), (kernel, x)
-
-
 def _backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, None]:
     kernel, x = residuals
 
@@ -59,7 +55,7 @@ def _backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, None]:
     return _for_entries(x, kernel.dtype, add, jnp.zeros_like(kernel)), None
 
 
-_dot.defvjp(_forward, _backward)
+_dot.defvjp(lambda kernel, x: (_dot(kernel, x), (kernel, x)), _backward)
 
 
 def _for_entries(x: Sparse, dtype: DTypeLike, add: Callable[..., jax.Array], start: jax.Array) -> jax.Array:
