@@ -18,14 +18,10 @@ from ist_jax.streams import Use, rng
 
 _MOST_IN_A_ROW = 100  # unreadable images, after which something else must be wrong
 Batch = dict[str, np.ndarray]
+Crop = Callable[[bytes], np.ndarray]
 
 
-def read_batch(
-    source: EncodedSource,
-    shard: np.ndarray,
-    indices: np.ndarray,
-    crops: Sequence[Callable[[bytes], np.ndarray]],
-) -> Batch:
+def read_batch(source: EncodedSource, shard: np.ndarray, indices: np.ndarray, crops: Sequence[Crop]) -> Batch:
     """Reads and decodes a batch.
 
     Args:
@@ -41,25 +37,21 @@ def read_batch(
     Raises:
       OSError: too many unreadable examples in a row.
     """
-    images, labels, skipped = [], [], []
+    found = []
     for index, crop in zip(indices, crops, strict=True):
         place = int(np.searchsorted(shard, index))
         for tries in range(min(len(shard), _MOST_IN_A_ROW)):
             try:
                 record = source[int(shard[(place + tries) % len(shard)])]
-                images.append(crop(record["image"]))
+                found.append((crop(record["image"]), record["label"], tries))
+                break
             except UNREADABLE:
                 continue
-            labels.append(record["label"])
-            skipped.append(tries)
-            break
         else:
             raise OSError(f"{tries + 1} images in a row cannot be read, from {source.name(int(index))} on")
-    return {
-        "image": np.stack(images),
-        "label": np.array(labels, np.int32),
-        "skipped": np.array(skipped, np.int32),
-    }
+    images, *numbers = zip(*found, strict=True)
+    labels, skipped = np.array(numbers, np.int32)
+    return {"image": np.stack(images), "label": labels, "skipped": skipped}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +77,20 @@ class TrainBatches:
     batch_size: int
 
     @property
-    def per_round(self) -> int:
+    def lead(self) -> tuple[int, int]:
+        """[S, l], the batches of a round."""
+        return len(self.shards), self.local_steps
+
+    @property
+    def per_chunk(self) -> int:
+        """The batches of a round that are read here."""
         return len(self.workers) * self.local_steps
+
+    def place(self, number: int) -> tuple[int, int, int]:
+        """(round, worker, step) of a batch."""
+        round_index, rest = divmod(number, self.per_chunk)
+        worker, step = divmod(rest, self.local_steps)
+        return round_index, self.workers[worker], step
 
     def examples(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(the worker's shard, the examples of the batch, int32 [B])."""
@@ -96,16 +100,9 @@ class TrainBatches:
 
     def __call__(self, number: int) -> Batch:
         round_index, worker, step = self.place(number)
-        shard, indices = self.examples(number)
         position = round_index * self.local_steps + step
-        crops = self.transform.training(rng(self.seed, Use.CROPS, worker, position), len(indices))
-        return read_batch(self.source, shard, indices, crops)
-
-    def place(self, number: int) -> tuple[int, int, int]:
-        """(round, worker, step) of a batch."""
-        round_index, rest = divmod(number, self.per_round)
-        worker, step = divmod(rest, self.local_steps)
-        return round_index, self.workers[worker], step
+        crops = self.transform.training(rng(self.seed, Use.CROPS, worker, position), self.batch_size)
+        return read_batch(self.source, *self.examples(number), crops)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,16 +121,29 @@ class EvalBatches:
     devices: Sequence[int]
     transform: Transform
 
+    @property
+    def lead(self) -> tuple[int, int]:
+        """[D, 1], the batches of a chunk."""
+        return len(self.plan.indices), 1
+
+    @property
+    def per_chunk(self) -> int:
+        """The batches of a chunk that are read here."""
+        return len(self.devices)
+
+    def place(self, number: int) -> tuple[int, int, int]:
+        """(row of the plan, device, 0) of a batch."""
+        row, device = divmod(number, self.per_chunk)
+        return row, self.devices[device], 0
+
     def examples(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(all examples, those of the batch, int32 [B])."""
-        row, device = self.place(number)
+        row, device, _ = self.place(number)
         return np.arange(len(self.source), dtype=np.int32), self.plan.indices[device, row]
 
     def __call__(self, number: int) -> Batch:
+        """With a 'weight', 0 where another image stands in for one that cannot be read."""
+        row, device, _ = self.place(number)
         everything, indices = self.examples(number)
-        return read_batch(self.source, everything, indices, [self.transform.evaluation] * len(indices))
-
-    def place(self, number: int) -> tuple[int, int]:
-        """(row of the plan, device) of a batch."""
-        row, device = divmod(number, len(self.devices))
-        return row, self.devices[device]
+        batch = read_batch(self.source, everything, indices, [self.transform.evaluation] * len(indices))
+        return batch | {"weight": self.plan.weights[device, row] * (batch["skipped"] == 0)}
