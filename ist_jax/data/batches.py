@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import PyTree
 
 from ist_jax.data.source import Split, select
 from ist_jax.data.sparse import Rows
 from ist_jax.streams import Use, rng
 
 
-def split_validation(
-    seed: int, train: Split, fraction: float
-) -> tuple[dict[str, PyTree], dict[str, PyTree] | None]:
+def split_validation(seed: int, train: Split, fraction: float) -> tuple[Split, Split | None]:
     """Holds out a random fraction of the training examples.
 
     Args:
@@ -32,7 +29,7 @@ def split_validation(
     total = len(train["label"])
     held_out = count_held_out(total, fraction)
     if held_out == 0:
-        return dict(train), None
+        return train, None
     if held_out == total:
         raise ValueError(
             f"data.validation={fraction} leaves none of the {total} examples to train on; lower it"
@@ -79,18 +76,16 @@ def share_examples(
             "data.sharing='skewed' is not for examples with several labels; set config.data.sharing to 'all' "
             "or 'disjoint'"
         )
-    shards: list[list[np.ndarray]] = [[] for _ in range(num_workers)]
+    parts = []
     for label in np.unique(labels):
         own = source.permutation(examples[labels == label])
         shares = source.dirichlet(np.full(num_workers, concentration))
-        ends = np.round(np.cumsum(shares)[:-1] * len(own)).astype(int)
-        for shard, part in zip(shards, np.split(own, ends), strict=True):
-            shard.append(part)
-    joined = [np.concatenate(shard) for shard in shards]
-    for poor in (worker for worker in range(num_workers) if not len(joined[worker])):
-        rich = int(np.argmax([len(shard) for shard in joined]))
-        joined[poor], joined[rich] = joined[rich][:1], joined[rich][1:]
-    return [np.sort(shard) for shard in joined]
+        parts.append(np.split(own, np.round(np.cumsum(shares)[:-1] * len(own)).astype(int)))
+    shards = [np.concatenate(own) for own in zip(*parts, strict=True)]
+    for poor in (worker for worker in range(num_workers) if not len(shards[worker])):
+        rich = int(np.argmax(list(map(len, shards))))
+        shards[poor], shards[rich] = shards[rich][:1], shards[rich][1:]
+    return list(map(np.sort, shards))
 
 
 def train_indices(

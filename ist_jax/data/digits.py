@@ -24,12 +24,9 @@ def load(directory: str, options: Options) -> DataSet:
     train, test = model_selection.train_test_split(
         np.arange(len(labels)), test_size=_TEST_FRACTION, stratify=labels, random_state=_SPLIT_SEED
     )
-    return DataSet(
-        description=f"digits: {len(labels):,} real 8x8 images embedded in scikit-learn",
-        train=ArraySource(images[train], labels[train]),
-        test=ArraySource(images[test], labels[test]),
-        classes=tuple(str(digit) for digit in range(10)),
-    )
+    description = f"digits: {len(labels):,} real 8x8 images embedded in scikit-learn"
+    sources = [ArraySource(images[numbers], labels[numbers]) for numbers in (train, test)]
+    return DataSet(description, sources[0], sources[1], tuple("0123456789"))
 
 
 DIGITS = Entry(load, lambda _: Facts((8, 8, 1), 10, 1_437))

@@ -68,13 +68,8 @@ def load(directory: str, options: Options) -> DataSet:
     if not len(train) or not len(test):
         raise ValueError(f"data.dir={directory!r} has {len(train)} images in train/ and {len(test)} in val/")
     count, own = len(train) + len(test), len(classes["train"])
-    return DataSet(
-        description=f"image_folder: {count:,} images of {own:,} classes in {directory}",
-        train=train,
-        test=test,
-        classes=classes["train"],
-        encoded=True,
-    )
+    description = f"image_folder: {count:,} images of {own:,} classes in {directory}"
+    return DataSet(description, train, test, classes["train"], encoded=True)
 
 
 def _folders(root: Path) -> tuple[str, ...]:

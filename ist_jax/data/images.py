@@ -8,38 +8,31 @@ import functools
 import io
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ist_jax.data.source import Facts
-from ist_jax.key import Key, Options
+from ist_jax.key import Key, Options, Value
 
 _TRIES = 10  # random boxes per image, before a fixed one that always fits
 Box = tuple[float, float, float, float]  # left, top, width, height, in pixels
+
+
+def _key(default: Value, text: str, **allowed: Any) -> Key:
+    return Key(default, f"of streamed images: {text}", **allowed)
+
+
 OPTIONS = {
-    "data.size": Key(
-        224, "of streamed images: pixels of both sides of the square that the net sees", least=1
-    ),
-    "data.resize": Key(
-        256, "of streamed images: pixels of the shorter side before evaluation cuts out the centre", least=1
-    ),
-    "data.crop_area": Key(
-        (0.08, 1.0), "of streamed images: area of a random crop, as a fraction of the image", kind=float
-    ),
-    "data.crop_aspect": Key(
-        (3 / 4, 4 / 3), "of streamed images: width / height of a random crop", kind=float
-    ),
-    "data.mean": Key((123.675, 116.28, 103.53), "of streamed images: mean per channel, 0 to 255", kind=float),
-    "data.std": Key(
-        (58.395, 57.12, 57.375), "of streamed images: deviation per channel, 0 to 255", kind=float
-    ),
-    "data.processes": Key(
-        8,
-        "of streamed images: processes that read and decode; 0: a thread of the program does",
-        least=0,
-        resume=True,
+    "data.size": _key(224, "pixels of both sides of the square that the net sees", least=1),
+    "data.resize": _key(256, "pixels of the shorter side before evaluation cuts out the centre", least=1),
+    "data.crop_area": _key((0.08, 1.0), "area of a random crop, as a fraction of the image", kind=float),
+    "data.crop_aspect": _key((3 / 4, 4 / 3), "width / height of a random crop", kind=float),
+    "data.mean": _key((123.675, 116.28, 103.53), "mean per channel, 0 to 255", kind=float),
+    "data.std": _key((58.395, 57.12, 57.375), "deviation per channel, 0 to 255", kind=float),
+    "data.processes": _key(
+        8, "processes that read and decode; 0: a thread of the program does", least=0, resume=True
     ),
 }
 

@@ -27,17 +27,15 @@ class Source(Protocol):
         """
 
 
-class EncodedSource(Protocol):
-    """One split of a set of compressed images that is too large to be decoded beforehand."""
+class EncodedSource(Source, Protocol):
+    """One split of a set of compressed images that is too large to be decoded beforehand.
+
+    The 'image' of an example is the bytes of an image file.
+    """
 
     @property
     def labels(self) -> np.ndarray:
         """int32 [N]; may have to read the whole split."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example:
-        """Example `index`: 'image', the bytes of an image file, and 'label' int."""
 
     def name(self, index: int) -> str:
         """What to call example `index` in a message."""
@@ -79,11 +77,6 @@ class Facts(NamedTuple):
     encoded: bool = False
 
 
-def _nothing_known(options: Options) -> Facts:
-    del options
-    return Facts()
-
-
 class Entry(NamedTuple):
     """A data set in the table `data.SETS`.
 
@@ -94,7 +87,7 @@ class Entry(NamedTuple):
     """
 
     load: Callable[[str, Options], DataSet]
-    facts: Callable[[Options], Facts] = _nothing_known
+    facts: Callable[[Options], Facts] = lambda _: Facts()
     options: Mapping[str, Key] = MappingProxyType({})
 
 
