@@ -114,12 +114,10 @@ def worker_indices(
     seed: int, round_index: int, worker: int, shard: np.ndarray, *, local_steps: int, batch_size: int
 ) -> np.ndarray:
     """The row of `train_indices` of one worker, int32 [l, B]; `shard`: its examples."""
-    start = round_index * local_steps * batch_size
-    stop = start + local_steps * batch_size
-    epochs = range(start // len(shard), -(-stop // len(shard)))
-    stream = np.concatenate([_epoch_order(seed, worker, epoch, len(shard)) for epoch in epochs])
-    first = start - epochs[0] * len(shard)
-    return shard[stream[first : first + stop - start]].reshape(local_steps, batch_size)
+    count, size = local_steps * batch_size, len(shard)
+    epoch, first = divmod(round_index * count, size)
+    orders = [_epoch_order(seed, worker, epoch + i, size) for i in range(-(-(first + count) // size))]
+    return shard[np.concatenate(orders)[first : first + count]].reshape(local_steps, batch_size)
 
 
 @functools.lru_cache(maxsize=16)  # of a million examples 5 MB each, in every process that reads
@@ -149,11 +147,8 @@ def eval_batches(num_examples: int, batch_size: int, num_devices: int) -> EvalPl
       num_devices: D.
     """
     batch_size = min(batch_size, num_examples)
-    per_device = -(-num_examples // (batch_size * num_devices))
-    total = per_device * num_devices * batch_size
-    order = rng(0, Use.EVALUATION).permutation(num_examples).astype(np.int32)
-    weights = (np.arange(total) < num_examples).astype(np.float32)
     # batch k is on device k % D, so that the batches themselves do not depend on the devices
-    shape = (per_device, num_devices, batch_size)
-    indices = np.resize(order, total).reshape(shape).swapaxes(0, 1)
-    return EvalPlan(indices, weights.reshape(shape).swapaxes(0, 1))
+    shape = (-(-num_examples // (batch_size * num_devices)), num_devices, batch_size)
+    order = rng(0, Use.EVALUATION).permutation(num_examples).astype(np.int32)
+    weights = (np.arange(math.prod(shape)) < num_examples).astype(np.float32).reshape(shape)
+    return EvalPlan(np.resize(order, shape).swapaxes(0, 1), weights.swapaxes(0, 1))

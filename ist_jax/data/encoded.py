@@ -54,9 +54,27 @@ def read_batch(source: EncodedSource, shard: np.ndarray, indices: np.ndarray, cr
     return {"image": np.stack(images), "label": labels, "skipped": skipped}
 
 
+class _Batches:
+    """Batches by number: chunk after chunk, of each worker after worker, of each step after step."""
+
+    workers: Sequence[int]  # those whose batches are read here
+    local_steps: int
+
+    @property
+    def per_chunk(self) -> int:
+        """How many are read here."""
+        return len(self.workers) * self.local_steps
+
+    def place(self, number: int) -> tuple[int, int, int]:
+        """(chunk, worker, step) of a batch."""
+        chunk, rest = divmod(number, self.per_chunk)
+        worker, step = divmod(rest, self.local_steps)
+        return chunk, self.workers[worker], step
+
+
 @dataclasses.dataclass(frozen=True)
-class TrainBatches:
-    """The training batches by number: round after round, worker after worker, step after step.
+class TrainBatches(_Batches):
+    """The training batches by number; a chunk is a round.
 
     Attributes:
       source: of the images.
@@ -76,22 +94,6 @@ class TrainBatches:
     local_steps: int
     batch_size: int
 
-    @property
-    def lead(self) -> tuple[int, int]:
-        """[S, l], the batches of a round."""
-        return len(self.shards), self.local_steps
-
-    @property
-    def per_chunk(self) -> int:
-        """The batches of a round that are read here."""
-        return len(self.workers) * self.local_steps
-
-    def place(self, number: int) -> tuple[int, int, int]:
-        """(round, worker, step) of a batch."""
-        round_index, rest = divmod(number, self.per_chunk)
-        worker, step = divmod(rest, self.local_steps)
-        return round_index, self.workers[worker], step
-
     def examples(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(the worker's shard, the examples of the batch, int32 [B])."""
         round_index, worker, step = self.place(number)
@@ -106,35 +108,21 @@ class TrainBatches:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalBatches:
-    """The batches of an evaluation by number: the first of every device, then the second of every device.
+class EvalBatches(_Batches):
+    """The batches of an evaluation by number; a chunk is one of every device, which takes a worker's place.
 
     Attributes:
       source: of the images.
       plan: the examples of each batch.
-      devices: those whose batches are read here, of the D in the plan.
+      workers: the devices whose batches are read here, of the D in the plan.
       transform: what becomes of the images.
     """
 
     source: EncodedSource
     plan: batches.EvalPlan
-    devices: Sequence[int]
+    workers: Sequence[int]
     transform: Transform
-
-    @property
-    def lead(self) -> tuple[int, int]:
-        """[D, 1], the batches of a chunk."""
-        return len(self.plan.indices), 1
-
-    @property
-    def per_chunk(self) -> int:
-        """The batches of a chunk that are read here."""
-        return len(self.devices)
-
-    def place(self, number: int) -> tuple[int, int, int]:
-        """(row of the plan, device, 0) of a batch."""
-        row, device = divmod(number, self.per_chunk)
-        return row, self.devices[device], 0
+    local_steps = 1
 
     def examples(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(all examples, those of the batch, int32 [B])."""

@@ -49,9 +49,8 @@ def load(directory: str, options: Options) -> DataSet:
 
 
 def _find(directory: str, split: str) -> Path:
-    root = Path(directory)
-    there = sorted(root.iterdir()) if directory and root.is_dir() else []
-    found = [path for path in there if path.name == f"{split}.txt" or path.name.endswith(f"_{split}.txt")]
+    names = (f"{split}.txt", f"*_{split}.txt")
+    found = [path for name in names for path in Path(directory).glob(name)] if directory else []
     if len(found) != 1:
         raise ValueError(
             f"data.dir={directory!r} has {len(found) or 'no'} files named {split}.txt or *_{split}.txt; set "

@@ -18,6 +18,7 @@ from ist_jax.key import Key, Options, Value
 
 _TRIES = 10  # random boxes per image, before a fixed one that always fits
 Box = tuple[float, float, float, float]  # left, top, width, height, in pixels
+Bounds = tuple[float, float]
 
 
 def _key(default: Value, text: str, **allowed: Any) -> Key:
@@ -55,8 +56,8 @@ class Transform(NamedTuple):
 
     size: int
     resize: int
-    area: tuple[float, float]
-    aspect: tuple[float, float]
+    area: Bounds
+    aspect: Bounds
     flip: bool
 
     def training(self, rng: np.random.Generator, count: int) -> list[Callable[[bytes], np.ndarray]]:
@@ -113,9 +114,7 @@ def channel_statistics(options: Options) -> tuple[tuple[float, ...], tuple[float
     return mean, std
 
 
-def random_box(
-    width: int, height: int, draws: np.ndarray, area: tuple[float, float], aspect: tuple[float, float]
-) -> Box:
+def random_box(width: int, height: int, draws: np.ndarray, area: Bounds, aspect: Bounds) -> Box:
     """The first of some random boxes that lies in the image.
 
     Args:

@@ -1,7 +1,6 @@
 """What a data set is: a random-access source per split, facts known beforehand, and arrays in memory."""
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -88,7 +87,7 @@ class Entry(NamedTuple):
 
     load: Callable[[str, Options], DataSet]
     facts: Callable[[Options], Facts] = lambda _: Facts()
-    options: Mapping[str, Key] = MappingProxyType({})
+    options: Mapping[str, Key] = {}
 
 
 class ArraySource:
@@ -100,8 +99,7 @@ class ArraySource:
     """
 
     def __init__(self, image: np.ndarray, label: np.ndarray):
-        self.image = image
-        self.label = label
+        self.image, self.label = image, label
 
     def __len__(self) -> int:
         return len(self.label)
@@ -119,8 +117,7 @@ class SparseSource:
     """
 
     def __init__(self, feature: Rows, label: Rows):
-        self.feature = feature
-        self.label = label
+        self.feature, self.label = feature, label
 
     def __len__(self) -> int:
         return len(self.label)

@@ -45,14 +45,10 @@ class _Streaming:
       spec: what the data of a chunk look like; 'image', 'label' and, of an evaluation, 'weight'.
     """
 
-    spec: Spec
-
-    def __init__(
-        self, make: TrainBatches | EvalBatches, lead: tuple[int, ...], processes: int, put: Put
-    ) -> None:
+    def __init__(self, make: TrainBatches | EvalBatches, lead: tuple[int, ...], processes: int, put: Put):
         self._make, self._processes, self._put = make, processes, put
         image = jax.ShapeDtypeStruct((*lead, make.transform.size, make.transform.size, 3), np.uint8)
-        self.spec = {"image": image, "label": jax.ShapeDtypeStruct(lead, np.int32)}
+        self.spec: Spec = {"image": image, "label": jax.ShapeDtypeStruct(lead, np.int32)}
         self._stop = threading.Event()
         self._unreadable: set[int] = set()
 
@@ -66,9 +62,9 @@ class _Streaming:
                 for number in range(start, start + each):
                     if self._stop.is_set():
                         return
-                    batch, (_, *place) = next(stream), make.place(number)
+                    batch, (_, worker, step) = next(stream), make.place(number)
                     for name, x in chunk.items():
-                        x.reshape(*make.lead, *batch[name].shape)[tuple(place)] = batch[name]
+                        x.reshape(-1, make.local_steps, *batch[name].shape)[worker, step] = batch[name]
                     if batch["skipped"].any():
                         self._report(*make.examples(number), batch["skipped"])
                 yield self._put(chunk)
@@ -178,8 +174,7 @@ def read(make: Callable[[int], Batch], numbers: range, processes: int) -> Genera
     """
     import grain  # slow to import, and only sets on disk need it
 
-    if not flags.FLAGS.is_parsed():  # grain looks up flags of its own, which nobody has to set
-        flags.FLAGS.mark_as_parsed()
+    flags.FLAGS.mark_as_parsed()  # grain looks up flags of its own, which nobody has to set
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     dataset = grain.MapDataset.range(numbers.start, numbers.stop).map(make).to_iter_dataset(options)
     if processes:

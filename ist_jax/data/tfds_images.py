@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -16,11 +16,9 @@ from ist_jax.data import idx, images
 from ist_jax.data.source import ArraySource, DataSet, Entry, Example, Facts, Source
 from ist_jax.key import Options
 
-if TYPE_CHECKING:
-    import tensorflow_datasets as tfds
-
 # The package dataset-fashion-mnist.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+Builder = Any  # tfds.core.DatasetBuilder, which is slow to import
 
 
 class RecordSource:
@@ -88,14 +86,14 @@ def _open_debian(prefix: str) -> ArraySource:
     return idx.load(*files)
 
 
-def make_builder(name: str, directory: str) -> "tfds.core.DatasetBuilder":
+def make_builder(name: str, directory: str) -> Builder:
     """TFDS's builder of a set, for array_record files in its data_dir `directory`; '': in its default."""
     import tensorflow_datasets as tfds
 
     return tfds.builder(name, data_dir=directory or None, file_format="array_record")
 
 
-def _unprepared(builder: "tfds.core.DatasetBuilder", name: str, directory: str) -> ValueError:
+def _unprepared(builder: Builder, name: str, directory: str) -> ValueError:
     command = f"python -m ist_jax.data.prepare {name}" + f" --dir={shlex.quote(directory)}" * bool(directory)
     package = ", or install Debian's dataset-fashion-mnist" if name == "fashion_mnist" else ""
     return ValueError(

@@ -38,11 +38,11 @@ def conv_general_dilated(
     Returns:
       [N, H', W', C_out].
     """
-    plain = (
-        lhs.ndim == 4
-        and options.get("feature_group_count", 1) == 1
-        and all(d in (None, 1, (1, 1)) for d in (options.get("lhs_dilation"), options.get("rhs_dilation")))
+    groups, dilations = (
+        options.get("feature_group_count", 1),
+        map(options.get, ("lhs_dilation", "rhs_dilation")),
     )
+    plain = lhs.ndim == 4 and groups == 1 and all(d in (None, 1, (1, 1)) for d in dilations)
     if jax.default_backend() != "cpu" or not plain:
         options = {"dimension_numbers": _DIMS, **options}
         return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
@@ -55,10 +55,6 @@ def conv_general_dilated(
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv(x: jax.Array, w: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
     return _plain_conv(x, w, strides, pads)
-
-
-def _conv_fwd(x: jax.Array, w: jax.Array, strides: Pair, pads: Pads) -> tuple:
-    return _plain_conv(x, w, strides, pads), (x, w)
 
 
 def _conv_bwd(strides: Pair, pads: Pads, residuals: tuple, dy: jax.Array) -> tuple:
@@ -74,4 +70,4 @@ def _conv_bwd(strides: Pair, pads: Pads, residuals: tuple, dy: jax.Array) -> tup
     return dx, dw.transpose(1, 2, 0, 3)
 
 
-_conv.defvjp(_conv_fwd, _conv_bwd)
+_conv.defvjp(lambda x, w, strides, pads: (_plain_conv(x, w, strides, pads), (x, w)), _conv_bwd)

@@ -48,8 +48,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model: ResNet) -> Params:
     """
     arrays = _with_plain_names(state_dict)
     found = {match[0] for name in arrays if (match := re.match(r"layer\d+\.\d+\.", name))}
-    counts = Counter(block.split(".")[0] for block in found)
-    blocks = tuple(counts[layer] for layer in sorted(counts))
+    blocks = tuple(count for _, count in sorted(Counter(name.split(".")[0] for name in found).items()))
     if blocks != model.sections:
         raise ValueError(f"state_dict has {blocks} blocks in its layers, but model.sections={model.sections}")
     channels = np.shape(arrays.get("conv1.weight", 0))[1:2] or (3,)  # any: the stem is refused below

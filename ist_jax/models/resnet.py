@@ -99,6 +99,7 @@ class Bottleneck(Block):
 
 
 BLOCKS = {"basic": Block, "bottleneck": Bottleneck}
+_STEMS = {"small": (3, 1), "imagenet": (7, 2)}  # size and strides of the first layer
 OPTIONS = {
     "model.sections": Key(
         (1, 1, 9, 1), "blocks per section; the first of each is shared by all workers", kind=int, least=1
@@ -110,7 +111,7 @@ OPTIONS = {
     "model.stem": Key(
         "small",
         "first layer; 'small': 3x3, 'imagenet': 7x7 and max-pool, both of stride 2",
-        choices=("small", "imagenet"),
+        choices=tuple(_STEMS),
     ),
     "partition.sections": Key((3,), "sections whose blocks are dealt out, counted from 1", kind=int),
     "partition.deal_strided": Key(
@@ -191,11 +192,9 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, gates: Gates = None, scale: Scale = None) -> jax.Array:
         """Args: x [N, H, W, C], normalised; gates and scale: see `models`. Returns: [N, classes]."""
+        x = _conv(self.width, *_STEMS[self.stem], dtype=self.dtype, name="stem")(x)
         if self.stem == "imagenet":
-            x = _conv(self.width, 7, 2, dtype=self.dtype, name="stem")(x)
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        else:
-            x = _conv(self.width, 3, dtype=self.dtype, name="stem")(x)
         gates, scale = gates or {}, scale or {}
         for i, count in enumerate(self.sections, 1):
             uses = [(gates.get(name), scale.get(name, 1.0)) for name in (f"section{i}", f"section{i}_first")]

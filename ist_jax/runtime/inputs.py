@@ -21,7 +21,7 @@ from ist_jax.task import Task, classification, multi_label
 
 log = logging.getLogger(__name__)
 
-# A `data.Split` in memory or, where the data set is encoded, an `EncodedSource`.
+# A `data.Split` in memory or, where the data set is encoded, a `source.EncodedSource`.
 Examples: TypeAlias = Any
 
 
@@ -65,7 +65,7 @@ class Inputs(NamedTuple):
     Attributes:
       wanted: of it.
       dataset: what it is.
-      train: from `data.load`; or, to be streamed, a `data.EncodedSource`.
+      train: from `data.load`; or, to be streamed, a `source.EncodedSource`.
       test: the same.
       validation: the part of the training examples that is held out to stop by; None: none is.
       task: what is learned from them.
