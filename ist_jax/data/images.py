@@ -72,7 +72,9 @@ class Transform(NamedTuple):
 
     def centre(self, image: Image.Image) -> np.ndarray:
         """The same, of an image that is open."""
-        return cut_out(image, centre_box(*image.size, fraction=self.size / self.resize), self.size)
+        side = self.size / self.resize * min(image.size)
+        left, top = ((length - side) / 2 for length in image.size)
+        return cut_out(image, (left, top, side, side), self.size)
 
     def _augment(self, draws: np.ndarray, mirrored: bool, data: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
@@ -138,12 +140,6 @@ def random_box(width: int, height: int, draws: np.ndarray, area: Bounds, aspect:
     ratio = min(max(width / height, aspect[0]), aspect[1])
     box = min(width, round(height * ratio)), min(height, round(width / ratio))
     return (width - box[0]) // 2, (height - box[1]) // 2, *box
-
-
-def centre_box(width: int, height: int, *, fraction: float) -> Box:
-    """The square in the middle whose side is a fraction of the shorter side."""
-    side = fraction * min(width, height)
-    return (width - side) / 2, (height - side) / 2, side, side
 
 
 def cut_out(image: Image.Image, box: Box, size: int) -> np.ndarray:

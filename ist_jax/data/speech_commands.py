@@ -87,18 +87,14 @@ def load(directory: str, options: Options) -> DataSet:
     held_out = np.array([is_test(path.name) for path in paths])
     train, test = used & ~held_out, used & held_out
     if not train.any() or not test.any():
-        side = "test on" if train.any() else "train on"
+        lacking = "test on" if train.any() else "train on"
         raise ValueError(
-            f"data.dir={directory!r} has no speaker to {side}: a fifth of the speakers, by the hash of their "
-            "names, are for testing; add clips of further speakers"
+            f"data.dir={directory!r} has no speaker to {lacking}: a fifth of the speakers, by the hash of "
+            "their names, are for testing; add clips of further speakers"
         )
-    clips = f"{int(used.sum()):,} clips of {len(chosen)} words"
-    return DataSet(
-        f"speech_commands: {clips} in {directory}, split by speaker",
-        ArraySource(features[train], labels[train]),
-        ArraySource(features[test], labels[test]),
-        tuple(chosen),
-    )
+    clips = f"{int(used.sum()):,} clips of {len(chosen)} words in {directory}"
+    sources = [ArraySource(features[side], labels[side]) for side in (train, test)]
+    return DataSet(f"speech_commands: {clips}, split by speaker", sources[0], sources[1], tuple(chosen))
 
 
 def _report_left_out(paths: list[Path], samples: np.ndarray, clip_length: str) -> None:

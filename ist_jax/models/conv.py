@@ -20,44 +20,37 @@ _plain_conv = partial(lax.conv_general_dilated, dimension_numbers=_DIMS)
 
 
 def conv_general_dilated(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    window_strides: Sequence[int],
-    padding: str | Sequence[Pair],
-    **options: Any,
+    x: jax.Array, w: jax.Array, strides: Sequence[int], padding: str | Sequence[Pair], **options: Any
 ) -> jax.Array:
     """`lax.conv_general_dilated` for `flax.linen.Conv`'s field of that name.
 
     Args:
-      lhs: images [N, H, W, C_in].
-      rhs: kernel [h, w, C_in, C_out].
-      window_strides: two strides.
+      x: images [N, H, W, C_in].
+      w: kernel [h, w, C_in, C_out].
+      strides: two.
       padding: 'SAME', 'VALID' or explicit pairs.
       **options: whatever else the caller passes; the fast path takes neither dilation nor groups.
 
     Returns:
       [N, H', W', C_out].
     """
-    groups, dilations = (
-        options.get("feature_group_count", 1),
-        map(options.get, ("lhs_dilation", "rhs_dilation")),
-    )
-    plain = lhs.ndim == 4 and groups == 1 and all(d in (None, 1, (1, 1)) for d in dilations)
+    groups = options.get("feature_group_count", 1)
+    dilations = (options.get("lhs_dilation"), options.get("rhs_dilation"))
+    plain = x.ndim == 4 and groups == 1 and all(d in (None, 1, (1, 1)) for d in dilations)
     if jax.default_backend() != "cpu" or not plain:
         options = {"dimension_numbers": _DIMS, **options}
-        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
-    strides = (window_strides[0], window_strides[1])
+        return lax.conv_general_dilated(x, w, strides, padding, **options)
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
-    return _conv(lhs, rhs, strides, tuple((lo, hi) for lo, hi in padding))
+        padding = lax.padtype_to_pads(x.shape[1:3], w.shape[:2], strides, padding)
+    return _conv(x, w, tuple(strides), tuple((lo, hi) for lo, hi in padding))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x: jax.Array, w: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+def _conv(x: jax.Array, w: jax.Array, strides: tuple[int, ...], pads: Pads) -> jax.Array:
     return _plain_conv(x, w, strides, pads)
 
 
-def _conv_bwd(strides: Pair, pads: Pads, residuals: tuple, dy: jax.Array) -> tuple:
+def _conv_bwd(strides: tuple[int, ...], pads: Pads, residuals: tuple, dy: jax.Array) -> tuple:
     """From dy [N, H', W', O]: dx [N, H, W, I], a convolution of dy, and dw [h, w, I, O], one of x with dy."""
     x, w = residuals
     zero = dy.dtype.type(0)
