@@ -89,7 +89,7 @@ def share_examples(
 
 
 def train_indices(
-    seed: int, round_index: int, shards: Sequence[np.ndarray], *, local_steps: int, batch_size: int
+    seed: int, round_index: int, shards: Sequence[np.ndarray], local_steps: int, batch_size: int
 ) -> np.ndarray:
     """The training examples of a round, the same whatever the method and the devices.
 
@@ -106,12 +106,12 @@ def train_indices(
     Returns:
       int32 [S, l, B].
     """
-    sizes = {"local_steps": local_steps, "batch_size": batch_size}
-    return np.stack([worker_indices(seed, round_index, w, shard, **sizes) for w, shard in enumerate(shards)])
+    sizes = (local_steps, batch_size)
+    return np.stack([worker_indices(seed, round_index, w, shard, *sizes) for w, shard in enumerate(shards)])
 
 
 def worker_indices(
-    seed: int, round_index: int, worker: int, shard: np.ndarray, *, local_steps: int, batch_size: int
+    seed: int, round_index: int, worker: int, shard: np.ndarray, local_steps: int, batch_size: int
 ) -> np.ndarray:
     """The row of `train_indices` of one worker, int32 [l, B]; `shard`: its examples."""
     count, size = local_steps * batch_size, len(shard)

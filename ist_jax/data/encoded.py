@@ -97,8 +97,8 @@ class TrainBatches(_Batches):
     def examples(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(the worker's shard, the examples of the batch, int32 [B])."""
         round_index, worker, step = self.place(number)
-        shard, sizes = self.shards[worker], {"local_steps": self.local_steps, "batch_size": self.batch_size}
-        return shard, batches.worker_indices(self.seed, round_index, worker, shard, **sizes)[step]
+        shard, sizes = self.shards[worker], (self.local_steps, self.batch_size)
+        return shard, batches.worker_indices(self.seed, round_index, worker, shard, *sizes)[step]
 
     def __call__(self, number: int) -> Batch:
         round_index, worker, step = self.place(number)

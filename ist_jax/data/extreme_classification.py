@@ -38,7 +38,6 @@ def load(directory: str, options: Options) -> DataSet:
     Raises:
       ValueError: a file is missing, or a line of it is malformed; the message names file and line.
     """
-    del options
     paths = [_find(directory, split) for split in ("train", "test")]
     train, test = map(read, paths)
     sizes, others = ((split.feature.width, split.label.width) for split in (train, test))
@@ -71,10 +70,8 @@ def read(path: Path) -> SparseSource:
     labels, features, values = array("i"), array("i"), array("f")
     label_start, feature_start = array("i", [0]), array("i", [0])
     points = longest = most = 0
-    size = path.stat().st_size
-    with path.open("rb") as file, tqdm(
-        total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, leave=False, disable=None
-    ) as bar:  # fmt: skip
+    shown = {"desc": f"reading {path.name}", "unit": "B", "unit_scale": True, "leave": False, "disable": None}
+    with path.open("rb") as file, tqdm(total=path.stat().st_size, **shown) as bar:
         promised, num_features, num_labels = _read_header(path, file.readline())
         for number, line in enumerate(file, start=2):
             bar.update(len(line))

@@ -52,8 +52,8 @@ class InMemoryFeed(NamedTuple):
         return self.data
 
     def __call__(self, round_index: int) -> Chunk:
-        sizes = {"local_steps": self.local_steps, "batch_size": self.batch_size}
-        indices = batches.train_indices(self.seed, round_index, self.shards, **sizes)
+        sizes = (self.local_steps, self.batch_size)
+        indices = batches.train_indices(self.seed, round_index, self.shards, *sizes)
         return Chunk(self.data, indices.reshape(self.num_devices, -1, *indices.shape[1:]))
 
     def close(self) -> None:

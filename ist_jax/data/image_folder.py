@@ -50,7 +50,6 @@ def load(directory: str, options: Options) -> DataSet:
     Raises:
       ValueError: a split or its files are missing, or it has a class that training has not.
     """
-    del options
     root = Path(directory)
     classes = {split: _folders(root / split) if directory else () for split in ("train", "val")}
     for split, names in classes.items():

@@ -22,7 +22,6 @@ from ist_jax.data.source import Split
 
 log = logging.getLogger(__name__)
 
-Spec = dict[str, jax.ShapeDtypeStruct]
 Put = Callable[[Batch], Split]
 _SHARED_MEMORY = Path("/dev/shm")
 _BATCHES_EACH = 3  # that a process can have there: one is made, one waits, one is being copied out
@@ -48,7 +47,7 @@ class _Streaming:
     def __init__(self, make: TrainBatches | EvalBatches, lead: tuple[int, ...], processes: int, put: Put):
         self._make, self._processes, self._put = make, processes, put
         image = jax.ShapeDtypeStruct((*lead, make.transform.size, make.transform.size, 3), np.uint8)
-        self.spec: Spec = {"image": image, "label": jax.ShapeDtypeStruct(lead, np.int32)}
+        self.spec = {"image": image, "label": jax.ShapeDtypeStruct(lead, np.int32)}
         self._stop = threading.Event()
         self._unreadable: set[int] = set()
 

@@ -65,7 +65,6 @@ def load(name: str, directory: str, options: Options, *, encoded: bool = False) 
     """
     import tensorflow_datasets as tfds  # slow to import, and only these sets need it
 
-    del options
     builder = make_builder(name, directory)
     description = f"{name}: tensorflow-datasets {builder.info.version} in {builder.data_dir}"
     if builder.info.splits:
