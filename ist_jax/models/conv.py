@@ -20,14 +20,14 @@ _plain_conv = partial(lax.conv_general_dilated, dimension_numbers=_DIMS)
 
 
 def conv_general_dilated(
-    x: jax.Array, w: jax.Array, strides: Sequence[int], padding: str | Sequence[Pair], **options: Any
+    x: jax.Array, w: jax.Array, window_strides: Sequence[int], padding: str | Sequence[Pair], **options: Any
 ) -> jax.Array:
     """`lax.conv_general_dilated` for `flax.linen.Conv`'s field of that name.
 
     Args:
       x: images [N, H, W, C_in].
       w: kernel [h, w, C_in, C_out].
-      strides: two.
+      window_strides: two strides.
       padding: 'SAME', 'VALID' or explicit pairs.
       **options: whatever else the caller passes; the fast path takes neither dilation nor groups.
 
@@ -39,10 +39,10 @@ def conv_general_dilated(
     plain = x.ndim == 4 and groups == 1 and all(d in (None, 1, (1, 1)) for d in dilations)
     if jax.default_backend() != "cpu" or not plain:
         options = {"dimension_numbers": _DIMS, **options}
-        return lax.conv_general_dilated(x, w, strides, padding, **options)
+        return lax.conv_general_dilated(x, w, window_strides, padding, **options)
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:3], w.shape[:2], strides, padding)
-    return _conv(x, w, tuple(strides), tuple((lo, hi) for lo, hi in padding))
+        padding = lax.padtype_to_pads(x.shape[1:3], w.shape[:2], window_strides, padding)
+    return _conv(x, w, tuple(window_strides), tuple((lo, hi) for lo, hi in padding))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
