@@ -18,7 +18,6 @@ from PIL import Image
 
 from ist_jax import cli, errors
 from ist_jax.data import tfds_images
-from ist_jax.data.source import Example
 
 USAGE = f"python -m ist_jax.data.prepare NAME [--dir=DIR]; NAME is one of {', '.join(tfds_images.SETS)}"
 
@@ -58,7 +57,7 @@ def _do_without_tensorflow(builder: tfds_images.Builder) -> None:
             module.tf = stand_in
     generate = builder._generate_examples
 
-    def generate_encoded(*args: object, **kwargs: object) -> Iterator[tuple[object, Example]]:
+    def generate_encoded(*args: object, **kwargs: object) -> Iterator[tuple]:
         for key, example in generate(*args, **kwargs):
             yield key, example | {"image": _encode(example["image"])}
 

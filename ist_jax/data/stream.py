@@ -53,20 +53,23 @@ class _Streaming:
 
     def _chunks(self, first: int, last: int) -> Generator[Split]:
         """Those from the first on, without the last; no further batch is read once `_stop` is set."""
-        make, each = self._make, self._make.per_chunk
+        each = self._make.per_chunk
         numbers = range(first * each, last * each)
-        with contextlib.closing(read(make, numbers, self._processes)) as stream:
+        with contextlib.closing(read(self._make, numbers, self._processes)) as stream:
             for start in numbers[::each]:
                 chunk = {name: np.empty(x.shape, x.dtype) for name, x in self.spec.items()}
                 for number in range(start, start + each):
                     if self._stop.is_set():
                         return
-                    batch, (_, worker, step) = next(stream), make.place(number)
-                    for name, x in chunk.items():
-                        x.reshape(-1, make.local_steps, *batch[name].shape)[worker, step] = batch[name]
-                    if batch["skipped"].any():
-                        self._report(*make.examples(number), batch["skipped"])
+                    self._fill_in(chunk, number, next(stream))  # and lets go of the shared memory
                 yield self._put(chunk)
+
+    def _fill_in(self, chunk: Batch, number: int, batch: Batch) -> None:
+        _, worker, step = self._make.place(number)
+        for name, x in chunk.items():
+            x.reshape(-1, self._make.local_steps, *batch[name].shape)[worker, step] = batch[name]
+        if batch["skipped"].any():
+            self._report(*self._make.examples(number), batch["skipped"])
 
     def _report(self, shard: np.ndarray, indices: np.ndarray, skipped: np.ndarray) -> None:
         for index, count in zip(indices, skipped, strict=True):
