@@ -4,30 +4,13 @@ A set is one file with its facts, its reader and its options, and one line of `S
 is imported when a set is opened.
 """
 
-from ist_jax.data import (
-    digits,
-    extreme_classification,
-    image_folder,
-    speech_commands,
-    tfds_images,
-)
-from ist_jax.data.source import (
-    ArraySource,
-    DataSet,
-    EncodedSource,
-    Entry,
-    Facts,
-    Source,
-    SparseSource,
-    Split,
-    load,
-    select,
-)
+from ist_jax.data import digits, extreme_classification, image_folder, speech_commands, tfds_images
+from ist_jax.data.source import ArraySource, DataSet, Entry, Facts, SparseSource, Split, load, select
 from ist_jax.key import Key, Options
 
 __all__ = [
-    "SETS", "ArraySource", "DataSet", "EncodedSource", "Entry", "Facts", "Source", "SparseSource", "Split",
-    "facts", "load", "open_data_set", "options", "select",
+    "SETS", "ArraySource", "DataSet", "Entry", "Facts", "SparseSource", "Split", "facts", "load",
+    "open_data_set", "options", "select",
 ]  # fmt: skip
 
 SETS: dict[str, Entry] = {

@@ -1,12 +1,16 @@
 """From uint8 images on the device to normalised, augmented inputs, inside the jitted round."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ist_jax.data.source import Split
+
 _CHUNK = 256  # images counted at a time
+Normalize = Callable[[jax.Array], jax.Array]
+Labelled = tuple[jax.Array, jax.Array]  # inputs of a model, and their labels
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -24,14 +28,12 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def make_normalize(mean: tuple[float, ...], std: tuple[float, ...]) -> Callable[[jax.Array], jax.Array]:
+def make_normalize(mean: tuple[float, ...], std: tuple[float, ...]) -> Normalize:
     """A function from images [..., C] to float32 of mean 0 and deviation 1 per channel."""
     return lambda images: (images.astype(jnp.float32) - jnp.array(mean)) / jnp.array(std)
 
 
-def make_batch_fn(
-    normalize: Callable[[jax.Array], jax.Array], *, pad: int, flip: bool
-) -> Callable[[Mapping[str, jax.Array], jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+def make_batch_fn(normalize: Normalize, *, pad: int, flip: bool) -> Callable[..., Labelled]:
     """The function that draws a training batch.
 
     Args:
@@ -45,9 +47,7 @@ def make_batch_fn(
       then read once, straight from the data set.
     """
 
-    def batch_fn(
-        data: Mapping[str, jax.Array], indices: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def batch_fn(data: Split, indices: jax.Array, key: jax.Array) -> Labelled:
         images = data["image"]
         if pad or flip:
             size = len(indices)

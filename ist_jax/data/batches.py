@@ -6,16 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import PyTree
 
 from ist_jax.data.source import Split, select
 from ist_jax.data.sparse import Rows
 from ist_jax.streams import Use, rng
 
 
-def split_validation(
-    seed: int, train: Split, fraction: float
-) -> tuple[dict[str, PyTree], dict[str, PyTree] | None]:
+def split_validation(seed: int, train: Split, fraction: float) -> tuple[Split, Split | None]:
     """Holds out a random fraction of the training examples.
 
     Args:
@@ -32,7 +29,7 @@ def split_validation(
     total = len(train["label"])
     held_out = count_held_out(total, fraction)
     if held_out == 0:
-        return dict(train), None
+        return train, None
     if held_out == total:
         raise ValueError(
             f"data.validation={fraction} leaves none of the {total} examples to train on; lower it"
@@ -79,22 +76,20 @@ def share_examples(
             "data.sharing='skewed' is not for examples with several labels; set config.data.sharing to 'all' "
             "or 'disjoint'"
         )
-    shards: list[list[np.ndarray]] = [[] for _ in range(num_workers)]
+    parts = []
     for label in np.unique(labels):
         own = source.permutation(examples[labels == label])
         shares = source.dirichlet(np.full(num_workers, concentration))
-        ends = np.round(np.cumsum(shares)[:-1] * len(own)).astype(int)
-        for shard, part in zip(shards, np.split(own, ends), strict=True):
-            shard.append(part)
-    joined = [np.concatenate(shard) for shard in shards]
-    for poor in (worker for worker in range(num_workers) if not len(joined[worker])):
-        rich = int(np.argmax([len(shard) for shard in joined]))
-        joined[poor], joined[rich] = joined[rich][:1], joined[rich][1:]
-    return [np.sort(shard) for shard in joined]
+        parts.append(np.split(own, np.round(np.cumsum(shares)[:-1] * len(own)).astype(int)))
+    shards = [np.concatenate(own) for own in zip(*parts, strict=True)]
+    for poor in (worker for worker in range(num_workers) if not len(shards[worker])):
+        rich = int(np.argmax(list(map(len, shards))))
+        shards[poor], shards[rich] = shards[rich][:1], shards[rich][1:]
+    return list(map(np.sort, shards))
 
 
 def train_indices(
-    seed: int, round_index: int, shards: Sequence[np.ndarray], *, local_steps: int, batch_size: int
+    seed: int, round_index: int, shards: Sequence[np.ndarray], local_steps: int, batch_size: int
 ) -> np.ndarray:
     """The training examples of a round, the same whatever the method and the devices.
 
@@ -111,20 +106,18 @@ def train_indices(
     Returns:
       int32 [S, l, B].
     """
-    sizes = {"local_steps": local_steps, "batch_size": batch_size}
-    return np.stack([worker_indices(seed, round_index, w, shard, **sizes) for w, shard in enumerate(shards)])
+    sizes = (local_steps, batch_size)
+    return np.stack([worker_indices(seed, round_index, w, shard, *sizes) for w, shard in enumerate(shards)])
 
 
 def worker_indices(
-    seed: int, round_index: int, worker: int, shard: np.ndarray, *, local_steps: int, batch_size: int
+    seed: int, round_index: int, worker: int, shard: np.ndarray, local_steps: int, batch_size: int
 ) -> np.ndarray:
     """The row of `train_indices` of one worker, int32 [l, B]; `shard`: its examples."""
-    start = round_index * local_steps * batch_size
-    stop = start + local_steps * batch_size
-    epochs = range(start // len(shard), -(-stop // len(shard)))
-    stream = np.concatenate([_epoch_order(seed, worker, epoch, len(shard)) for epoch in epochs])
-    first = start - epochs[0] * len(shard)
-    return shard[stream[first : first + stop - start]].reshape(local_steps, batch_size)
+    count, size = local_steps * batch_size, len(shard)
+    epoch, first = divmod(round_index * count, size)
+    orders = [_epoch_order(seed, worker, epoch + i, size) for i in range(-(-(first + count) // size))]
+    return shard[np.concatenate(orders)[first : first + count]].reshape(local_steps, batch_size)
 
 
 @functools.lru_cache(maxsize=16)  # of a million examples 5 MB each, in every process that reads
@@ -154,11 +147,8 @@ def eval_batches(num_examples: int, batch_size: int, num_devices: int) -> EvalPl
       num_devices: D.
     """
     batch_size = min(batch_size, num_examples)
-    per_device = -(-num_examples // (batch_size * num_devices))
-    total = per_device * num_devices * batch_size
-    order = rng(0, Use.EVALUATION).permutation(num_examples).astype(np.int32)
-    weights = (np.arange(total) < num_examples).astype(np.float32)
     # batch k is on device k % D, so that the batches themselves do not depend on the devices
-    shape = (per_device, num_devices, batch_size)
-    indices = np.resize(order, total).reshape(shape).swapaxes(0, 1)
-    return EvalPlan(indices, weights.reshape(shape).swapaxes(0, 1))
+    shape = (-(-num_examples // (batch_size * num_devices)), num_devices, batch_size)
+    order = rng(0, Use.EVALUATION).permutation(num_examples).astype(np.int32)
+    weights = (np.arange(math.prod(shape)) < num_examples).astype(np.float32).reshape(shape)
+    return EvalPlan(np.resize(order, shape).swapaxes(0, 1), weights.swapaxes(0, 1))

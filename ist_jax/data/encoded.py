@@ -18,14 +18,10 @@ from ist_jax.streams import Use, rng
 
 _MOST_IN_A_ROW = 100  # unreadable images, after which something else must be wrong
 Batch = dict[str, np.ndarray]
+Crop = Callable[[bytes], np.ndarray]
 
 
-def read_batch(
-    source: EncodedSource,
-    shard: np.ndarray,
-    indices: np.ndarray,
-    crops: Sequence[Callable[[bytes], np.ndarray]],
-) -> Batch:
+def read_batch(source: EncodedSource, shard: np.ndarray, indices: np.ndarray, crops: Sequence[Crop]) -> Batch:
     """Reads and decodes a batch.
 
     Args:
@@ -41,30 +37,44 @@ def read_batch(
     Raises:
       OSError: too many unreadable examples in a row.
     """
-    images, labels, skipped = [], [], []
+    found = []
     for index, crop in zip(indices, crops, strict=True):
         place = int(np.searchsorted(shard, index))
         for tries in range(min(len(shard), _MOST_IN_A_ROW)):
             try:
                 record = source[int(shard[(place + tries) % len(shard)])]
-                images.append(crop(record["image"]))
+                found.append((crop(record["image"]), record["label"], tries))
+                break
             except UNREADABLE:
                 continue
-            labels.append(record["label"])
-            skipped.append(tries)
-            break
         else:
             raise OSError(f"{tries + 1} images in a row cannot be read, from {source.name(int(index))} on")
-    return {
-        "image": np.stack(images),
-        "label": np.array(labels, np.int32),
-        "skipped": np.array(skipped, np.int32),
-    }
+    images, *numbers = zip(*found, strict=True)
+    labels, skipped = np.array(numbers, np.int32)
+    return {"image": np.stack(images), "label": labels, "skipped": skipped}
+
+
+class _Batches:
+    """Batches by number: chunk after chunk, of each worker after worker, of each step after step."""
+
+    workers: Sequence[int]  # those whose batches are read here
+    local_steps: int
+
+    @property
+    def per_chunk(self) -> int:
+        """How many are read here."""
+        return len(self.workers) * self.local_steps
+
+    def place(self, number: int) -> tuple[int, int, int]:
+        """(chunk, worker, step) of a batch."""
+        chunk, rest = divmod(number, self.per_chunk)
+        worker, step = divmod(rest, self.local_steps)
+        return chunk, self.workers[worker], step
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainBatches:
-    """The training batches by number: round after round, worker after worker, step after step.
+class TrainBatches(_Batches):
+    """The training batches by number; a chunk is a round.
 
     Attributes:
       source: of the images.
@@ -84,56 +94,44 @@ class TrainBatches:
     local_steps: int
     batch_size: int
 
-    @property
-    def per_round(self) -> int:
-        return len(self.workers) * self.local_steps
-
     def examples(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(the worker's shard, the examples of the batch, int32 [B])."""
         round_index, worker, step = self.place(number)
-        shard, sizes = self.shards[worker], {"local_steps": self.local_steps, "batch_size": self.batch_size}
-        return shard, batches.worker_indices(self.seed, round_index, worker, shard, **sizes)[step]
+        shard, sizes = self.shards[worker], (self.local_steps, self.batch_size)
+        return shard, batches.worker_indices(self.seed, round_index, worker, shard, *sizes)[step]
 
     def __call__(self, number: int) -> Batch:
         round_index, worker, step = self.place(number)
-        shard, indices = self.examples(number)
         position = round_index * self.local_steps + step
-        crops = self.transform.training(rng(self.seed, Use.CROPS, worker, position), len(indices))
-        return read_batch(self.source, shard, indices, crops)
-
-    def place(self, number: int) -> tuple[int, int, int]:
-        """(round, worker, step) of a batch."""
-        round_index, rest = divmod(number, self.per_round)
-        worker, step = divmod(rest, self.local_steps)
-        return round_index, self.workers[worker], step
+        crops = self.transform.training(rng(self.seed, Use.CROPS, worker, position), self.batch_size)
+        return read_batch(self.source, *self.examples(number), crops)
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalBatches:
-    """The batches of an evaluation by number: the first of every device, then the second of every device.
+class EvalBatches(_Batches):
+    """The batches of an evaluation by number; a chunk is one of every device, which takes a worker's place.
 
     Attributes:
       source: of the images.
       plan: the examples of each batch.
-      devices: those whose batches are read here, of the D in the plan.
+      workers: the devices whose batches are read here, of the D in the plan.
       transform: what becomes of the images.
     """
 
     source: EncodedSource
     plan: batches.EvalPlan
-    devices: Sequence[int]
+    workers: Sequence[int]
     transform: Transform
+    local_steps = 1
 
     def examples(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(all examples, those of the batch, int32 [B])."""
-        row, device = self.place(number)
+        row, device, _ = self.place(number)
         return np.arange(len(self.source), dtype=np.int32), self.plan.indices[device, row]
 
     def __call__(self, number: int) -> Batch:
+        """With a 'weight', 0 where another image stands in for one that cannot be read."""
+        row, device, _ = self.place(number)
         everything, indices = self.examples(number)
-        return read_batch(self.source, everything, indices, [self.transform.evaluation] * len(indices))
-
-    def place(self, number: int) -> tuple[int, int]:
-        """(row of the plan, device) of a batch."""
-        row, device = divmod(number, len(self.devices))
-        return row, self.devices[device]
+        batch = read_batch(self.source, everything, indices, [self.transform.evaluation] * len(indices))
+        return batch | {"weight": self.plan.weights[device, row] * (batch["skipped"] == 0)}

@@ -38,25 +38,18 @@ def load(directory: str, options: Options) -> DataSet:
     Raises:
       ValueError: a file is missing, or a line of it is malformed; the message names file and line.
     """
-    del options
-    train, test = _find(directory, "train"), _find(directory, "test")
-    splits = [read(path) for path in (train, test)]
-    sizes = [(source.feature.width, source.label.width) for source in splits]
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"{train} has (features, labels) {sizes[0]} and {test} has {sizes[1]}")
-    features, labels = sizes[0]
-    return DataSet(
-        description=f"extreme_classification: {features:,} features and {labels:,} labels in {directory}",
-        train=splits[0],
-        test=splits[1],
-        classes=tuple(map(str, range(labels))),
-    )
+    paths = [_find(directory, split) for split in ("train", "test")]
+    train, test = map(read, paths)
+    sizes, others = ((split.feature.width, split.label.width) for split in (train, test))
+    if sizes != others:
+        raise ValueError(f"{paths[0]} has (features, labels) {sizes} and {paths[1]} has {others}")
+    description = f"extreme_classification: {sizes[0]:,} features and {sizes[1]:,} labels in {directory}"
+    return DataSet(description, train, test, tuple(map(str, range(sizes[1]))))
 
 
 def _find(directory: str, split: str) -> Path:
-    root = Path(directory)
-    there = sorted(root.iterdir()) if directory and root.is_dir() else []
-    found = [path for path in there if path.name == f"{split}.txt" or path.name.endswith(f"_{split}.txt")]
+    names = (f"{split}.txt", f"*_{split}.txt")
+    found = [path for name in names for path in Path(directory).glob(name)] if directory else []
     if len(found) != 1:
         raise ValueError(
             f"data.dir={directory!r} has {len(found) or 'no'} files named {split}.txt or *_{split}.txt; set "
@@ -77,10 +70,8 @@ def read(path: Path) -> SparseSource:
     labels, features, values = array("i"), array("i"), array("f")
     label_start, feature_start = array("i", [0]), array("i", [0])
     points = longest = most = 0
-    size = path.stat().st_size
-    with path.open("rb") as file, tqdm(
-        total=size, desc=f"reading {path.name}", unit="B", unit_scale=True, leave=False, disable=None
-    ) as bar:  # fmt: skip
+    shown = {"desc": f"reading {path.name}", "unit": "B", "unit_scale": True, "leave": False, "disable": None}
+    with path.open("rb") as file, tqdm(total=path.stat().st_size, **shown) as bar:
         promised, num_features, num_labels = _read_header(path, file.readline())
         for number, line in enumerate(file, start=2):
             bar.update(len(line))
@@ -91,9 +82,8 @@ def read(path: Path) -> SparseSource:
             points += 1
             own, index, value = _read_line(path, number, line, num_features, num_labels)
             if len(own):
-                labels.frombytes(own.tobytes())
-                features.frombytes(index.tobytes())
-                values.frombytes(value.tobytes())
+                for flat, new in ((labels, own), (features, index), (values, value)):
+                    flat.frombytes(new.tobytes())
                 label_start.append(len(labels))
                 feature_start.append(len(features))
                 longest, most = max(longest, len(index)), max(most, len(own))
@@ -107,25 +97,23 @@ def read(path: Path) -> SparseSource:
         "%.1f labels, %d at most",
         path, points - kept, points, len(features) / kept, longest, len(labels) / kept, most,
     )  # fmt: skip
-    return SparseSource(
-        Rows(_ints(feature_start), _ints(features), np.frombuffer(values, np.float32), num_features, longest),
-        Rows(_ints(label_start), _ints(labels), None, num_labels, most),
-    )
+    flats = (feature_start, features, values, label_start, labels)
+    feature_from, index, value, label_from, label = (np.frombuffer(flat, flat.typecode) for flat in flats)
+    feature = Rows(feature_from, index, value, num_features, longest)
+    return SparseSource(feature, Rows(label_from, label, None, num_labels, most))
 
 
-def _read_header(path: Path, line: bytes) -> tuple[int, int, int]:
+def _read_header(path: Path, line: bytes) -> list[int]:
     words = line.split()
     if len(words) != 3 or not all(word.isdigit() and int(word) < 2**31 for word in words):
         _fail(path, 1, f"must be 'points features labels', three numbers, not {_show(line)}")
-    points, features, labels = map(int, words)
-    if not points or not features or not labels:
+    sizes = [int(word) for word in words]
+    if 0 in sizes:
         _fail(path, 1, f"must be three numbers above 0, not {_show(line)}")
-    return points, features, labels
+    return sizes
 
 
-def _read_line(
-    path: Path, number: int, line: bytes, num_features: int, num_labels: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _read_line(path: Path, number: int, line: bytes, num_features: int, num_labels: int) -> list[np.ndarray]:
     """(labels int32, features int32, values float32) of a point."""
     head, pairs = (b"", line) if line[:1].isspace() else re.split(rb"(?=\s)", line, maxsplit=1)
     if b":" in head:  # a point without labels and without the space before its features
@@ -144,16 +132,12 @@ def _read_line(
         value = value.astype(np.float32)
     if not np.isfinite(value).all():
         _fail(path, number, "has a value that is too large for float32")
-    return own.astype(np.int32), index.astype(np.int32), value
+    return [own.astype(np.int32), index.astype(np.int32), value]
 
 
 def _numbers(text: bytes, sep: str) -> np.ndarray:
     text = text.strip()
     return np.fromstring(text.decode("ascii"), np.float64, sep=sep) if text else np.zeros(0)
-
-
-def _ints(numbers: array) -> np.ndarray:
-    return np.frombuffer(numbers, np.int32)
 
 
 def _show(text: bytes) -> str:

@@ -2,12 +2,13 @@
 
 A feed is called with the number of a round, counted from 0, and returns its chunk: a function of the seed and
 the round alone, so that a run resumes at any round. `spec` is what a chunk's data looks like, to compile for;
-`close` ends what goes on in the background.
+`shards` are the examples of each worker, and `close` ends what goes on in the background. An evaluation is so
+many (`len`) chunks of batches [D, n, B, ...] with their 'weight', over which one can go again and again; its
+`spec` is what one of them looks like.
 """
 
-import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,35 +26,6 @@ class Chunk(NamedTuple):
 
     data: Split
     indices: np.ndarray
-
-
-class Feed(Protocol):
-    """What feeds the rounds of a run."""
-
-    @property
-    def shards(self) -> Sequence[np.ndarray]:
-        """The examples of each worker."""
-
-    @property
-    def spec(self) -> Split:
-        """What the data of a chunk look like."""
-
-    def __call__(self, round_index: int) -> Chunk: ...
-
-    def close(self) -> None: ...
-
-
-class Evaluation(Protocol):
-    """A split as chunks of evaluation batches [D, n, B, ...], with their 'weight'."""
-
-    @property
-    def spec(self) -> Split:
-        """What a chunk looks like."""
-
-    def __len__(self) -> int:
-        """Chunks."""
-
-    def __iter__(self) -> Iterator[Split]: ...
 
 
 class InMemoryFeed(NamedTuple):
@@ -80,32 +52,19 @@ class InMemoryFeed(NamedTuple):
         return self.data
 
     def __call__(self, round_index: int) -> Chunk:
-        indices = batches.train_indices(
-            self.seed, round_index, self.shards, local_steps=self.local_steps, batch_size=self.batch_size
-        )
+        sizes = (self.local_steps, self.batch_size)
+        indices = batches.train_indices(self.seed, round_index, self.shards, *sizes)
         return Chunk(self.data, indices.reshape(self.num_devices, -1, *indices.shape[1:]))
 
     def close(self) -> None:
         """Nothing is open."""
 
 
-@dataclasses.dataclass(frozen=True)
-class InMemoryEvaluation:
-    """Evaluation batches that the devices hold whole, as one chunk.
+class InMemoryEvaluation(NamedTuple):
+    """Evaluation batches that the devices hold whole: one chunk, which is what its `spec` looks like.
 
     Attributes:
-      data: on the devices, [D, batches, B, ...]: a `data.Split` and 'weight'.
+      spec: on the devices, [D, batches, B, ...]: a `data.Split` and 'weight'.
     """
 
-    data: Split
-
-    @property
-    def spec(self) -> Split:
-        return self.data
-
-    def __len__(self) -> int:
-        """Chunks."""
-        return 1
-
-    def __iter__(self) -> Iterator[Split]:
-        yield self.data
+    spec: Split

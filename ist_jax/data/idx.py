@@ -1,4 +1,4 @@
-"""The idx format of MNIST's files: a magic number, the sizes, and the bytes.
+"""The idx format of MNIST's files: a magic number (8 for uint8, and the rank), the sizes, and the bytes.
 
 Reference: LeCun, Cortes and Burges, The MNIST Database of Handwritten Digits, 1998.
 """
@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from ist_jax.data.source import ArraySource
-
-_UINT8 = 0x08
 
 
 def load(images: Path, labels: Path) -> ArraySource:
@@ -37,7 +35,7 @@ def read(path: Path, rank: int) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     start = 4 + 4 * rank
-    if content[:4] != bytes((0, 0, _UINT8, rank)) or len(content) < start:
+    if content[:4] != bytes((0, 0, 8, rank)) or len(content) < start:
         raise ValueError(f"{path} is no idx file of bytes with {rank} axes")
     shape = np.frombuffer(content[4:start], ">u4").astype(np.int64)
     if len(content) - start != shape.prod():

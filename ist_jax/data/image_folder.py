@@ -50,7 +50,6 @@ def load(directory: str, options: Options) -> DataSet:
     Raises:
       ValueError: a split or its files are missing, or it has a class that training has not.
     """
-    del options
     root = Path(directory)
     classes = {split: _folders(root / split) if directory else () for split in ("train", "val")}
     for split, names in classes.items():
@@ -68,13 +67,8 @@ def load(directory: str, options: Options) -> DataSet:
     if not len(train) or not len(test):
         raise ValueError(f"data.dir={directory!r} has {len(train)} images in train/ and {len(test)} in val/")
     count, own = len(train) + len(test), len(classes["train"])
-    return DataSet(
-        description=f"image_folder: {count:,} images of {own:,} classes in {directory}",
-        train=train,
-        test=test,
-        classes=classes["train"],
-        encoded=True,
-    )
+    description = f"image_folder: {count:,} images of {own:,} classes in {directory}"
+    return DataSet(description, train, test, classes["train"], encoded=True)
 
 
 def _folders(root: Path) -> tuple[str, ...]:
@@ -82,10 +76,8 @@ def _folders(root: Path) -> tuple[str, ...]:
 
 
 def _files(folder: Path) -> list[bytes]:
-    if not folder.is_dir():  # a class that is not tested
-        return []
-    with os.scandir(folder) as entries:
-        return [os.fsencode(e.name) for e in entries if e.name.lower().endswith(_ENDINGS)]
+    names = os.listdir(folder) if folder.is_dir() else []  # a class may be missing where it is tested
+    return [os.fsencode(name) for name in names if name.lower().endswith(_ENDINGS)]
 
 
 IMAGE_FOLDER = Entry(load, images.facts, images.OPTIONS)

@@ -8,38 +8,32 @@ import functools
 import io
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ist_jax.data.source import Facts
-from ist_jax.key import Key, Options
+from ist_jax.key import Key, Options, Value
 
 _TRIES = 10  # random boxes per image, before a fixed one that always fits
 Box = tuple[float, float, float, float]  # left, top, width, height, in pixels
+Bounds = tuple[float, float]
+
+
+def _key(default: Value, text: str, **allowed: Any) -> Key:
+    return Key(default, f"of streamed images: {text}", **allowed)
+
+
 OPTIONS = {
-    "data.size": Key(
-        224, "of streamed images: pixels of both sides of the square that the net sees", least=1
-    ),
-    "data.resize": Key(
-        256, "of streamed images: pixels of the shorter side before evaluation cuts out the centre", least=1
-    ),
-    "data.crop_area": Key(
-        (0.08, 1.0), "of streamed images: area of a random crop, as a fraction of the image", kind=float
-    ),
-    "data.crop_aspect": Key(
-        (3 / 4, 4 / 3), "of streamed images: width / height of a random crop", kind=float
-    ),
-    "data.mean": Key((123.675, 116.28, 103.53), "of streamed images: mean per channel, 0 to 255", kind=float),
-    "data.std": Key(
-        (58.395, 57.12, 57.375), "of streamed images: deviation per channel, 0 to 255", kind=float
-    ),
-    "data.processes": Key(
-        8,
-        "of streamed images: processes that read and decode; 0: a thread of the program does",
-        least=0,
-        resume=True,
+    "data.size": _key(224, "pixels of both sides of the square that the net sees", least=1),
+    "data.resize": _key(256, "pixels of the shorter side before evaluation cuts out the centre", least=1),
+    "data.crop_area": _key((0.08, 1.0), "area of a random crop, as a fraction of the image", kind=float),
+    "data.crop_aspect": _key((3 / 4, 4 / 3), "width / height of a random crop", kind=float),
+    "data.mean": _key((123.675, 116.28, 103.53), "mean per channel, 0 to 255", kind=float),
+    "data.std": _key((58.395, 57.12, 57.375), "deviation per channel, 0 to 255", kind=float),
+    "data.processes": _key(
+        8, "processes that read and decode; 0: a thread of the program does", least=0, resume=True
     ),
 }
 
@@ -62,8 +56,8 @@ class Transform(NamedTuple):
 
     size: int
     resize: int
-    area: tuple[float, float]
-    aspect: tuple[float, float]
+    area: Bounds
+    aspect: Bounds
     flip: bool
 
     def training(self, rng: np.random.Generator, count: int) -> list[Callable[[bytes], np.ndarray]]:
@@ -78,7 +72,9 @@ class Transform(NamedTuple):
 
     def centre(self, image: Image.Image) -> np.ndarray:
         """The same, of an image that is open."""
-        return cut_out(image, centre_box(*image.size, fraction=self.size / self.resize), self.size)
+        side = self.size / self.resize * min(image.size)
+        left, top = ((length - side) / 2 for length in image.size)
+        return cut_out(image, (left, top, side, side), self.size)
 
     def _augment(self, draws: np.ndarray, mirrored: bool, data: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
@@ -120,9 +116,7 @@ def channel_statistics(options: Options) -> tuple[tuple[float, ...], tuple[float
     return mean, std
 
 
-def random_box(
-    width: int, height: int, draws: np.ndarray, area: tuple[float, float], aspect: tuple[float, float]
-) -> Box:
+def random_box(width: int, height: int, draws: np.ndarray, area: Bounds, aspect: Bounds) -> Box:
     """The first of some random boxes that lies in the image.
 
     Args:
@@ -146,12 +140,6 @@ def random_box(
     ratio = min(max(width / height, aspect[0]), aspect[1])
     box = min(width, round(height * ratio)), min(height, round(width / ratio))
     return (width - box[0]) // 2, (height - box[1]) // 2, *box
-
-
-def centre_box(width: int, height: int, *, fraction: float) -> Box:
-    """The square in the middle whose side is a fraction of the shorter side."""
-    side = fraction * min(width, height)
-    return (width - side) / 2, (height - side) / 2, side, side
 
 
 def cut_out(image: Image.Image, box: Box, size: int) -> np.ndarray:

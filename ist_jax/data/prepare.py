@@ -10,7 +10,7 @@ import io
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -18,10 +18,6 @@ from PIL import Image
 
 from ist_jax import cli, errors
 from ist_jax.data import tfds_images
-from ist_jax.data.source import Example
-
-if TYPE_CHECKING:
-    import tensorflow_datasets as tfds
 
 USAGE = f"python -m ist_jax.data.prepare NAME [--dir=DIR]; NAME is one of {', '.join(tfds_images.SETS)}"
 
@@ -46,7 +42,7 @@ def prepare(name: str, directory: str) -> str:
     return str(builder.data_dir)
 
 
-def _do_without_tensorflow(builder: "tfds.core.DatasetBuilder") -> None:
+def _do_without_tensorflow(builder: tfds_images.Builder) -> None:
     """Stands in for what TFDS takes from TensorFlow to prepare these sets: opening files, and writing PNG.
 
     This process alone is changed. The module of the builder reads its raw files by `tf.io.gfile.GFile`, and
@@ -61,7 +57,7 @@ def _do_without_tensorflow(builder: "tfds.core.DatasetBuilder") -> None:
             module.tf = stand_in
     generate = builder._generate_examples
 
-    def generate_encoded(*args: object, **kwargs: object) -> Iterator[tuple[object, Example]]:
+    def generate_encoded(*args: object, **kwargs: object) -> Iterator[tuple]:
         for key, example in generate(*args, **kwargs):
             yield key, example | {"image": _encode(example["image"])}
 

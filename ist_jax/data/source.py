@@ -1,7 +1,6 @@
 """What a data set is: a random-access source per split, facts known beforehand, and arrays in memory."""
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -27,17 +26,15 @@ class Source(Protocol):
         """
 
 
-class EncodedSource(Protocol):
-    """One split of a set of compressed images that is too large to be decoded beforehand."""
+class EncodedSource(Source, Protocol):
+    """One split of a set of compressed images that is too large to be decoded beforehand.
+
+    The 'image' of an example is the bytes of an image file.
+    """
 
     @property
     def labels(self) -> np.ndarray:
         """int32 [N]; may have to read the whole split."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example:
-        """Example `index`: 'image', the bytes of an image file, and 'label' int."""
 
     def name(self, index: int) -> str:
         """What to call example `index` in a message."""
@@ -79,11 +76,6 @@ class Facts(NamedTuple):
     encoded: bool = False
 
 
-def _nothing_known(options: Options) -> Facts:
-    del options
-    return Facts()
-
-
 class Entry(NamedTuple):
     """A data set in the table `data.SETS`.
 
@@ -94,8 +86,8 @@ class Entry(NamedTuple):
     """
 
     load: Callable[[str, Options], DataSet]
-    facts: Callable[[Options], Facts] = _nothing_known
-    options: Mapping[str, Key] = MappingProxyType({})
+    facts: Callable[[Options], Facts] = lambda _: Facts()
+    options: Mapping[str, Key] = {}
 
 
 class ArraySource:
@@ -107,8 +99,7 @@ class ArraySource:
     """
 
     def __init__(self, image: np.ndarray, label: np.ndarray):
-        self.image = image
-        self.label = label
+        self.image, self.label = image, label
 
     def __len__(self) -> int:
         return len(self.label)
@@ -126,8 +117,7 @@ class SparseSource:
     """
 
     def __init__(self, feature: Rows, label: Rows):
-        self.feature = feature
-        self.label = label
+        self.feature, self.label = feature, label
 
     def __len__(self) -> int:
         return len(self.label)

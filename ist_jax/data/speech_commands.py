@@ -74,31 +74,27 @@ def load(directory: str, options: Options) -> DataSet:
             "config.data.words to some of them, or to () for all"
         )
     chosen = sorted(set(words)) or found
-    files = {word: sorted((root / word).glob("*.wav")) for word in chosen}
-    with tqdm(total=sum(map(len, files.values())), desc="log-mel features", unit="clip", disable=None) as bar:
-        parts = [_cached_features(root, files[word], bar) for word in chosen]
-    features = np.concatenate([features for features, _ in parts])
-    samples = np.concatenate([samples for _, samples in parts])
+    files = [sorted((root / word).glob("*.wav")) for word in chosen]
+    paths = [path for own in files for path in own]
+    with tqdm(total=len(paths), desc="log-mel features", unit="clip", disable=None) as bar:
+        parts = [_cached_features(root, own, bar) for own in files]
+    features, samples = map(np.concatenate, zip(*parts, strict=True))
     used = samples > 0 if clip_length == "pad" else samples == RATE
-    paths = [path for word in chosen for path in files[word]]
     _report_left_out(paths, samples, clip_length)
     if not used.any():
         raise ValueError(f"data.dir={directory!r} holds no clip that can be used")
-    labels = np.repeat(np.arange(len(chosen), dtype=np.int32), [len(files[word]) for word in chosen])
-    test = np.array([is_test(path.name) for path in paths])
-    if not (used & test).any() or test[used].all():
-        side = "train on" if (used & test).any() else "test on"
+    labels = np.repeat(np.arange(len(chosen), dtype=np.int32), list(map(len, files)))
+    held_out = np.array([is_test(path.name) for path in paths])
+    train, test = used & ~held_out, used & held_out
+    if not train.any() or not test.any():
+        lacking = "test on" if train.any() else "train on"
         raise ValueError(
-            f"data.dir={directory!r} has no speaker to {side}: a fifth of the speakers, by the hash of their "
-            "names, are for testing; add clips of further speakers"
+            f"data.dir={directory!r} has no speaker to {lacking}: a fifth of the speakers, by the hash of "
+            "their names, are for testing; add clips of further speakers"
         )
-    return DataSet(
-        description=f"speech_commands: {int(used.sum()):,} clips of {len(chosen)} words in {directory}, "
-        "split by speaker",
-        train=ArraySource(features[used & ~test], labels[used & ~test]),
-        test=ArraySource(features[used & test], labels[used & test]),
-        classes=tuple(chosen),
-    )
+    clips = f"{int(used.sum()):,} clips of {len(chosen)} words in {directory}"
+    sources = [ArraySource(features[side], labels[side]) for side in (train, test)]
+    return DataSet(f"speech_commands: {clips}, split by speaker", sources[0], sources[1], tuple(chosen))
 
 
 def _report_left_out(paths: list[Path], samples: np.ndarray, clip_length: str) -> None:
@@ -195,24 +191,17 @@ def log_mel(clip: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def mel_filters() -> np.ndarray:
-    """Triangular filters [128, 1025] of equal area, evenly spaced on Slaney's mel scale from 0 to 8 kHz."""
-    edges = _mel_to_hertz(np.linspace(0.0, _hertz_to_mel(RATE / 2), BANDS + 2))
+    """Triangular filters [128, 1025] of equal area, evenly spaced on Slaney's mel scale from 0 to 8 kHz.
+
+    It is linear below 1 kHz, which is 15 mel, and logarithmic above.
+    """
+    step = np.log(6.4) / 27.0
+    mel = np.linspace(0.0, 15.0 + np.log(RATE / 2 / 1000.0) / step, BANDS + 2)
+    edges = np.where(mel < 15.0, mel * 200.0 / 3.0, 1000.0 * np.exp(step * (mel - 15.0)))
     bins = np.linspace(0.0, RATE / 2, _FFT // 2 + 1)
     rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
     return np.maximum(0.0, np.minimum(rising, falling)) * (2.0 / (edges[2:] - edges[:-2]))[:, None]
-
-
-# Slaney's scale: linear below 1 kHz (15 mel), logarithmic above.
-_STEP = np.log(6.4) / 27.0
-
-
-def _hertz_to_mel(hertz: float) -> float:
-    return 15.0 + np.log(hertz / 1000.0) / _STEP if hertz >= 1000.0 else hertz * 3.0 / 200.0
-
-
-def _mel_to_hertz(mel: np.ndarray) -> np.ndarray:
-    return np.where(mel < 15.0, mel * 200.0 / 3.0, 1000.0 * np.exp(_STEP * (mel - 15.0)))
 
 
 SPEECH_COMMANDS = Entry(load, facts, OPTIONS)

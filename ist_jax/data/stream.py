@@ -8,7 +8,8 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import jax
@@ -16,12 +17,12 @@ import numpy as np
 from absl import flags
 
 from ist_jax.data.encoded import Batch, EvalBatches, TrainBatches
-from ist_jax.data.feed import Chunk
-from ist_jax.data.source import EncodedSource, Split
+from ist_jax.data.feed import Chunk, InMemoryEvaluation, InMemoryFeed
+from ist_jax.data.source import Split
 
 log = logging.getLogger(__name__)
 
-Spec = dict[str, jax.ShapeDtypeStruct]
+Put = Callable[[Batch], Split]
 _SHARED_MEMORY = Path("/dev/shm")
 _BATCHES_EACH = 3  # that a process can have there: one is made, one waits, one is being copied out
 
@@ -36,7 +37,50 @@ def check_shared_memory(processes: int, batch_size: int, size: int) -> None:
         )
 
 
-class StreamingFeed:
+class _Streaming:
+    """Chunks of a set on disk: what cannot be read is said once of every image, and counted.
+
+    Attributes:
+      spec: what the data of a chunk look like; 'image', 'label' and, of an evaluation, 'weight'.
+    """
+
+    def __init__(self, make: TrainBatches | EvalBatches, lead: tuple[int, ...], processes: int, put: Put):
+        self._make, self._processes, self._put = make, processes, put
+        image = jax.ShapeDtypeStruct((*lead, make.transform.size, make.transform.size, 3), np.uint8)
+        self.spec = {"image": image, "label": jax.ShapeDtypeStruct(lead, np.int32)}
+        self._stop = threading.Event()
+        self._unreadable: set[int] = set()
+
+    def _chunks(self, first: int, last: int) -> Generator[Split]:
+        """Those from the first on, without the last; no further batch is read once `_stop` is set."""
+        each = self._make.per_chunk
+        numbers = range(first * each, last * each)
+        with contextlib.closing(read(self._make, numbers, self._processes)) as stream:
+            for start in numbers[::each]:
+                chunk = {name: np.empty(x.shape, x.dtype) for name, x in self.spec.items()}
+                for number in range(start, start + each):
+                    if self._stop.is_set():
+                        return
+                    self._fill_in(chunk, number, next(stream))  # and lets go of the shared memory
+                yield self._put(chunk)
+
+    def _fill_in(self, chunk: Batch, number: int, batch: Batch) -> None:
+        _, worker, step = self._make.place(number)
+        for name, x in chunk.items():
+            x.reshape(-1, self._make.local_steps, *batch[name].shape)[worker, step] = batch[name]
+        if batch["skipped"].any():
+            self._report(*self._make.examples(number), batch["skipped"])
+
+    def _report(self, shard: np.ndarray, indices: np.ndarray, skipped: np.ndarray) -> None:
+        for index, count in zip(indices, skipped, strict=True):
+            for bad in shard[(np.searchsorted(shard, index) + np.arange(count)) % len(shard)].tolist():
+                if bad not in self._unreadable:
+                    self._unreadable.add(bad)
+                    name, so_far = self._make.source.name(bad), len(self._unreadable)
+                    log.warning("cannot read image %s (%d so far)", name, so_far)
+
+
+class StreamingFeed(_Streaming):
     """Rounds of a training set on disk; while one is trained, the next is read.
 
     Host and devices hold the chunk in use and the next one, and the processes two or three batches each.
@@ -47,77 +91,40 @@ class StreamingFeed:
       num_rounds: of the run; nothing is read beyond it.
       processes: that read and decode; 0: a thread of this one does.
       put: places arrays [D, ...] on the devices; what other processes read is left unset in them.
+
+    Attributes:
+      shards: the examples of each worker.
     """
 
-    def __init__(
-        self,
-        make: TrainBatches,
-        num_devices: int,
-        num_rounds: int,
-        *,
-        processes: int,
-        put: Callable[[Batch], Split],
-    ):
-        self._make, self._num_devices, self._num_rounds = make, num_devices, num_rounds
-        self._processes, self._put = processes, put
-        self._unreadable = _Unreadable(make.source)
-        self._ahead: _ReadAhead | None = None
-        self._expected = 0
+    def __init__(self, make: TrainBatches, num_devices: int, num_rounds: int, *, processes: int, put: Put):
         here = (len(make.shards) // num_devices, make.local_steps, make.batch_size)
         indices = np.arange(np.prod(here), dtype=np.int32).reshape(here)
+        super().__init__(make, (num_devices, indices.size), processes, put)
+        self.shards, self._num_rounds = make.shards, num_rounds
         self._indices = np.broadcast_to(indices, (num_devices, *here))
-
-    @property
-    def shards(self) -> Sequence[np.ndarray]:
-        """The examples of each worker."""
-        return self._make.shards
-
-    @property
-    def spec(self) -> Spec:
-        shape, side = (self._num_devices, self._indices[0].size), self._make.transform.size
-        return {
-            "image": jax.ShapeDtypeStruct((*shape, side, side, 3), np.uint8),
-            "label": jax.ShapeDtypeStruct(shape, np.int32),
-        }
+        self._ahead: Future[Split] | None = None
+        self._expected = 0
 
     def __call__(self, round_index: int) -> Chunk:
         if self._ahead is None or round_index != self._expected:
             self.close()
-            self._ahead = _ReadAhead(lambda stop: self._chunks(round_index, stop))
-        data = next(self._ahead)
-        self._expected = round_index + 1
+            self._reading = self._chunks(round_index, self._num_rounds)
+            self._ahead = _in_background(self._reading.__next__)
+        data = self._ahead.result()
+        self._ahead, self._expected = _in_background(self._reading.__next__), round_index + 1
         return Chunk(data, self._indices)
 
     def close(self) -> None:
         """Ends the reading; a later call begins anew."""
         if self._ahead is not None:
-            self._ahead.close()
+            self._stop.set()
+            self._ahead.exception()  # waits
+            self._reading.close()
+            self._stop.clear()
             self._ahead = None
 
-    def _chunks(self, first: int, stop: threading.Event) -> Generator[Split]:
-        make, numbers = (
-            self._make,
-            range(first * self._make.per_round, self._num_rounds * self._make.per_round),
-        )
-        with contextlib.closing(read(make, numbers, self._processes)) as stream:
-            for start in numbers[:: make.per_round]:
-                chunk = {name: np.empty(x.shape, x.dtype) for name, x in self.spec.items()}
-                for number in range(start, start + make.per_round):
-                    if stop.is_set():
-                        return
-                    self._fill_in(chunk, number, next(stream))
-                yield self._put(chunk)
 
-    def _fill_in(self, chunk: Batch, number: int, batch: Batch) -> None:
-        _, worker, step = self._make.place(number)
-        for name, x in chunk.items():
-            rows = x.reshape(len(self._make.shards), self._make.local_steps, -1, *x.shape[2:])
-            rows[worker, step] = batch[name]
-        if batch["skipped"].any():
-            self._unreadable.report(*self._make.examples(number), batch["skipped"])
-
-
-class StreamingEvaluation:
+class StreamingEvaluation(_Streaming):
     """A test set on disk, a batch per device at a time; every pass reads it anew.
 
     An image that cannot be read is not counted: the one in its place has weight 0.
@@ -128,91 +135,35 @@ class StreamingEvaluation:
       put: places arrays [D, ...] on the devices.
     """
 
-    def __init__(self, make: EvalBatches, *, processes: int, put: Callable[[Batch], Split]):
-        self._make, self._processes, self._put = make, processes, put
-        self._unreadable = _Unreadable(make.source)
-
-    @property
-    def spec(self) -> Spec:
-        """What a chunk looks like: 'image', 'label' and 'weight', each [D, 1, B, ...]."""
-        devices, _, size = self._make.plan.indices.shape
-        side = self._make.transform.size
-        return {
-            "image": jax.ShapeDtypeStruct((devices, 1, size, side, side, 3), np.uint8),
-            "label": jax.ShapeDtypeStruct((devices, 1, size), np.int32),
-            "weight": jax.ShapeDtypeStruct((devices, 1, size), np.float32),
-        }
+    def __init__(self, make: EvalBatches, *, processes: int, put: Put):
+        devices, self._rows, size = make.plan.indices.shape
+        super().__init__(make, (devices, 1, size), processes, put)
+        self.spec["weight"] = jax.ShapeDtypeStruct((devices, 1, size), np.float32)
 
     def __len__(self) -> int:
         """Chunks."""
-        return self._make.plan.indices.shape[1]
+        return self._rows
 
     def __iter__(self) -> Iterator[Split]:
-        make, each = self._make, len(self._make.devices)
-        numbers = range(len(self) * each)
-        with contextlib.closing(read(make, numbers, self._processes)) as stream:
-            for start in numbers[::each]:
-                chunk = {name: np.empty(x.shape, x.dtype) for name, x in self.spec.items()}
-                for number in range(start, start + each):
-                    self._fill_in(chunk, number, next(stream))
-                yield self._put(chunk)
-
-    def _fill_in(self, chunk: Batch, number: int, batch: Batch) -> None:
-        row, device = self._make.place(number)
-        weight = self._make.plan.weights[device, row] * (batch["skipped"] == 0)
-        for name, x in {"image": batch["image"], "label": batch["label"], "weight": weight}.items():
-            chunk[name][device, 0] = x
-        if batch["skipped"].any():
-            self._unreadable.report(*self._make.examples(number), batch["skipped"])
+        return self._chunks(0, self._rows)
 
 
-class _Unreadable:
-    """Says once of every image that it cannot be read, and counts them."""
-
-    def __init__(self, source: EncodedSource):
-        self._source = source
-        self._known: set[int] = set()
-
-    def report(self, shard: np.ndarray, indices: np.ndarray, skipped: np.ndarray) -> None:
-        for index, count in zip(indices[skipped > 0], skipped[skipped > 0], strict=True):
-            place = int(np.searchsorted(shard, index)) + np.arange(count)
-            for bad in shard[place % len(shard)].tolist():
-                if bad not in self._known:
-                    self._known.add(bad)
-                    log.warning("cannot read image %s (%d so far)", self._source.name(bad), len(self._known))
+Feed = InMemoryFeed | StreamingFeed
+Evaluation = InMemoryEvaluation | StreamingEvaluation
 
 
-class _ReadAhead:
-    """An iterator whose next item is made by a thread while the last one is in use."""
+def _in_background(function: Callable[[], Split]) -> Future[Split]:
+    """What a function returns or raises, from a thread that keeps no process alive."""
+    future: Future[Split] = Future()
 
-    def __init__(self, items: Callable[[threading.Event], Generator[Split]]):
-        self._stop = threading.Event()
-        self._items = items(self._stop)
-        self._error: BaseException | None = None
-        self._fetch()
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
 
-    def _fetch(self) -> None:
-        def run() -> None:
-            try:
-                self._item = next(self._items)
-            except BaseException as error:  # raised where the item is asked for
-                self._error = error
-
-        self._thread = threading.Thread(target=run, daemon=True)
-        self._thread.start()
-
-    def __next__(self) -> Split:
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        item, self._item = self._item, None  # type: ignore[assignment]  # let go of
-        self._fetch()
-        return item
-
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._items.close()
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def read(make: Callable[[int], Batch], numbers: range, processes: int) -> Generator[Batch]:
@@ -225,8 +176,7 @@ def read(make: Callable[[int], Batch], numbers: range, processes: int) -> Genera
     """
     import grain  # slow to import, and only sets on disk need it
 
-    if not flags.FLAGS.is_parsed():  # grain looks up flags of its own, which nobody has to set
-        flags.FLAGS.mark_as_parsed()
+    flags.FLAGS.mark_as_parsed()  # grain looks up flags of its own, which nobody has to set
     options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     dataset = grain.MapDataset.range(numbers.start, numbers.stop).map(make).to_iter_dataset(options)
     if processes:

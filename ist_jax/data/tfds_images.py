@@ -7,38 +7,26 @@ import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from ist_jax.data import idx, images
-from ist_jax.data.source import DataSet, Entry, Example, Facts, Source
+from ist_jax.data.source import ArraySource, DataSet, Entry, Example, Facts, Source
 from ist_jax.key import Options
-
-if TYPE_CHECKING:
-    import tensorflow_datasets as tfds
 
 # The package dataset-fashion-mnist.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+Builder = Any  # tfds.core.DatasetBuilder, which is slow to import
 
 
-class _Split:
-    """A split whose records are decoded when they are asked for."""
+class RecordSource:
+    """A split whose records are read when they are asked for; images are decoded then, or stay as they are.
 
-    def __init__(self, records: Sequence[Example]):
-        self._records = records
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> Example:
-        record = self._records[index]
-        return {"image": record["image"], "label": record["label"]}
-
-
-class _EncodedSplit:
-    """A split whose images stay as they are in the records: bytes of JPEG files."""
+    Args:
+      records: TFDS's own source, by index.
+    """
 
     def __init__(self, records: Sequence[Example]):
         self._records = records
@@ -60,37 +48,7 @@ class _EncodedSplit:
         return self._records[index]["file_name"].decode()
 
 
-def load_encoded(name: str, directory: str, options: Options) -> DataSet:
-    """Opens a set of JPEGs too large to be decoded beforehand.
-
-    Args:
-      name: of a set in TFDS with splits 'train' and 'validation', and file names.
-      directory: TFDS's data_dir; '' for its default.
-      options: how the images are cut, which is done when they are read.
-
-    Raises:
-      ValueError: as `load`.
-    """
-    import tensorflow_datasets as tfds
-
-    del options
-    builder = make_builder(name, directory)
-    if not builder.info.splits:
-        raise _unprepared(builder, name, directory)
-    decoders = {"image": tfds.decode.SkipDecoding()}
-    splits = {
-        key: _EncodedSplit(builder.as_data_source(key, decoders=decoders)) for key in ("train", "validation")
-    }
-    return DataSet(
-        description=f"{name}: tensorflow-datasets {builder.info.version} in {builder.data_dir}",
-        train=splits["train"],
-        test=splits["validation"],
-        classes=tuple(builder.info.features["label"].names),
-        encoded=True,
-    )
-
-
-def load(name: str, directory: str, options: Options) -> DataSet:
+def load(name: str, directory: str, options: Options, *, encoded: bool = False) -> DataSet:
     """Opens a set that is prepared.
 
     Fashion-MNIST that is not prepared is read where Debian's package puts it, if that is installed.
@@ -98,55 +56,48 @@ def load(name: str, directory: str, options: Options) -> DataSet:
     Args:
       name: of an image classification set in TFDS with splits 'train' and 'test'.
       directory: TFDS's data_dir; '' for its default.
-      options: none.
+      options: none, or how the images are cut, which is done when they are read.
+      encoded: its JPEGs are too large to be decoded beforehand; they have file names, and the set has splits
+        'train' and 'validation'.
 
     Raises:
       ValueError: it is not there; the message says what to run.
     """
-    del options
-    builder = make_builder(name, directory)
-    if not builder.info.splits:
-        if name == "fashion_mnist" and DEBIAN_FASHION_MNIST.is_dir():
-            return _open_debian(tuple(builder.info.features["label"].names))
-        raise _unprepared(builder, name, directory)
-    splits: dict[str, Source] = {key: _Split(builder.as_data_source(key)) for key in ("train", "test")}
-    return DataSet(
-        description=f"{name}: tensorflow-datasets {builder.info.version} in {builder.data_dir}",
-        train=splits["train"],
-        test=splits["test"],
-        classes=tuple(builder.info.features["label"].names),
-    )
-
-
-def make_builder(name: str, directory: str) -> "tfds.core.DatasetBuilder":
-    """TFDS's builder of a set, for array_record files in its data_dir `directory`; '': in its default."""
     import tensorflow_datasets as tfds  # slow to import, and only these sets need it
+
+    builder = make_builder(name, directory)
+    description = f"{name}: tensorflow-datasets {builder.info.version} in {builder.data_dir}"
+    if builder.info.splits:
+        decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
+        keys = ("train", "validation" if encoded else "test")
+        splits: list[Source] = [RecordSource(builder.as_data_source(key, decoders=decoders)) for key in keys]
+    elif name == "fashion_mnist" and DEBIAN_FASHION_MNIST.is_dir():
+        description = f"{name}: Debian's package dataset-fashion-mnist in {DEBIAN_FASHION_MNIST}"
+        splits = [_open_debian(prefix) for prefix in ("train", "t10k")]
+    else:
+        raise _unprepared(builder, name, directory)
+    train, test = splits
+    return DataSet(description, train, test, tuple(builder.info.features["label"].names), encoded)
+
+
+def _open_debian(prefix: str) -> ArraySource:
+    files = [DEBIAN_FASHION_MNIST / f"{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
+    return idx.load(*files)
+
+
+def make_builder(name: str, directory: str) -> Builder:
+    """TFDS's builder of a set, for array_record files in its data_dir `directory`; '': in its default."""
+    import tensorflow_datasets as tfds
 
     return tfds.builder(name, data_dir=directory or None, file_format="array_record")
 
 
-def _unprepared(builder: "tfds.core.DatasetBuilder", name: str, directory: str) -> ValueError:
+def _unprepared(builder: Builder, name: str, directory: str) -> ValueError:
     command = f"python -m ist_jax.data.prepare {name}" + f" --dir={shlex.quote(directory)}" * bool(directory)
     package = ", or install Debian's dataset-fashion-mnist" if name == "fashion_mnist" else ""
     return ValueError(
         f"data.name={name!r} is not prepared in {builder.data_dir}; run {command}, here or on a machine "
         f"with a network, from which the folder is copied{package}"
-    )
-
-
-def _open_debian(classes: tuple[str, ...]) -> DataSet:
-    splits = {
-        split: idx.load(
-            DEBIAN_FASHION_MNIST / f"{prefix}-images-idx3-ubyte.gz",
-            DEBIAN_FASHION_MNIST / f"{prefix}-labels-idx1-ubyte.gz",
-        )
-        for split, prefix in (("train", "train"), ("test", "t10k"))
-    }
-    return DataSet(
-        description=f"fashion_mnist: Debian's package dataset-fashion-mnist in {DEBIAN_FASHION_MNIST}",
-        train=splits["train"],
-        test=splits["test"],
-        classes=classes,
     )
 
 
@@ -159,7 +110,7 @@ SETS: dict[str, Entry] = {
     "cifar100": _decoded("cifar100", (32, 32, 3), 100, 50_000),
     "fashion_mnist": _decoded("fashion_mnist", (28, 28, 1), 10, 60_000),
     "imagenet2012": Entry(
-        partial(load_encoded, "imagenet2012"),
+        partial(load, "imagenet2012", encoded=True),
         lambda options: images.facts(options)._replace(num_classes=1_000, num_train=1_281_167),
         images.OPTIONS,
     ),

@@ -16,20 +16,17 @@ from jax import lax
 Pair = tuple[int, int]
 Pads = tuple[Pair, ...]  # before and after, per spatial axis
 _DIMS = ("NHWC", "HWIO", "NHWC")
+_plain_conv = partial(lax.conv_general_dilated, dimension_numbers=_DIMS)
 
 
 def conv_general_dilated(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    window_strides: Sequence[int],
-    padding: str | Sequence[tuple[int, int]],
-    **options: Any,
+    x: jax.Array, w: jax.Array, window_strides: Sequence[int], padding: str | Sequence[Pair], **options: Any
 ) -> jax.Array:
     """`lax.conv_general_dilated` for `flax.linen.Conv`'s field of that name.
 
     Args:
-      lhs: images [N, H, W, C_in].
-      rhs: kernel [h, w, C_in, C_out].
+      x: images [N, H, W, C_in].
+      w: kernel [h, w, C_in, C_out].
       window_strides: two strides.
       padding: 'SAME', 'VALID' or explicit pairs.
       **options: whatever else the caller passes; the fast path takes neither dilation nor groups.
@@ -37,35 +34,23 @@ def conv_general_dilated(
     Returns:
       [N, H', W', C_out].
     """
-    plain = (
-        lhs.ndim == 4
-        and options.get("feature_group_count", 1) == 1
-        and all(d in (None, 1, (1, 1)) for d in (options.get("lhs_dilation"), options.get("rhs_dilation")))
-    )
+    groups = options.get("feature_group_count", 1)
+    dilations = (options.get("lhs_dilation"), options.get("rhs_dilation"))
+    plain = x.ndim == 4 and groups == 1 and all(d in (None, 1, (1, 1)) for d in dilations)
     if jax.default_backend() != "cpu" or not plain:
-        return lax.conv_general_dilated(
-            lhs, rhs, window_strides, padding, **{"dimension_numbers": _DIMS, **options}
-        )
-    strides = (window_strides[0], window_strides[1])
+        options = {"dimension_numbers": _DIMS, **options}
+        return lax.conv_general_dilated(x, w, window_strides, padding, **options)
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(lhs.shape[1:3], rhs.shape[:2], strides, padding)
-    return _conv(lhs, rhs, strides, tuple((lo, hi) for lo, hi in padding))
-
-
-def _plain_conv(x: jax.Array, w: jax.Array, strides: Sequence[int], pads: Sequence[Pair]) -> jax.Array:
-    return lax.conv_general_dilated(x, w, strides, pads, dimension_numbers=_DIMS)
+        padding = lax.padtype_to_pads(x.shape[1:3], w.shape[:2], window_strides, padding)
+    return _conv(x, w, tuple(window_strides), tuple((lo, hi) for lo, hi in padding))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x: jax.Array, w: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
+def _conv(x: jax.Array, w: jax.Array, strides: tuple[int, ...], pads: Pads) -> jax.Array:
     return _plain_conv(x, w, strides, pads)
 
 
-def _conv_fwd(x: jax.Array, w: jax.Array, strides: Pair, pads: Pads) -> tuple:
-    return _plain_conv(x, w, strides, pads), (x, w)
-
-
-def _conv_bwd(strides: Pair, pads: Pads, residuals: tuple, dy: jax.Array) -> tuple:
+def _conv_bwd(strides: tuple[int, ...], pads: Pads, residuals: tuple, dy: jax.Array) -> tuple:
     """From dy [N, H', W', O]: dx [N, H, W, I], a convolution of dy, and dw [h, w, I, O], one of x with dy."""
     x, w = residuals
     zero = dy.dtype.type(0)
@@ -78,4 +63,4 @@ def _conv_bwd(strides: Pair, pads: Pads, residuals: tuple, dy: jax.Array) -> tup
     return dx, dw.transpose(1, 2, 0, 3)
 
 
-_conv.defvjp(_conv_fwd, _conv_bwd)
+_conv.defvjp(lambda x, w, strides, pads: (_plain_conv(x, w, strides, pads), (x, w)), _conv_bwd)

@@ -1,6 +1,6 @@
 """What the models share: their line in the table, and access to parameters that are elsewhere."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 import flax.linen as nn
@@ -13,6 +13,8 @@ from ist_jax.key import Key, Options
 from ist_jax.models.sparse import Sparse
 
 M = TypeVar("M", bound=nn.Module)
+Gates = Mapping[str, jax.Array] | None  # by group: bool [units]
+Scale = Mapping[str, float] | None  # by group
 
 
 class Entry(NamedTuple):

@@ -6,6 +6,7 @@ References:
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ist_jax.key import Key, Options
-from ist_jax.models.interface import Entry, Fetch, streamed
+from ist_jax.models.interface import Entry, Fetch, Gates, Scale, streamed
 from ist_jax.models.norm import BatchNorm, at_least_float32
 from ist_jax.models.sparse import Sparse
 from ist_jax.partition import Group, Names
@@ -23,6 +24,7 @@ OPTIONS = {
     "model.output_norm": Key(True, "BatchNorm on the logits, which makes all classes equally likely"),
 }
 _KERNEL = "dense/kernel"
+Inputs = jax.Array | Sparse
 
 
 class _Dense(nn.Module):
@@ -34,11 +36,11 @@ class _Dense(nn.Module):
     fetch: Fetch | None
 
     @nn.compact
-    def __call__(self, x: jax.Array | Sparse) -> jax.Array:
-        width = x.width if isinstance(x, Sparse) else x.shape[-1]
+    def __call__(self, x: Inputs) -> jax.Array:
         if self.fetch is not None:
             kernel: jax.Array = self.get_variable("params", "kernel")
         else:
+            width = x.width if isinstance(x, Sparse) else x.shape[-1]
             kernel = self.param("kernel", nn.initializers.lecun_normal(), (width, self.features), jnp.float32)
         if not isinstance(x, Sparse):  # a sum of few rows has no use for a narrow copy of all
             x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
@@ -57,7 +59,7 @@ class _Layer(nn.Module):
     fetch: Fetch | None
 
     @nn.compact
-    def __call__(self, x: jax.Array | Sparse) -> jax.Array:
+    def __call__(self, x: Inputs) -> jax.Array:
         y = _Dense(self.features, self.dtype, f"{self.place}/{_KERNEL}", self.fetch, name="dense")(x)
         y = at_least_float32(y) if self.is_output else y
         if self.normalized:
@@ -86,12 +88,11 @@ class MLP(nn.Module):
 
     def unit_axes(self) -> dict[str, Names]:
         """One group per hidden layer: its columns, its norm, and the next layer's rows."""
-        names = [None, *(f"hidden{i + 1}" for i in range(len(self.hidden))), None]
-        layers = [f"layer{i + 1}" for i in range(len(self.hidden))] + ["output"]
-        axes: dict[str, Names] = {
-            f"{layer}/dense/kernel": (names[i], names[i + 1]) for i, layer in enumerate(layers)
-        }
-        return axes | {f"layer{i + 1}/norm/.*": (f"hidden{i + 1}",) for i in range(len(self.hidden))}
+        numbers = range(1, len(self.hidden) + 1)
+        ends = pairwise([None, *(f"hidden{i}" for i in numbers), None])
+        layers = [*(f"layer{i}" for i in numbers), "output"]
+        axes: dict[str, Names] = {f"{name}/{_KERNEL}": pair for name, pair in zip(layers, ends, strict=True)}
+        return axes | {f"layer{i}/norm/.*": (f"hidden{i}",) for i in numbers}
 
     def subnet(self, sizes: Mapping[str, int]) -> "MLP":
         """The net with `sizes['hidden1']` neurons in the first hidden layer, and so on."""
@@ -108,28 +109,21 @@ class MLP(nn.Module):
                 )
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array | Sparse,
-        gates: Mapping[str, jax.Array] | None = None,
-        scale: Mapping[str, float] | None = None,
-    ) -> jax.Array:
+    def __call__(self, x: Inputs, gates: Gates = None, scale: Scale = None) -> jax.Array:
         """Args: x [N, ...], flattened here, or `Sparse`; gates, scale: see `models`. Returns: [N, classes].
 
         The global net's wider sums are absorbed by BatchNorm; without one on the logits, they are scaled to
         the mean of what the subnets' would be.
         """
-        y: jax.Array | Sparse = x if isinstance(x, Sparse) else x.reshape(len(x), -1)
+        y: Inputs = x if isinstance(x, Sparse) else x.reshape(len(x), -1)
 
-        def layer(
-            y: jax.Array | Sparse, features: int, place: str, is_output: bool, normalized: bool
-        ) -> jax.Array:
+        def layer(y: Inputs, features: int, place: str, is_output: bool, normalized: bool) -> jax.Array:
             module = streamed(_Layer, place, self.fetch, kept=[_KERNEL])
             return module(features, is_output, normalized, self.dtype, place, self.fetch, name=place)(y)
 
-        for i, width in enumerate(self.hidden):
-            y = layer(y, width, f"layer{i + 1}", False, True)
-            gate = (gates or {}).get(f"hidden{i + 1}")
+        for i, width in enumerate(self.hidden, 1):
+            y = layer(y, width, f"layer{i}", False, True)
+            gate = (gates or {}).get(f"hidden{i}")
             y = y if gate is None else jnp.where(gate, y, 0)
         logits = layer(y, self.num_classes, "output", True, self.output_norm)
         return logits if self.output_norm else logits * (scale or {}).get(f"hidden{len(self.hidden)}", 1.0)

@@ -44,7 +44,6 @@ class BatchNorm(nn.Module):
         factor = jax.lax.rsqrt(jnp.maximum(var, 0) + self.epsilon)
         if not self.affine:
             return ((x - mean) * factor).astype(x.dtype)
-        features = x.shape[-1]
-        factor *= self.param("scale", nn.initializers.ones, (features,), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
+        factor *= self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
         return ((x - mean) * factor + bias).astype(x.dtype)

@@ -48,23 +48,21 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model: ResNet) -> Params:
     """
     arrays = _with_plain_names(state_dict)
     found = {match[0] for name in arrays if (match := re.match(r"layer\d+\.\d+\.", name))}
-    counts = Counter(block.split(".")[0] for block in found)
-    blocks = tuple(counts[layer] for layer in sorted(counts))
+    blocks = tuple(count for _, count in sorted(Counter(name.split(".")[0] for name in found).items()))
     if blocks != model.sections:
         raise ValueError(f"state_dict has {blocks} blocks in its layers, but model.sections={model.sections}")
     channels = np.shape(arrays.get("conv1.weight", 0))[1:2] or (3,)  # any: the stem is refused below
     image = jax.ShapeDtypeStruct((1, 32, 32, *channels), np.float32)
-    leaves = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-    shapes = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(leaves, sep="/").items()}
-    names = {path: _torch_names(path, model.sections) for path in shapes}
+    nested = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    leaves = traverse_util.flatten_dict(nested, sep="/")
+    names = {path: _torch_names(path, model.sections) for path in leaves}
     wanted = {name for several in names.values() for name in several}
     for fault, odd in (("lacks", wanted - arrays.keys()), ("has, unlike model,", arrays.keys() - wanted)):
         if odd:
             more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
             raise ValueError(f"state_dict {fault} {min(odd)!r}{more}")
-    params = {
-        path: _leaf(path, shapes[path], {name: arrays[name] for name in names[path]}) for path in shapes
-    }
+    given = {path: {name: arrays[name] for name in names[path]} for path in leaves}
+    params = {path: _leaf(path, leaf.shape, given[path]) for path, leaf in leaves.items()}
     return traverse_util.unflatten_dict(params, sep="/")
 
 

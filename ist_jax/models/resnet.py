@@ -9,6 +9,7 @@ References:
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,32 +18,26 @@ from jax.typing import DTypeLike
 
 from ist_jax.key import Key, Options
 from ist_jax.models.conv import conv_general_dilated
-from ist_jax.models.interface import Entry, Fetch, streamed
+from ist_jax.models.interface import Entry, Fetch, Gates, Scale, streamed
 from ist_jax.models.norm import BatchNorm, at_least_float32
 from ist_jax.partition import Group, Rules
 
+Gate = jax.Array | None  # bool: whether a block is there
+Factor = jax.Array | float
+_Use = tuple[Gate, Factor]  # gates [units] and scale of a group
 
-def _conv(
-    width: int, size: int, strides: int = 1, dtype: DTypeLike | None = None, name: str | None = None
-) -> nn.Conv:
+
+def _conv(width: int, size: int, strides: int = 1, **options: Any) -> nn.Conv:
     """A size x size convolution that pads size // 2 pixels on each side, as PyTorch's nets do.
 
     'SAME' is the same only where the stride is 1: of an even number of pixels at stride 2 it pads 0 and 1.
     """
-    return nn.Conv(
-        width,
-        (size, size),
-        strides=strides,
-        padding=size // 2,
-        use_bias=False,
-        dtype=dtype,
-        conv_general_dilated=conv_general_dilated,
-        name=name,
-    )
+    options |= {"use_bias": False, "conv_general_dilated": conv_general_dilated}
+    return nn.Conv(width, (size, size), strides, size // 2, **options)
 
 
 class Block(nn.Module):
-    """A basic block: x + scale * conv(relu(norm(conv(relu(norm(x)))))).
+    """A basic block: x + scale * conv2(relu(norm2(conv1(relu(norm1(x)))))).
 
     Attributes:
       width: channels; `expansion` times as many come out.
@@ -57,23 +52,25 @@ class Block(nn.Module):
     dtype: DTypeLike | None = None
     expansion = 1
 
-    def setup(self) -> None:
-        self.norm1 = BatchNorm()
-        self.conv1 = _conv(self.width, 3, self.strides, self.dtype)
-        self.norm2 = BatchNorm()
-        self.conv2 = _conv(self.width, 3, dtype=self.dtype)
-        if self.project:
-            self.shortcut = _conv(self.width, 1, self.strides, self.dtype)
+    def _convolutions(self) -> list[tuple[int, int, int]]:
+        """(channels, size, strides) of each."""
+        return [(self.width, 3, self.strides), (self.width, 3, 1)]
 
-    def _residual(self, x: jax.Array, scale: jax.Array | float) -> jax.Array:
+    def setup(self) -> None:
+        for i, convolution in enumerate(self._convolutions(), 1):
+            setattr(self, f"norm{i}", BatchNorm())
+            setattr(self, f"conv{i}", _conv(*convolution, dtype=self.dtype))
+        if self.project:
+            self.shortcut = _conv(self.expansion * self.width, 1, self.strides, dtype=self.dtype)
+
+    def _residual(self, x: jax.Array, scale: Factor) -> jax.Array:
         y = nn.relu(self.norm1(x))
         skip = self.shortcut(y) if self.project else x
-        y = nn.relu(self.norm2(self.conv1(y)))
-        return skip + (scale * self.conv2(y)).astype(skip.dtype)
+        for i in range(1, len(self._convolutions())):
+            y = nn.relu(getattr(self, f"norm{i + 1}")(getattr(self, f"conv{i}")(y)))
+        return skip + (scale * getattr(self, f"conv{i + 1}")(y)).astype(skip.dtype)
 
-    def __call__(
-        self, x: jax.Array, gate: jax.Array | None = None, scale: jax.Array | float = 1.0
-    ) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, gate: Gate = None, scale: Factor = 1.0) -> tuple[jax.Array, None]:
         """Args: x [N, H, W, C]; gate: a bool scalar, False skips the block; scale of the branch.
 
         Returns: ([N, H', W', expansion * width], None), the form that `nn.scan` takes.
@@ -81,7 +78,7 @@ class Block(nn.Module):
         if gate is None:
             return self._residual(x, scale), None
 
-        def skip(block: "Block", x: jax.Array, _: jax.Array | float) -> jax.Array:
+        def skip(block: Block, x: jax.Array, _: Factor) -> jax.Array:
             return _pass_on(x, block.strides, block.expansion * block.width)
 
         return nn.cond(gate, type(self)._residual, skip, self, x, scale), None
@@ -97,25 +94,12 @@ class Bottleneck(Block):
 
     expansion = 4
 
-    def setup(self) -> None:
-        self.norm1 = BatchNorm()
-        self.conv1 = _conv(self.width, 1, dtype=self.dtype)
-        self.norm2 = BatchNorm()
-        self.conv2 = _conv(self.width, 3, self.strides, self.dtype)
-        self.norm3 = BatchNorm()
-        self.conv3 = _conv(self.expansion * self.width, 1, dtype=self.dtype)
-        if self.project:
-            self.shortcut = _conv(self.expansion * self.width, 1, self.strides, self.dtype)
-
-    def _residual(self, x: jax.Array, scale: jax.Array | float) -> jax.Array:
-        y = nn.relu(self.norm1(x))
-        skip = self.shortcut(y) if self.project else x
-        y = nn.relu(self.norm2(self.conv1(y)))
-        y = nn.relu(self.norm3(self.conv2(y)))
-        return skip + (scale * self.conv3(y)).astype(skip.dtype)
+    def _convolutions(self) -> list[tuple[int, int, int]]:
+        return [(self.width, 1, 1), (self.width, 3, self.strides), (self.expansion * self.width, 1, 1)]
 
 
 BLOCKS = {"basic": Block, "bottleneck": Bottleneck}
+_STEMS = {"small": (3, 1), "imagenet": (7, 2)}  # size and strides of the first layer
 OPTIONS = {
     "model.sections": Key(
         (1, 1, 9, 1), "blocks per section; the first of each is shared by all workers", kind=int, least=1
@@ -127,7 +111,7 @@ OPTIONS = {
     "model.stem": Key(
         "small",
         "first layer; 'small': 3x3, 'imagenet': 7x7 and max-pool, both of stride 2",
-        choices=("small", "imagenet"),
+        choices=tuple(_STEMS),
     ),
     "partition.sections": Key((3,), "sections whose blocks are dealt out, counted from 1", kind=int),
     "partition.deal_strided": Key(
@@ -188,12 +172,8 @@ class ResNet(nn.Module):
 
     def subnet(self, sizes: Mapping[str, int]) -> "ResNet":
         """The net with `sizes['section3']` stacked blocks in section 3, and so on."""
-        names = [f"section{i + 1}" for i in range(len(self.sections))]
-        return self.clone(
-            sections=tuple(
-                sizes[n] + 1 if n in sizes else s for n, s in zip(names, self.sections, strict=True)
-            )
-        )
+        counts = (sizes.get(f"section{i}", s - 1) + 1 for i, s in enumerate(self.sections, 1))
+        return self.clone(sections=tuple(counts))
 
     def check_groups(self, groups: Mapping[str, Group]) -> None:
         """Raises ValueError where every worker would hold a dealt block. groups: of `partition`, by name."""
@@ -210,32 +190,18 @@ class ResNet(nn.Module):
             raise ValueError(f"an example of shape {','.join(map(str, shape))} is no image for a ResNet")
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        gates: Mapping[str, jax.Array] | None = None,
-        scale: Mapping[str, float] | None = None,
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, gates: Gates = None, scale: Scale = None) -> jax.Array:
         """Args: x [N, H, W, C], normalised; gates and scale: see `models`. Returns: [N, classes]."""
+        x = _conv(self.width, *_STEMS[self.stem], dtype=self.dtype, name="stem")(x)
         if self.stem == "imagenet":
-            x = _conv(self.width, 7, 2, self.dtype, name="stem")(x)
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        else:
-            x = _conv(self.width, 3, dtype=self.dtype, name="stem")(x)
         gates, scale = gates or {}, scale or {}
         for i, count in enumerate(self.sections, 1):
             uses = [(gates.get(name), scale.get(name, 1.0)) for name in (f"section{i}", f"section{i}_first")]
-            x = _Section(
-                name=f"section{i}",
-                block=BLOCKS[self.block],
-                count=count,
-                width=self.width * 2 ** (i - 1),
-                strides=2 if i > 1 else 1,
-                dealt=i in self._dealt(),
-                dtype=self.dtype,
-                fetch=self.fetch,
-                unroll=self.unroll,
-            )(x, *uses)
+            width, strides, dealt = self.width * 2 ** (i - 1), 2 if i > 1 else 1, i in self._dealt()
+            fixed = (self.dtype, self.fetch, self.unroll)
+            section = _Section(BLOCKS[self.block], count, width, strides, dealt, *fixed, name=f"section{i}")
+            x = section(x, *uses)
         return at_least_float32(nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x.mean((1, 2))))
 
 
@@ -252,7 +218,7 @@ class _Section(nn.Module):
     unroll: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, rest: "_Use", first: "_Use") -> jax.Array:
+    def __call__(self, x: jax.Array, rest: _Use, first: _Use) -> jax.Array:
         project = self.strides > 1 or x.shape[-1] != self.block.expansion * self.width
         block = self.block
         if self.dealt:
@@ -276,34 +242,19 @@ class _Section(nn.Module):
         return y
 
 
-_Use = tuple[jax.Array | None, jax.Array | float]  # gates [units] and scale of a group
-
-
 def _with_unit_axis(block: type[Block], init: bool) -> type[Block]:
     """The block with a leading axis of size 1 on all of its parameters; init: they are made now."""
-    return nn.map_variables(
-        block,
-        "params",
-        trans_in_fn=partial(jax.tree.map, lambda x: x[0]),
-        trans_out_fn=partial(jax.tree.map, lambda x: x[None]),
-        init=init,
-    )
+    cut, put_back = partial(jax.tree.map, lambda x: x[0]), partial(jax.tree.map, lambda x: x[None])
+    return nn.map_variables(block, "params", trans_in_fn=cut, trans_out_fn=put_back, init=init)
 
 
 def build(options: Options, num_classes: int, dtype: DTypeLike | None) -> ResNet:
     """The net that the values of `OPTIONS` describe; dtype: as for `ResNet`."""
     if not options["model.sections"]:
         raise ValueError("model.sections=(); set config.model.sections to one or more positive numbers")
-    return ResNet(
-        sections=options["model.sections"],
-        width=options["model.width"],
-        num_classes=num_classes,
-        partitioned=options["partition.sections"],
-        deal_strided=options["partition.deal_strided"],
-        dtype=dtype,
-        block=options["model.block"],
-        stem=options["model.stem"],
-    )
+    own = {name: options[f"model.{name}"] for name in ("sections", "width", "block", "stem")}
+    dealt = {"partitioned": options["partition.sections"], "deal_strided": options["partition.deal_strided"]}
+    return ResNet(num_classes=num_classes, dtype=dtype, **own, **dealt)
 
 
 RESNET = Entry(build, OPTIONS)

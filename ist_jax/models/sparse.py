@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jax.typing import DTypeLike
 
 _CHUNK = 1024  # entries read at once: so many rows of the kernel are copied at a time
 
@@ -43,11 +42,7 @@ def _dot(kernel: jax.Array, x: Sparse) -> jax.Array:
         rows = kernel.at[feature].get(mode="fill", fill_value=0)
         return out.at[row].add(value * rows, mode="drop")
 
-    return _for_entries(x, kernel.dtype, add, jnp.zeros((len(x.index), kernel.shape[1]), kernel.dtype))
-
-
-def _forward(kernel: jax.Array, x: Sparse) -> tuple[jax.Array, tuple]:
-    return _dot(kernel, x), (kernel, x)
+    return _for_entries(x, add, jnp.zeros((len(x.index), kernel.shape[1]), kernel.dtype))
 
 
 def _backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, None]:
@@ -56,13 +51,13 @@ def _backward(residuals: tuple, dy: jax.Array) -> tuple[jax.Array, None]:
     def add(out: jax.Array, row: jax.Array, feature: jax.Array, value: jax.Array) -> jax.Array:
         return out.at[feature].add(value * dy.at[row].get(mode="fill", fill_value=0), mode="drop")
 
-    return _for_entries(x, kernel.dtype, add, jnp.zeros_like(kernel)), None
+    return _for_entries(x, add, jnp.zeros_like(kernel)), None
 
 
-_dot.defvjp(_forward, _backward)
+_dot.defvjp(lambda kernel, x: (_dot(kernel, x), (kernel, x)), _backward)
 
 
-def _for_entries(x: Sparse, dtype: DTypeLike, add: Callable[..., jax.Array], start: jax.Array) -> jax.Array:
+def _for_entries(x: Sparse, add: Callable[..., jax.Array], start: jax.Array) -> jax.Array:
     """`add(out, row [P], feature [P], value [P, 1])` of all entries; row B and feature F stand for none."""
     ends = jnp.cumsum(x.count)
 
@@ -73,7 +68,7 @@ def _for_entries(x: Sparse, dtype: DTypeLike, add: Callable[..., jax.Array], sta
         at = (row, place - (ends - x.count).at[row].get(mode="clip"))
         feature = x.index.at[at].get(mode="fill", fill_value=x.width)
         feature = jnp.where(feature < 0, x.width, feature)  # or they would be counted from the end
-        value = x.value.at[at].get(mode="fill", fill_value=0).astype(dtype)
+        value = x.value.at[at].get(mode="fill", fill_value=0).astype(start.dtype)
         return done + _CHUNK, add(out, row, feature, value[:, None])
 
     return lax.while_loop(lambda state: state[0] < ends[-1], step, (jnp.zeros((), ends.dtype), start))[1]

@@ -13,7 +13,7 @@ from ist_jax import data
 from ist_jax.data import augment, batches, images
 from ist_jax.data.encoded import EvalBatches, TrainBatches
 from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
-from ist_jax.data.stream import StreamingEvaluation, StreamingFeed, check_shared_memory
+from ist_jax.data.stream import Evaluation, Feed, StreamingEvaluation, StreamingFeed, check_shared_memory
 from ist_jax.key import Options
 from ist_jax.runtime import devices
 from ist_jax.streams import Use, rng
@@ -21,7 +21,7 @@ from ist_jax.task import Task, classification, multi_label
 
 log = logging.getLogger(__name__)
 
-# A `data.Split` in memory or, where the data set is encoded, an `EncodedSource`.
+# A `data.Split` in memory or, where the data set is encoded, a `source.EncodedSource`.
 Examples: TypeAlias = Any
 
 
@@ -65,7 +65,7 @@ class Inputs(NamedTuple):
     Attributes:
       wanted: of it.
       dataset: what it is.
-      train: from `data.load`; or, to be streamed, a `data.EncodedSource`.
+      train: from `data.load`; or, to be streamed, a `source.EncodedSource`.
       test: the same.
       validation: the part of the training examples that is held out to stop by; None: none is.
       task: what is learned from them.
@@ -139,7 +139,7 @@ def make_transform(wanted: Wanted) -> images.Transform:
     return images.make_transform(wanted.options, flip=wanted.flip)
 
 
-def feed_rounds(inputs: Inputs, chosen: Sequence[jax.Device], rounds: int) -> InMemoryFeed | StreamingFeed:
+def feed_rounds(inputs: Inputs, chosen: Sequence[jax.Device], rounds: int) -> Feed:
     """What feeds the rounds: the whole set on every device, or a chunk per round."""
     wanted, encoded = inputs.wanted, inputs.dataset.encoded
     labels = np.zeros(inputs.num_train, np.int32)  # no sharing but 'skewed' looks at them
@@ -163,9 +163,7 @@ def feed_rounds(inputs: Inputs, chosen: Sequence[jax.Device], rounds: int) -> In
     )
 
 
-def feed_evaluation(
-    wanted: Wanted, split: Examples, chosen: Sequence[jax.Device]
-) -> InMemoryEvaluation | StreamingEvaluation:
+def feed_evaluation(wanted: Wanted, split: Examples, chosen: Sequence[jax.Device]) -> Evaluation:
     """A split as fixed, class-mixed batches: all on the devices, or read anew by every pass.
 
     Args:

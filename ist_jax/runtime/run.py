@@ -8,7 +8,7 @@ import jax
 
 from ist_jax.costs.compiled import Executable
 from ist_jax.costs.traffic import Traffic
-from ist_jax.data.feed import Evaluation, Feed
+from ist_jax.data.stream import Evaluation, Feed
 from ist_jax.exchange.layout import Layout
 from ist_jax.key import Settings
 from ist_jax.methods.method import Method, Recipe, State, TracedPhase, Turn

@@ -21,7 +21,7 @@ from ist_jax import data, extension, methods, partition
 from ist_jax.config import build_model, check, options, record
 from ist_jax.costs import formula
 from ist_jax.costs.traffic import Traffic, round_traffic
-from ist_jax.data.feed import Feed
+from ist_jax.data.stream import Feed
 from ist_jax.deals import DEALS
 from ist_jax.exchange.codec import CODECS, NONE, Codec
 from ist_jax.exchange.kinds import from_params, shard_shapes
