@@ -31,6 +31,8 @@ COLUMNS = {
     "process",
 }
 
+Ledger = dict[str, Json]  # what ledger.json holds
+
 
 class Subject(NamedTuple):
     """What a ledger is of.
@@ -67,14 +69,14 @@ class Subject(NamedTuple):
         return next(iter(self.phases.values())).inputs[0]
 
 
-def ledger_of(subject: Subject) -> dict[str, Json]:
+def ledger_of(subject: Subject) -> Ledger:
     """What ledger.json holds: a row per cause with its unit, and columns, None where nothing is known."""
     layout, (local_steps, batch_size) = subject.recipe.layout, subject.steps
-    workers, devices = layout.workers_per_device, layout.num_devices
+    workers = layout.workers_per_device
     texts = {name: compiled.read(program.as_text()) for name, program in subject.programs.items()}  # type: ignore[arg-type]
     kept, found = formula.memory(subject.recipe, subject.phases)._asdict(), _held(subject.programs)
-    state = subject.state  # of which subnets hold what goes out
-    held = (state.params, state.travels) if found["subnets"] else state
+    # of the state, subnets hold what goes out
+    held = (subject.state.params, subject.state.travels) if found["subnets"] else subject.state
     trees = sum(map(layout.is_tree, jax.tree.leaves(held, is_leaf=layout.is_tree)))
     numbers = found["subnets"] / workers if found["subnets"] else found["store"]
     parameters = _row(
@@ -103,8 +105,8 @@ def ledger_of(subject: Subject) -> dict[str, Json]:
         hlo=subject.chunks * sum(sent(kind, x, n) for (kind, n), x in score.operands.items()) / workers,
     )  # fmt: skip
     memory = [_row(x, "bytes", "device", expected=kept[x], hlo=found.get(x)) for x in kept]
-    for name, program in (*subject.programs.items(), ("evaluate", subject.score)):
-        memory.append(_row(f"peak of {name}", "bytes", "device", hlo=_peak(program)))
+    programs = {**subject.programs, "evaluate": subject.score}
+    memory += [_row(f"peak of {x}", "bytes", "device", hlo=_peak(program)) for x, program in programs.items()]
     step = _row(
         "training step", "FLOPs", "worker and step",
         expected=formula.step_flops(subject.recipe, subject.example, batch_size),
@@ -113,15 +115,13 @@ def ledger_of(subject: Subject) -> dict[str, Json]:
     return {
         "method": subject.name,
         "num_workers": layout.num_workers,
-        "num_devices": devices,
+        "num_devices": layout.num_devices,
         "columns": COLUMNS,
         "rows": [parameters, *traffic, scoring, *memory, step],
     }
 
 
-def with_wire(
-    table: dict[str, Json], meter: Meter, *, phases: Sequence[str], workers: int
-) -> dict[str, Json]:
+def with_wire(table: Ledger, meter: Meter, *, phases: Sequence[str], workers: int) -> Ledger:
     """The ledger with its last column filled in.
 
     Args:
@@ -147,9 +147,8 @@ def _row(cause: str, unit: str, per: str, **columns: float | None) -> dict[str, 
 def _held(programs: Mapping[str, Executable]) -> dict[str, int]:
     """What a device keeps, from the arguments (state, value, turn) of the phases' programs, read or not."""
     arguments = [compiled.argument_bytes(program) for program in programs.values()]
-    state: dict[str, int] = {}
-    for own in arguments:
-        state |= {path: size for path, size in own.items() if path.startswith("[0]") and size is not None}
+    every = [(path, size) for own in arguments for path, size in own.items()]
+    state = {path: size for path, size in every if path.startswith("[0]") and size is not None}
     told = tuple(f".{field}" for field in Told._fields)
     subnets = [
         sum(size or 0 for path, size in own.items() if path.startswith("[1]") and not path.endswith(told))
@@ -160,8 +159,7 @@ def _held(programs: Mapping[str, Executable]) -> dict[str, int]:
 
 def _peak(program: Executable) -> int | None:
     """Bytes of a device's memory that a program needs; None where the backend does not say."""
-    m = program.memory_analysis()
-    if m is None:
+    if (m := program.memory_analysis()) is None:
         return None
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
