@@ -1,6 +1,7 @@
 """Command lines: a mistake of the user is one line and exit code 2, never a traceback."""
 
 import contextlib
+import datetime
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,11 +48,8 @@ def define_config(values: flags.FlagValues, argv: Sequence[str], default: str | 
 
 
 def _config_path(argv: Sequence[str], default: str | None) -> str | None:
-    words = [
-        part for word in argv[1:] for part in (word.split("=", 1) if word.startswith("--config=") else [word])
-    ]
-    chosen = words[words.index("--config") + 1 :][:1] if "--config" in words else []
-    return (*chosen, default)[0]
+    given = re.search(r"^--config[=\n](.*)", "\n".join(argv[1:]), re.M)
+    return given[1] if given else default
 
 
 def _load_config(path: str) -> config_dict.ConfigDict:
@@ -79,7 +77,9 @@ def _check_key(config: config_dict.ConfigDict, key: str) -> None:
         level = level[part] if level.get_type(part) is not type(None) else None
 
 
-def parse(values: flags.FlagValues, argv: Sequence[str], usage: str, *, required: Sequence[str]) -> list[str]:
+def parse(
+    values: flags.FlagValues, argv: Sequence[str], usage: str, *, required: Sequence[str], more: bool = False
+) -> list[str]:
     """Parses flags and returns the other arguments.
 
     Args:
@@ -87,6 +87,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str], usage: str, *, required
       argv: the command line, the program's name first.
       usage: a line for --help and for mistakes.
       required: names of flags that must be given.
+      more: other arguments may be given.
 
     Raises:
       SystemExit: 0 after --help, 2 after a mistake.
@@ -110,4 +111,12 @@ def parse(values: flags.FlagValues, argv: Sequence[str], usage: str, *, required
     for name in required:
         if values[name].value is None:
             raise fail(f"--{name} is missing; usage: {usage}")
+    if rest and not more:
+        raise fail(f"unexpected argument {rest[0]!r}; usage: {usage}")
     return rest
+
+
+def new_workdir(values: flags.FlagValues, prefix: str, time: str) -> Path:
+    """The folder that --workdir names; without it a new one under runs/, by config and time."""
+    name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
+    return Path(values.workdir or f"runs/{prefix}{name}-{datetime.datetime.now():{time}}")

@@ -12,12 +12,13 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from ist_jax import BANDWIDTHS, cli, errors
+from ist_jax import BANDWIDTHS, cli
 
 if TYPE_CHECKING:
     from ist_jax import data
@@ -69,17 +70,14 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
     check(config)
     if facts.example is None or facts.num_classes is None:
         raise ValueError(f"what data.name={config.data.name!r} holds is not known before it is opened")
-    if facts.sparse:
-        shown = task.multi_label(facts.example[0])
-    else:
-        shown = task.classification(lambda x: x.astype("float32"), facts.example, pad=0, flip=False)
-    model = build_model(config, facts.num_classes)
+    dense = partial(task.classification, lambda x: x.astype("float32"), pad=0, flip=False)
+    shown = task.multi_label(facts.example[0]) if facts.sparse else dense(facts.example)
+    model, entry = build_model(config, facts.num_classes), setup.method_of(config)
     recipe = setup.make_recipe(config, model, shown, config.num_devices or config.num_workers)
-    layout, entry = recipe.layout, setup.method_of(config)
     phases = setup.trace_round(entry, recipe, _one_example(facts), config.local_steps, config.batch_size)
-    traffic, workers = round_traffic(phases, layout), layout.workers_per_device
+    traffic, workers = round_traffic(phases, recipe.layout), recipe.layout.workers_per_device
     return Cost(
-        params_per_worker=formula.largest_subnet(layout),
+        params_per_worker=formula.largest_subnet(recipe.layout),
         paper_gigabytes_per_round=sum(traffic.paper.values()) / 1e9,
         wire_bytes_per_worker_per_round=sum(traffic.sent.values()) / workers,
         state_bytes_per_worker=sum(formula.memory(recipe, phases)) / workers,
@@ -88,23 +86,16 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
 
 
 def _one_example(facts: "data.Facts") -> "data.Split":
-    """Shapes of a training set of one example."""
-    import jax
+    """A training set of one example."""
     import numpy as np
-    from jax.typing import DTypeLike
 
     from ist_jax.data.sparse import Rows
 
-    def shape(*sizes: int, dtype: DTypeLike = np.int32) -> jax.Array:
-        return jax.ShapeDtypeStruct(sizes, dtype)  # type: ignore[return-value]  # it stands for an array
-
+    shape, classes, label = facts.example or (), facts.num_classes or 0, np.zeros(1, np.int32)
     if not facts.sparse:
-        return {"image": shape(1, *facts.example, dtype=np.uint8), "label": shape(1)}  # type: ignore[misc]
-    features, classes = facts.example[0], facts.num_classes  # type: ignore[index]
-    return {
-        "feature": Rows(shape(2), shape(1), shape(1, dtype=np.float32), features, longest=1),
-        "label": Rows(shape(2), shape(1), None, classes, longest=1),  # type: ignore[arg-type]
-    }
+        return {"image": np.zeros((1, *shape), np.uint8), "label": label}  # type: ignore[dict-item]
+    feature = Rows(np.zeros(2, np.int32), label, np.zeros(1, np.float32), shape[0], longest=1)
+    return {"feature": feature, "label": Rows(np.zeros(2, np.int32), label, None, classes, longest=1)}
 
 
 def plan(
@@ -132,9 +123,8 @@ def plan(
         if not setup.method_of(own).exchanges:
             own.exchange.codec = "none"
         costs[method] = predict(own, facts)
-    workers = config.num_workers
+    workers, rounds = config.num_workers, config.rounds
     devices = config.num_devices or workers
-    rounds = config.rounds
     if facts.num_train is not None:
         held_out = batches.count_held_out(facts.num_train, config.data.validation)
         rounds = setup.make_schedule(config, facts.num_train - held_out).rounds
@@ -176,12 +166,9 @@ def table(planned: "dict[str, Json]") -> str:
         f"{'':14}{'(largest)':>16}{'(papers)':>14}{'and round':>14}{'':>14}{'and step':>14}",
     ]
     for method in times:
-        cost = Cost(**planned[method])
-        lines.append(
-            f"{method:14}{cost.params_per_worker:16,}{cost.paper_gigabytes_per_round:14,.3f}"
-            f"{cost.wire_bytes_per_worker_per_round / 1e6:14,.2f}{cost.state_bytes_per_worker / 1e6:14,.1f}"
-            f"{cost.flops_per_worker_per_step / 1e9:14,.3f}"
-        )
+        params, paper, wire, state, step = Cost(**planned[method])
+        sizes = f"{params:16,}{paper:14,.3f}{wire / 1e6:14,.2f}{state / 1e6:14,.1f}{step / 1e9:14,.3f}"
+        lines.append(f"{method:14}{sizes}")
     rate = f"{setting['flops_per_second'] / 1e12:g} TFLOP/s"
     lines += ["", f"seconds a round of a device that computes at {rate} and whose link carries"]
     lines.append(f"{'':14}" + "".join(f"{b / 1e9:9g} Gb/s" for b in setting["bits_per_second"]))
@@ -193,32 +180,25 @@ def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     values = flags.FlagValues()
     cli.define_config(values, argv, None)
-    flags.DEFINE_boolean("json", False, "print JSON instead of a table", flag_values=values)
-    flags.DEFINE_list(
-        "bandwidth", [f"{b:g}" for b in BANDWIDTHS], "of a device's link, in bits per second each way",
-        flag_values=values,
-    )  # fmt: skip
+    flags.DEFINE_boolean("json", False, "print JSON instead of a table", values)
+    usual = [f"{b:g}" for b in BANDWIDTHS]
+    flags.DEFINE_list("bandwidth", usual, "of a device's link, in bits per second each way", values)
     flags.DEFINE_float("flops", _FLOPS, "that a device sustains, per second", flag_values=values)
-    flags.DEFINE_list(
-        "example", [], "shape of an example, of a data set that is not known: 32,32,3", flag_values=values
-    )
+    flags.DEFINE_list("example", [], "shape of an example, of a data set that is not known: 32,32,3", values)
     flags.DEFINE_integer("classes", 0, "classes of such a data set", lower_bound=0, flag_values=values)
-    rest = cli.parse(values, argv, USAGE, required=["config"])
-    if rest:
-        raise errors.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
+    cli.parse(values, argv, USAGE, required=["config"])
     with cli.errors():
         bandwidths = _positive("bandwidth", values.bandwidth)
-        (rate,) = _positive("flops", [values.flops])
-        config = values.config
+        (rate,) = _positive("flops", [str(values.flops)])
         sizes = _positive("example", values.example)
         if any(size % 1 for size in sizes):
             raise ValueError(f"--example={','.join(values.example)}: whole numbers are needed")
-        facts = _facts(config, [int(size) for size in sizes], values.classes)
+        facts = _facts(values.config, [int(size) for size in sizes], values.classes)
 
         import jax
 
         jax.config.update("jax_platforms", "cpu")  # shapes need no accelerator
-        planned = plan(config, facts, bandwidths=bandwidths, flops=rate)
+        planned = plan(values.config, facts, bandwidths=bandwidths, flops=rate)
     if values.json:
         print(json.dumps(planned, indent=2))
     else:
@@ -226,14 +206,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _positive(flag: str, texts: Sequence[str | float]) -> list[float]:
+def _positive(flag: str, texts: Sequence[str]) -> list[float]:
+    said = f"--{flag}={','.join(texts)}"
     try:
         numbers = [float(text) for text in texts]
     except ValueError:
-        said = ",".join(texts)  # type: ignore[arg-type]  # a number is one
-        raise ValueError(f"--{flag}={said}: numbers are needed, separated by commas") from None
+        raise ValueError(f"{said}: numbers are needed, separated by commas") from None
     if not all(0 < number < math.inf for number in numbers):
-        raise ValueError(f"--{flag}={','.join(map(str, texts))}: numbers above 0 are needed")
+        raise ValueError(f"{said}: numbers above 0 are needed")
     return numbers
 
 

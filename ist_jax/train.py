@@ -27,6 +27,8 @@ from ist_jax.workdir.files import Json, Record
 
 log = logging.getLogger(__name__)
 
+Records = Sequence[Record]
+
 
 def train(
     config: config_dict.ConfigDict,
@@ -69,10 +71,7 @@ class Diverged(RuntimeError):
 
 
 def run_rounds(
-    run: Run,
-    workdir: Path,
-    custom_model: nn.Module | None = None,
-    observers: Sequence[Observer] = (),
+    run: Run, workdir: Path, custom_model: nn.Module | None = None, observers: Sequence[Observer] = ()
 ) -> dict[str, Json]:
     """Trains for the rounds that remain, writing metrics and checkpoints as they come, then the summary.
 
@@ -127,8 +126,7 @@ def run_rounds(
     _raise_if_cut_short(run, workdir, records, stuck, signum)
     if "test_accuracy" not in records[-1]:  # a run that was stopped, and is now wanted no longer than it is
         records[-1] |= score(run, state).figures("test")
-        seconds = run.clock.take()["evaluate"]
-        records[-1]["seconds_evaluate"] += seconds
+        records[-1]["seconds_evaluate"] += run.clock.take()["evaluate"]
     if has_stopped(records, schedule.patience):
         log.info("the validation accuracy has not risen for %d evaluations: stopped", schedule.patience)
     if leads:
@@ -137,17 +135,13 @@ def run_rounds(
             measured = ledger.with_wire(table, run.clock.meter, phases=[*run.stages[-1].phases], workers=here)
             files.write_json(workdir / "ledger.json", measured)
         files.write_records(workdir, records)
-        files.write_json(workdir / "summary.json", _summary(run, workdir, records, model))
+        digest = files.params_sha256(checkpoint.open_round(workdir, len(records)).params())
+        files.write_json(workdir / "summary.json", record.summarize(run, records, model, digest))
         log.info("report: %s", record.write_report(workdir))
     processes.meet("the summary")
     summary = files.read_summary(workdir)
     log.info(record.last_line(summary))
     return summary
-
-
-def _summary(run: Run, workdir: Path, records: Sequence[Record], custom_model: str | None) -> dict[str, Json]:
-    params = checkpoint.open_round(workdir, len(records)).params()
-    return record.summarize(run, records, custom_model, files.params_sha256(params))
 
 
 def train_round(run: Run, state: State, index: int) -> tuple[State, Record]:
@@ -166,9 +160,7 @@ def train_round(run: Run, state: State, index: int) -> tuple[State, Record]:
     return state, record.round_record(run, stage, index, heard, turn.present.reshape(-1))
 
 
-def train_and_score(
-    run: Run, state: State, index: int, before: Sequence[Record] = ()
-) -> tuple[State, Record]:
+def train_and_score(run: Run, state: State, index: int, before: Records = ()) -> tuple[State, Record]:
     """One round and, when it is due, the evaluation: the state after it, and its record with all times.
 
     Evaluated is the validation split, where there is one, and the test set then at the end alone; whether
@@ -196,9 +188,7 @@ def score(run: Run, state: State, split: str = "test") -> scoring.Score:
     return scoring.total_score(run.inputs.task, np.concatenate(sums, axis=1))
 
 
-def _raise_if_cut_short(
-    run: Run, workdir: Path, records: Sequence[Record], stuck: int | None, signum: int
-) -> None:
+def _raise_if_cut_short(run: Run, workdir: Path, records: Records, stuck: int | None, signum: int) -> None:
     """Raises what ended the run before its last round, if anything did."""
     schedule, done = run.schedule, len(records)
     safe = max(checkpoint.rounds(workdir), default=0)

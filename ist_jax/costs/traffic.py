@@ -58,7 +58,8 @@ def by_cause(parts: Sequence[Part], found: Mapping[tuple[str, float], float]) ->
     Args:
       parts: of the exchanges in it.
       found: bytes of the operands of its collectives, by kind and number of devices (NaN: not known), in its
-        trace or in its optimised HLO; where they are fewer or more than the parts, so are the bytes of each cause.
+        trace or in its optimised HLO; where they are fewer or more than the parts, so are the bytes of each
+        cause.
     """
     told: dict[str, float] = defaultdict(float, {part.cause: 0.0 for part in parts})
     exchanged: dict[str, float] = defaultdict(float)
