@@ -55,14 +55,18 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # JAX starts here, after the flags are known to be right
     from ist_jax import train
+    from ist_jax.config import check
     from ist_jax.runtime import processes, signals
 
+    config = values.config
     code, agreed = 1, False  # that the run ends here, in all of its processes
     try:
         with signals.handled(deferred=False):
             if spans:
-                connect(values.config, several)
-            run_once(values.config, workdir, tensorboard=values.tensorboard, profile=values.profile)
+                with cli.errors():
+                    check(config)
+                    processes.start(*several, lost_after=config.lost_after, stuck_after=config.stuck_after)
+            run_once(config, workdir, tensorboard=values.tensorboard, profile=values.profile)
         code, agreed = 0, True
     except signals.Interrupted as stop:
         print(stop, file=sys.stderr)
@@ -86,39 +90,19 @@ def main(argv: list[str]) -> int:
     return code
 
 
-def connect(config: config_dict.ConfigDict, several: list) -> None:
-    """Joins the other processes of a run."""
-    from ist_jax.config import check
-    from ist_jax.runtime import processes
-
-    with cli.errors():
-        check(config)
-        processes.start(*several, lost_after=config.lost_after, stuck_after=config.stuck_after)
-
-
 def run_once(config: config_dict.ConfigDict, workdir: Path, *, tensorboard: bool, profile: int) -> None:
     """Trains, or goes on training, unless it is done already."""
-    from ist_jax import config as configs
     from ist_jax import train
     from ist_jax.partition import BrokenDeal
-    from ist_jax.runtime import observers, processes, record, setup
-    from ist_jax.workdir import lock, resume
+    from ist_jax.runtime import observers, processes
 
     leads = processes.number() == 0
     logging.getLogger("ist_jax").setLevel(logging.INFO if leads else logging.WARNING)
     with contextlib.ExitStack() as claim:
         with cli.errors(ValueError):  # an OSError is no mistake where results are written
-            if (summary := resume.find_finished(configs.record(config), workdir)) is not None:
-                logging.getLogger("ist_jax").info(record.last_line(summary))
-                return
-            if leads:
-                claim.enter_context(lock.claimed(workdir))
-            with errors.reading():
-                start = processes.first_alone(lambda: resume.find_start(workdir), "the checkpoints")
-                run = setup.set_up(config, start=start)
-            if leads:
-                resume.open_workdir(run.settings, workdir, start)
-            processes.meet("the folder")
+            run = train.begin(config, workdir, claim)
+        if run is None:
+            return
         opened = observers.open_observers(
             workdir, tensorboard=tensorboard and leads, profile=profile if leads else 0
         )

@@ -53,17 +53,43 @@ def train(
       OSError: results could not be written.
     """
     workdir = Path(workdir)
-    if (summary := resume.find_finished(configs.record(config), workdir, model)) is not None:
-        log.info(record.last_line(summary))
-        return summary
-    with lock.claimed(workdir):
-        with errors.reading():
-            start = resume.find_start(workdir, model)
-            run = set_up(config, model, start=start)
-        resume.open_workdir(run.settings, workdir, start)
-        if started is not None and start is None:
+    with ExitStack() as claim:
+        run = begin(config, workdir, claim, model)
+        if run is None:
+            return files.read_summary(workdir)
+        if started is not None and run.schedule.first == 0:
             started(run)
         return run_rounds(run, workdir, custom_model=model)
+
+
+def begin(
+    config: config_dict.ConfigDict, workdir: Path, claim: ExitStack, model: nn.Module | None = None
+) -> Run | None:
+    """Sets a run up in its folder, or what remains of it; None: it is finished already.
+
+    Args:
+      config: as from `configs/`.
+      workdir: the folder.
+      claim: keeps other runs out of the folder until it is closed.
+      model: as for `train`.
+
+    Raises:
+      ValueError: a setting, data set or folder that cannot work; the message names the key.
+      OSError: the folder could not be written to.
+    """
+    if (summary := resume.find_finished(configs.record(config), workdir, model)) is not None:
+        log.info(record.last_line(summary))
+        return None
+    leads = processes.number() == 0
+    if leads:
+        claim.enter_context(lock.claimed(workdir))
+    with errors.reading():
+        start = processes.first_alone(lambda: resume.find_start(workdir, model), "the checkpoints")
+        run = set_up(config, model, start=start)
+    if leads:
+        resume.open_workdir(run.settings, workdir, start)
+    processes.meet("the folder")
+    return run
 
 
 class Diverged(RuntimeError):

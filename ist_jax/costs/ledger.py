@@ -79,12 +79,9 @@ def ledger_of(subject: Subject) -> Ledger:
     held = (subject.state.params, subject.state.travels) if found["subnets"] else subject.state
     trees = sum(map(layout.is_tree, jax.tree.leaves(held, is_leaf=layout.is_tree)))
     numbers = found["subnets"] / workers if found["subnets"] else found["store"]
-    parameters = _row(
-        "parameters held", "parameters", "worker",
-        paper=formula.subnet_parameters(layout) / layout.num_workers,
-        expected=formula.slot_parameters(layout),
-        hlo=numbers / trees / layout.dtype.itemsize,
-    )  # fmt: skip
+    figures = {"expected": formula.slot_parameters(layout), "hlo": numbers / trees / layout.dtype.itemsize}
+    figures["paper"] = formula.subnet_parameters(layout) / layout.num_workers
+    parameters = _row("parameters held", "parameters", "worker", **figures)
     expected = round_traffic(subject.phases, layout)
     compiled_bytes: Counter[str] = Counter()
     for name, phase in subject.phases.items():
@@ -98,20 +95,17 @@ def ledger_of(subject: Subject) -> Ledger:
     ]  # fmt: skip
     total = {name: sum(row[name] for row in traffic) for name in ("paper", "expected", "hlo")}
     traffic.append(_row("round", "bytes", "worker and round", **total))
-    score = compiled.read(subject.score.as_text())  # type: ignore[arg-type]
-    scoring = _row(
-        "evaluation", "bytes", "worker and evaluation",
-        expected=subject.chunks * sum(c.sent for c in _score_collectives(subject)) / workers,
-        hlo=subject.chunks * sum(sent(kind, x, n) for (kind, n), x in score.operands.items()) / workers,
-    )  # fmt: skip
+    by_trace = sum(c.sent for c in _score_collectives(subject))
+    score = compiled.read(subject.score.as_text()).operands  # type: ignore[arg-type]
+    by_hlo = sum(sent(kind, operand, devices) for (kind, devices), operand in score.items())
+    figures = {"expected": subject.chunks * by_trace / workers, "hlo": subject.chunks * by_hlo / workers}
+    scoring = _row("evaluation", "bytes", "worker and evaluation", **figures)
     memory = [_row(x, "bytes", "device", expected=kept[x], hlo=found.get(x)) for x in kept]
     programs = {**subject.programs, "evaluate": subject.score}
     memory += [_row(f"peak of {x}", "bytes", "device", hlo=_peak(program)) for x, program in programs.items()]
-    step = _row(
-        "training step", "FLOPs", "worker and step",
-        expected=formula.step_flops(subject.recipe, subject.example, batch_size),
-        hlo=sum(text.flops for text in texts.values()) / (workers * local_steps),
-    )  # fmt: skip
+    flops = sum(text.flops for text in texts.values()) / (workers * local_steps)
+    by_formula = formula.step_flops(subject.recipe, subject.example, batch_size)
+    step = _row("training step", "FLOPs", "worker and step", expected=by_formula, hlo=flops)
     return {
         "method": subject.name,
         "num_workers": layout.num_workers,
