@@ -37,14 +37,11 @@ def define_config(values: flags.FlagValues, argv: Sequence[str], default: str | 
         config = _load_config(path)
         for key in re.findall(r"^--?(?:no)?config\.([\w.]+)", "\n".join(argv[1:]), re.M):
             _check_key(config, key)
-    config_flags.DEFINE_config_file(
-        "config",
-        default,
+    text = (
         "experiment, such as configs/resnet.py or configs/resnet.py:smoke; every key of it is a flag "
-        "(--config.num_workers=8), listed by --config=FILE --help",
-        flag_values=values,
-        sys_argv=list(argv),
+        "(--config.num_workers=8), listed by --config=FILE --help"
     )
+    config_flags.DEFINE_config_file("config", default, text, flag_values=values, sys_argv=list(argv))
 
 
 def _config_path(argv: Sequence[str], default: str | None) -> str | None:
@@ -70,8 +67,8 @@ def _load_config(path: str) -> config_dict.ConfigDict:
 def _check_key(config: config_dict.ConfigDict, key: str) -> None:
     level = config
     for part in key.split("."):
-        if not isinstance(level, config_dict.ConfigDict) or part not in level:
-            keys = sorted(level) if isinstance(level, config_dict.ConfigDict) else []
+        keys = sorted(level) if isinstance(level, config_dict.ConfigDict) else []
+        if part not in keys:
             hint = did_you_mean(part, keys)
             raise fail(f"unknown key config.{key}; {hint}keys there: {', '.join(keys) or 'none'}")
         level = level[part] if level.get_type(part) is not type(None) else None

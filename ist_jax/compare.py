@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from ist_jax import cli, errors
 from ist_jax.key import FILE
@@ -38,12 +38,7 @@ _FIGURES = {"accuracy": "test_accuracy", "seconds": "seconds_total", "bytes": "b
 
 
 def compare(
-    config: config_dict.ConfigDict,
-    workdir: Path,
-    *,
-    methods: Sequence[str],
-    seeds: int,
-    model: "nn.Module | None" = None,
+    config: ConfigDict, workdir: Path, *, methods: Sequence[str], seeds: int, model: "nn.Module | None" = None
 ) -> "dict[str, Json]":
     """Trains every method with every seed, and writes what compare.json holds.
 

@@ -32,12 +32,8 @@ def main(argv: list[str]) -> int:
     )
     flags.DEFINE_integer("num_processes", None, "how many processes there are", flag_values=values)
     flags.DEFINE_integer("process_id", None, "the number of this one, from 0", flag_values=values)
-    flags.DEFINE_boolean(
-        "distributed",
-        False,
-        "several processes, found through SLURM, Open MPI, Kubernetes or a TPU pod",
-        values,
-    )
+    pod = "several processes, found through SLURM, Open MPI, Kubernetes or a TPU pod"
+    flags.DEFINE_boolean("distributed", False, pod, values)
     flags.DEFINE_boolean("tensorboard", False, "write event files to the folder's tensorboard/, too", values)
     flags.DEFINE_integer(
         "profile", 0, "rounds, after the first, to trace to the folder's profile/", 0, flag_values=values

@@ -12,7 +12,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from absl import flags
@@ -21,7 +20,7 @@ from ml_collections import config_dict, config_flags
 from ist_jax import BANDWIDTHS, cli
 
 if TYPE_CHECKING:
-    from ist_jax import data
+    from ist_jax import data, task
     from ist_jax.workdir.files import Json
 
 USAGE = (
@@ -61,41 +60,42 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
     Raises:
       ValueError: a setting that cannot work, or facts that lack; the message names the key.
     """
-    from ist_jax import task
     from ist_jax.config import build_model, check
-    from ist_jax.costs import formula
-    from ist_jax.costs.traffic import round_traffic
+    from ist_jax.costs import formula, traffic
     from ist_jax.runtime import setup
 
     check(config)
     if facts.example is None or facts.num_classes is None:
         raise ValueError(f"what data.name={config.data.name!r} holds is not known before it is opened")
-    dense = partial(task.classification, lambda x: x.astype("float32"), pad=0, flip=False)
-    shown = task.multi_label(facts.example[0]) if facts.sparse else dense(facts.example)
-    model, entry = build_model(config, facts.num_classes), setup.method_of(config)
+    (shown, data), entry = _shown(facts), setup.method_of(config)
+    model = build_model(config, facts.num_classes)
     recipe = setup.make_recipe(config, model, shown, config.num_devices or config.num_workers)
-    phases = setup.trace_round(entry, recipe, _one_example(facts), config.local_steps, config.batch_size)
-    traffic, workers = round_traffic(phases, recipe.layout), recipe.layout.workers_per_device
+    phases = setup.trace_round(entry, recipe, data, config.local_steps, config.batch_size)
+    moved, workers = traffic.round_traffic(phases, recipe.layout), recipe.layout.workers_per_device
     return Cost(
         params_per_worker=formula.largest_subnet(recipe.layout),
-        paper_gigabytes_per_round=sum(traffic.paper.values()) / 1e9,
-        wire_bytes_per_worker_per_round=sum(traffic.sent.values()) / workers,
+        paper_gigabytes_per_round=sum(moved.paper.values()) / 1e9,
+        wire_bytes_per_worker_per_round=sum(moved.sent.values()) / workers,
         state_bytes_per_worker=sum(formula.memory(recipe, phases)) / workers,
         flops_per_worker_per_step=formula.step_flops(recipe, shown.example, config.batch_size),
     )
 
 
-def _one_example(facts: "data.Facts") -> "data.Split":
-    """A training set of one example."""
+def _shown(facts: "data.Facts") -> "tuple[task.Task, data.Split]":
+    """What is learned from a data set, and a training set of one example of it."""
     import numpy as np
 
+    from ist_jax import task
     from ist_jax.data.sparse import Rows
 
-    shape, classes, label = facts.example or (), facts.num_classes or 0, np.zeros(1, np.int32)
+    shape, label = facts.example or (), np.zeros(1, np.int32)
     if not facts.sparse:
-        return {"image": np.zeros((1, *shape), np.uint8), "label": label}  # type: ignore[dict-item]
-    feature = Rows(np.zeros(2, np.int32), label, np.zeros(1, np.float32), shape[0], longest=1)
-    return {"feature": feature, "label": Rows(np.zeros(2, np.int32), label, None, classes, longest=1)}
+        one = {"image": np.zeros((1, *shape), np.uint8), "label": label}
+        return task.classification(lambda x: x.astype("float32"), shape, pad=0, flip=False), one  # type: ignore[return-value]
+    start, value = np.zeros(2, np.int32), np.zeros(1, np.float32)
+    feature = Rows(start, label, value, shape[0], longest=1)
+    several = Rows(start, label, None, facts.num_classes or 0, longest=1)
+    return task.multi_label(shape[0]), {"feature": feature, "label": several}
 
 
 def plan(
@@ -134,18 +134,12 @@ def plan(
         sending = 8 * cost.wire_bytes_per_worker_per_round / bandwidth
         return workers // devices * (computing + sending)
 
-    return {method: _whole(cost) for method, cost in costs.items()} | {
-        "seconds_per_round": {m: [seconds(cost, b) for b in bandwidths] for m, cost in costs.items()},
-        "setting": {
-            "num_workers": workers,
-            "num_devices": devices,
-            "local_steps": config.local_steps,
-            "batch_size": config.batch_size,
-            "rounds": rounds,
-            "bits_per_second": list(bandwidths),
-            "flops_per_second": flops,
-        },
-    }
+    times = {method: [seconds(cost, b) for b in bandwidths] for method, cost in costs.items()}
+    setting = {"num_workers": workers, "num_devices": devices, "local_steps": config.local_steps}
+    setting |= {"batch_size": config.batch_size, "rounds": rounds}
+    setting |= {"bits_per_second": list(bandwidths), "flops_per_second": flops}
+    planned = {method: _whole(cost) for method, cost in costs.items()}
+    return planned | {"seconds_per_round": times, "setting": setting}
 
 
 def _whole(cost: Cost) -> dict[str, float]:
@@ -156,10 +150,10 @@ def _whole(cost: Cost) -> dict[str, float]:
 def table(planned: "dict[str, Json]") -> str:
     """The plan for people, at most 100 columns wide with up to 6 bandwidths."""
     setting, times = planned["setting"], planned["seconds_per_round"]
+    rounds = f"{setting['rounds']:,} rounds" if setting["rounds"] else "rounds"
     lines = [
         f"{setting['num_workers']} workers on {setting['num_devices']} devices, "
-        + (f"{setting['rounds']:,} rounds of " if setting["rounds"] else "rounds of ")
-        + f"{setting['local_steps']} local steps on {setting['batch_size']} examples each",
+        f"{rounds} of {setting['local_steps']} local steps on {setting['batch_size']} examples each",
         "",
         f"{'':14}{'parameters':>16}{'GB of all':>14}{'MB sent':>14}{'MB of state':>14}{'GFLOP':>14}",
         f"{'':14}{'a worker':>16}{'a round':>14}{'a worker':>14}{'a worker':>14}{'a worker':>14}",

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import PyTree
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from ist_jax import config as configs
 from ist_jax import errors
@@ -28,14 +28,11 @@ from ist_jax.workdir.files import Json, Record
 log = logging.getLogger(__name__)
 
 Records = Sequence[Record]
+Started = Callable[[Run], None]
 
 
 def train(
-    config: config_dict.ConfigDict,
-    workdir: str | Path,
-    model: nn.Module | None = None,
-    *,
-    started: Callable[[Run], None] | None = None,
+    config: ConfigDict, workdir: str | Path, model: nn.Module | None = None, *, started: Started | None = None
 ) -> dict[str, Json]:
     """Trains a model and writes its results.
 
@@ -62,9 +59,7 @@ def train(
         return run_rounds(run, workdir, custom_model=model)
 
 
-def begin(
-    config: config_dict.ConfigDict, workdir: Path, claim: ExitStack, model: nn.Module | None = None
-) -> Run | None:
+def begin(config: ConfigDict, workdir: Path, claim: ExitStack, model: nn.Module | None = None) -> Run | None:
     """Sets a run up in its folder, or what remains of it; None: it is finished already.
 
     Args:
@@ -125,8 +120,8 @@ def run_rounds(
     stuck, signum = None, 0
     with ExitStack() as stack:
         request = stack.enter_context(signals.handled(deferred=True))
-        for opened in (writer, run.feed):
-            stack.enter_context(closing(opened))
+        stack.enter_context(closing(writer))
+        stack.enter_context(closing(run.feed))
         if leads:
             bar = show_progress(schedule.rounds, run.name, done=schedule.first)
             observers = [stack.enter_context(bar), *observers]
@@ -219,18 +214,13 @@ def _raise_if_cut_short(run: Run, workdir: Path, records: Records, stuck: int | 
     schedule, done = run.schedule, len(records)
     safe = max(checkpoint.rounds(workdir), default=0)
     if safe < done:
-        raise OSError(
-            f"the checkpoint of round {done} could not be written to {workdir}; the same command "
-            f"goes on from round {safe}"
-        )
+        remedy = f"the same command goes on from round {safe}"
+        raise OSError(f"the checkpoint of round {done} could not be written to {workdir}; {remedy}")
     if stuck is not None:
         raise Diverged(
             f"round {done}: worker {stuck} has been left out {schedule.max_left_out} times in a row "
             f"(config.max_rounds_left_out); stopped, results so far are in {workdir}"
         )
     if done < schedule.rounds and not has_stopped(records, schedule.patience):
-        raise signals.Interrupted(
-            signum,
-            f"stopped after round {done} of {schedule.rounds}; the same command goes on from there",
-            agreed=True,
-        )
+        text = f"stopped after round {done} of {schedule.rounds}; the same command goes on from there"
+        raise signals.Interrupted(signum, text, agreed=True)

@@ -24,7 +24,8 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", re.M)
 _INSTRUCTION = re.compile(r" = (.*?) ([a-z][a-z0-9\-]*)\((.*?)(?:\), |$)", re.M)  # type, opcode, operands
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
+_BRANCHES = re.compile(r"branch_computations=\{[^}]*\}|(?:true|false)_computation=%[\w.\-]+")
+_NAMES = re.compile(r"%([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _RELEVANT = re.compile(r"=%|_computation| dot\(| convolution\(| custom-call\(|_groups=|_pairs=")
 _FLOPS = ("flops", 0)  # a key beside those of the collectives
@@ -83,7 +84,7 @@ def _tally(bodies: dict[str, str]) -> Costs:
         for line in filter(_RELEVANT.search, body.splitlines()):
             trips = _TRIPS.search(line)
             times = 1 if " while(" not in line else int(trips[1]) if trips else math.nan
-            branches = [total(branch) for branch in _branch_names(line)]
+            branches = [total(name) for text in _BRANCHES.findall(line) for name in _NAMES.findall(text)]
             dearest = {key: max(branch.get(key, 0) for branch in branches) for key in set().union(*branches)}
             called = [(total(other), times) for other in _CALLED.findall(line)]
             for part, often in [(_cost(line, body), 1), (dearest, 1), *called]:
@@ -92,11 +93,6 @@ def _tally(bodies: dict[str, str]) -> Costs:
         return tally
 
     return dict(total("ENTRY "))
-
-
-def _branch_names(line: str) -> list[str]:
-    names = [match[1] or match[2] for match in _BRANCHES.finditer(line)]
-    return [part.strip(" %") for name in names for part in name.split(",")]
 
 
 def _cost(line: str, body: str) -> Costs:
@@ -118,10 +114,8 @@ def _cost(line: str, body: str) -> Costs:
 def _convolution(line: str, shapes: list[list[int]]) -> int:
     labels = re.split("_|->", _attribute(line, r"dim_labels=(\S+?)[,\s]"))
     spatial = sorted(filter(str.isdigit, labels[0]))
-    specs = [
-        tuple(label.index(x) for x in (*ends, *spatial))
-        for label, ends in zip(labels, ("bf", "oi", "bf"), strict=True)
-    ]
+    ends = ("bf", "oi", "bf")
+    specs = [[*map(label.index, (*end, *spatial))] for label, end in zip(labels, ends, strict=True)]
     fields = dict(re.findall(r"(\w+)=([\dx_\-]+)", _attribute(line, r"window=\{([^}]*)\}")))
 
     def field(name: str, default: int) -> list[int]:
@@ -129,9 +123,8 @@ def _convolution(line: str, shapes: list[list[int]]) -> int:
             return [default] * len(spatial)
         return [int(pair.split("_")[0]) for pair in fields[name].split("x")]
 
-    axes = zip(
-        field("stride", 1), field("pad", 0), field("lhs_dilate", 1), field("rhs_dilate", 1), strict=True
-    )
+    names = {"stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}
+    axes = zip(*(field(*name) for name in names.items()), strict=True)
     groups = [int(_attribute(line, rf"{name}_group_count=(\d+)", "1")) for name in ("feature", "batch")]
     return conv_flops(shapes, ConvDimensionNumbers(*specs), list(axes), math.prod(groups))
 
@@ -143,8 +136,8 @@ def _attribute(line: str, pattern: str, default: str = "") -> str:
 
 def _types(operands: str, body: str) -> list[str]:
     """Types of an instruction's operands, from the lines of the same computation that define them."""
-    names = re.findall(r"%([\w.\-]+)", operands)
-    return [next(_INSTRUCTION.finditer(body, body.index(f"%{name} = ")))[1] for name in names]
+    places = [body.index(f"%{name} = ") for name in _NAMES.findall(operands)]
+    return [next(_INSTRUCTION.finditer(body, place))[1] for place in places]
 
 
 def _dims(text: str) -> list[int]:

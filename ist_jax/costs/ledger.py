@@ -9,7 +9,7 @@ import jax
 from ist_jax.costs import compiled, formula
 from ist_jax.costs.compiled import Executable
 from ist_jax.costs.sockets import Meter
-from ist_jax.costs.traced import Collective, collectives, sent
+from ist_jax.costs.traced import collectives, sent
 from ist_jax.costs.traffic import by_cause, round_traffic
 from ist_jax.data import Split
 from ist_jax.exchange.layout import AXIS
@@ -82,20 +82,20 @@ def ledger_of(subject: Subject) -> Ledger:
     figures = {"expected": formula.slot_parameters(layout), "hlo": numbers / trees / layout.dtype.itemsize}
     figures["paper"] = formula.subnet_parameters(layout) / layout.num_workers
     parameters = _row("parameters held", "parameters", "worker", **figures)
-    expected = round_traffic(subject.phases, layout)
+    expected = round_traffic(subject.phases, layout).sent
     compiled_bytes: Counter[str] = Counter()
     for name, phase in subject.phases.items():
         compiled_bytes.update(by_cause(phase.parts, texts[name].operands))
-    traffic = [
-        _row(
-            cause, "bytes", "worker and round", paper=subject.paper.get(cause, 0) / layout.num_workers,
-            expected=expected.sent.get(cause, 0) / workers, hlo=compiled_bytes[cause] / workers,
-        )
-        for cause in dict.fromkeys([*subject.paper, *expected.sent, *compiled_bytes])
-    ]  # fmt: skip
+    traffic = []
+    for cause in dict.fromkeys([*subject.paper, *expected, *compiled_bytes]):
+        figures = {"expected": expected.get(cause, 0) / workers, "hlo": compiled_bytes[cause] / workers}
+        figures["paper"] = subject.paper.get(cause, 0) / layout.num_workers
+        traffic.append(_row(cause, "bytes", "worker and round", **figures))
     total = {name: sum(row[name] for row in traffic) for name in ("paper", "expected", "hlo")}
     traffic.append(_row("round", "bytes", "worker and round", **total))
-    by_trace = sum(c.sent for c in _score_collectives(subject))
+    batches = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), subject.batches)
+    args, size = (subject.method.score, subject.state, batches), layout.num_devices
+    by_trace = sum(c.sent for c in collectives(*args, axis_name=AXIS, num_devices=size))
     score = compiled.read(subject.score.as_text()).operands  # type: ignore[arg-type]
     by_hlo = sum(sent(kind, operand, devices) for (kind, devices), operand in score.items())
     figures = {"expected": subject.chunks * by_trace / workers, "hlo": subject.chunks * by_hlo / workers}
@@ -106,13 +106,8 @@ def ledger_of(subject: Subject) -> Ledger:
     flops = sum(text.flops for text in texts.values()) / (workers * local_steps)
     by_formula = formula.step_flops(subject.recipe, subject.example, batch_size)
     step = _row("training step", "FLOPs", "worker and step", expected=by_formula, hlo=flops)
-    return {
-        "method": subject.name,
-        "num_workers": layout.num_workers,
-        "num_devices": layout.num_devices,
-        "columns": COLUMNS,
-        "rows": [parameters, *traffic, scoring, *memory, step],
-    }
+    about = {"method": subject.name, "num_workers": layout.num_workers, "num_devices": layout.num_devices}
+    return about | {"columns": COLUMNS, "rows": [parameters, *traffic, scoring, *memory, step]}
 
 
 def with_wire(table: Ledger, meter: Meter, *, phases: Sequence[str], workers: int) -> Ledger:
@@ -144,11 +139,12 @@ def _held(programs: Mapping[str, Executable]) -> dict[str, int]:
     every = [(path, size) for own in arguments for path, size in own.items()]
     state = {path: size for path, size in every if path.startswith("[0]") and size is not None}
     told = tuple(f".{field}" for field in Told._fields)
-    subnets = [
-        sum(size or 0 for path, size in own.items() if path.startswith("[1]") and not path.endswith(told))
-        for own in arguments
-    ]
-    return {"store": sum(state.values()), "subnets": max(subnets)}
+
+    def value(own: dict[str, int | None]) -> int:
+        """Bytes of what a phase is handed by the one before."""
+        return sum(x or 0 for path, x in own.items() if path.startswith("[1]") and not path.endswith(told))
+
+    return {"store": sum(state.values()), "subnets": max(map(value, arguments))}
 
 
 def _peak(program: Executable) -> int | None:
@@ -156,10 +152,3 @@ def _peak(program: Executable) -> int | None:
     if (m := program.memory_analysis()) is None:
         return None
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-
-
-def _score_collectives(subject: Subject) -> list[Collective]:
-    """Those of the evaluation of one call."""
-    batches = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), subject.batches)
-    score, devices = subject.method.score, subject.recipe.layout.num_devices
-    return collectives(score, subject.state, batches, axis_name=AXIS, num_devices=devices)

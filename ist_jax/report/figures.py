@@ -52,11 +52,8 @@ def accuracy_figures(series: Sequence[Series], bits_per_second: float) -> dict[s
         modelled = modelled_seconds(curve.seconds_local, curve.bytes_sent, bits_per_second)
         return {"examples": curve.examples / number, "bytes": curve.bytes_sent / size, "time": modelled}
 
-    labels = {
-        "examples": f"seen by all workers ({many})",
-        "bytes": f"sent by a worker ({unit})",
-        "time": "modelled time (s)",
-    }
+    labels = {"examples": f"seen by all workers ({many})", "bytes": f"sent by a worker ({unit})"}
+    labels["time"] = "modelled time (s)"
     figures = {name: _figure(label, "test accuracy (%)") for name, label in labels.items()}
     for index, one in enumerate(series):
         runs = [(curve, True) for curve in one.curves()] if len(one.runs) > 1 else []
