@@ -28,12 +28,12 @@ def read_image(path: str) -> "Image.Image":
     Raises:
       ValueError: the file is missing or not an image.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
             return image.copy()
-    except (OSError, UnidentifiedImageError) as error:
+    except OSError as error:
         raise ValueError(f"cannot read {path} as an image: {error}") from None
 
 
@@ -107,8 +107,8 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
         return jax.nn.softmax(cast(jax.Array, logits))
 
     shape = run.inputs.task.example.shape[1:] if images else ()  # type: ignore[union-attr]
-    as_square = functools.partial(to_example, shape=shape)
-    fit = inputs.make_transform(run.inputs.wanted).centre if encoded else as_square
+    resized = functools.partial(to_example, shape=shape)
+    fit = inputs.make_transform(run.inputs.wanted).centre if encoded else resized
     for name, picture in zip(images, pictures, strict=True):
         batch = {"image": fit(picture)[None], "label": np.zeros(1, np.int32)}
         probabilities = np.asarray(predict(variables, batch))[0]

@@ -23,6 +23,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_i
 from jax.lax import ConvDimensionNumbers
 from jaxtyping import PyTree
 
+Lists = Sequence[Sequence[int]]
 _KINDS = {
     "all_gather": "all-gather",
     "all_gather_invariant": "all-gather",
@@ -185,9 +186,7 @@ def _conv(eqn: JaxprEqn) -> int:
     return conv_flops(shapes, params["dimension_numbers"], list(axes), groups)
 
 
-def conv_flops(
-    shapes: Sequence[Sequence[int]], numbers: ConvDimensionNumbers, axes: Sequence[Sequence[int]], groups: int
-) -> int:
+def conv_flops(shapes: Lists, numbers: ConvDimensionNumbers, axes: Lists, groups: int) -> int:
     """FLOPs of a convolution, products with the zeros of padding and dilation left out.
 
     Args:
