@@ -1,6 +1,7 @@
 """Command lines: a mistake of the user is one line and exit code 2, never a traceback."""
 
 import contextlib
+import datetime
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,22 +37,16 @@ def define_config(values: flags.FlagValues, argv: Sequence[str], default: str | 
         config = _load_config(path)
         for key in re.findall(r"^--?(?:no)?config\.([\w.]+)", "\n".join(argv[1:]), re.M):
             _check_key(config, key)
-    config_flags.DEFINE_config_file(
-        "config",
-        default,
+    text = (
         "experiment, such as configs/resnet.py or configs/resnet.py:smoke; every key of it is a flag "
-        "(--config.num_workers=8), listed by --config=FILE --help",
-        flag_values=values,
-        sys_argv=list(argv),
+        "(--config.num_workers=8), listed by --config=FILE --help"
     )
+    config_flags.DEFINE_config_file("config", default, text, flag_values=values, sys_argv=list(argv))
 
 
 def _config_path(argv: Sequence[str], default: str | None) -> str | None:
-    words = [
-        part for word in argv[1:] for part in (word.split("=", 1) if word.startswith("--config=") else [word])
-    ]
-    chosen = words[words.index("--config") + 1 :][:1] if "--config" in words else []
-    return (*chosen, default)[0]
+    given = re.search(r"^--config[=\n](.*)", "\n".join(argv[1:]), re.M)
+    return given[1] if given else default
 
 
 def _load_config(path: str) -> config_dict.ConfigDict:
@@ -72,14 +67,16 @@ def _load_config(path: str) -> config_dict.ConfigDict:
 def _check_key(config: config_dict.ConfigDict, key: str) -> None:
     level = config
     for part in key.split("."):
-        if not isinstance(level, config_dict.ConfigDict) or part not in level:
-            keys = sorted(level) if isinstance(level, config_dict.ConfigDict) else []
+        keys = sorted(level) if isinstance(level, config_dict.ConfigDict) else []
+        if part not in keys:
             hint = did_you_mean(part, keys)
             raise fail(f"unknown key config.{key}; {hint}keys there: {', '.join(keys) or 'none'}")
         level = level[part] if level.get_type(part) is not type(None) else None
 
 
-def parse(values: flags.FlagValues, argv: Sequence[str], usage: str, *, required: Sequence[str]) -> list[str]:
+def parse(
+    values: flags.FlagValues, argv: Sequence[str], usage: str, *, required: Sequence[str], more: bool = False
+) -> list[str]:
     """Parses flags and returns the other arguments.
 
     Args:
@@ -87,6 +84,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str], usage: str, *, required
       argv: the command line, the program's name first.
       usage: a line for --help and for mistakes.
       required: names of flags that must be given.
+      more: other arguments may be given.
 
     Raises:
       SystemExit: 0 after --help, 2 after a mistake.
@@ -110,4 +108,12 @@ def parse(values: flags.FlagValues, argv: Sequence[str], usage: str, *, required
     for name in required:
         if values[name].value is None:
             raise fail(f"--{name} is missing; usage: {usage}")
+    if rest and not more:
+        raise fail(f"unexpected argument {rest[0]!r}; usage: {usage}")
     return rest
+
+
+def new_workdir(values: flags.FlagValues, prefix: str, time: str) -> Path:
+    """The folder that --workdir names; without it a new one under runs/, by config and time."""
+    name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
+    return Path(values.workdir or f"runs/{prefix}{name}-{datetime.datetime.now():{time}}")

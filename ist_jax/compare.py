@@ -9,17 +9,17 @@ last evaluation), seconds (of all rounds, evaluation included) and bytes (of a w
 and the runs' folders; DIR/report.html draws them.
 """
 
-import datetime
 import json
 import logging
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
-from ml_collections import config_dict, config_flags
+from ml_collections import ConfigDict
 
 from ist_jax import cli, errors
 from ist_jax.key import FILE
@@ -34,20 +34,11 @@ log = logging.getLogger("ist_jax.compare")  # also where this file is the comman
 
 USAGE = "python -m ist_jax.compare --config=FILE[:MODE] [--methods=LIST] [--seeds=N] [--workdir=DIR]"
 # Keys of compare.json and of the summary that they come from.
-_FIGURES = {
-    "accuracy": "test_accuracy",
-    "seconds": "seconds_total",
-    "bytes": "bytes_exchanged_per_worker",
-}
+_FIGURES = {"accuracy": "test_accuracy", "seconds": "seconds_total", "bytes": "bytes_exchanged_per_worker"}
 
 
 def compare(
-    config: config_dict.ConfigDict,
-    workdir: Path,
-    *,
-    methods: Sequence[str],
-    seeds: int,
-    model: "nn.Module | None" = None,
+    config: ConfigDict, workdir: Path, *, methods: Sequence[str], seeds: int, model: "nn.Module | None" = None
 ) -> "dict[str, Json]":
     """Trains every method with every seed, and writes what compare.json holds.
 
@@ -72,8 +63,7 @@ def compare(
 
     if len({_folder_name(method) for method in methods}) < len(methods):
         raise ValueError(f"two of the methods {', '.join(methods)} have one name; give one of them another")
-    folders: dict[str, list[Path]] = {method: [] for method in methods}
-    summaries: dict[str, list[dict[str, Json]]] = {method: [] for method in methods}
+    runs: dict[str, dict[Path, dict[str, Json]]] = {method: {} for method in methods}
     starts = {}
     for seed in range(config.seed, config.seed + seeds):
         for method in methods:
@@ -81,19 +71,18 @@ def compare(
             own.method, own.seed = method, seed
             folder = workdir / f"{_folder_name(method)}-{seed}"
             log.info("compare: %s, seed %d", method, seed)
-            summaries[method].append(train.train(own, folder, model, started=_note_start(folder)))
-            folders[method].append(folder)
-        starts[str(seed)] = _common_start([folders[method][-1] for method in methods])
-    result = {
-        "methods": {
-            method: {name: _spread([run[key] for run in summaries[method]]) for name, key in _FIGURES.items()}
-            | {"runs": [folder.name for folder in folders[method]]}
-            for method in methods
-        },
-        "start": starts,
+            runs[method][folder] = train.train(own, folder, model, started=partial(_note_start, folder))
+        starts[str(seed)] = _common_start([list(folders)[-1] for folders in runs.values()])
+    figures = {
+        method: {
+            name: _spread([summary[key] for summary in folders.values()]) for name, key in _FIGURES.items()
+        }
+        | {"runs": [folder.name for folder in folders]}
+        for method, folders in runs.items()
     }
+    result = {"methods": figures, "start": starts}
     files.write_json(workdir / "compare.json", result)
-    page.write_report([folder for method in methods for folder in folders[method]], workdir / "report.html")
+    page.write_report([folder for folders in runs.values() for folder in folders], workdir / "report.html")
     return result
 
 
@@ -102,8 +91,8 @@ def _folder_name(method: str) -> str:
     return Path(method).name.replace(".py:", "-")
 
 
-def start_of(run: "Run") -> dict[str, str]:
-    """Hashes of what a run begins with: its parameters, and the examples of its first and last round."""
+def _note_start(folder: Path, run: "Run") -> None:
+    """Writes hashes of what a run begins with: parameters, and the examples of its first and last round."""
     import hashlib
 
     from ist_jax.data import batches
@@ -114,21 +103,17 @@ def start_of(run: "Run") -> dict[str, str]:
     size = {"local_steps": settings["local_steps"], "batch_size": settings["batch_size"]}
     for index in (0, run.schedule.rounds - 1):
         digest.update(batches.train_indices(settings["seed"], index, run.feed.shards, **size).tobytes())
-    return {
-        "params_sha256": files.params_sha256(iter_leaves(run.layout, run.state.params)),
-        "examples_sha256": digest.hexdigest(),
-    }
+    params = files.params_sha256(iter_leaves(run.layout, run.state.params))
+    start = {"params_sha256": params, "examples_sha256": digest.hexdigest()}
+    files.write_json(folder / "start.json", start)
 
 
 def table(result: "Mapping[str, Json]") -> str:
     """The comparison for people: means, and the least and most over the seeds."""
     lines = [f"{'':14}{'test accuracy %':>26}{'seconds':>26}{'MB per worker':>16}"]
     for method, figures in result["methods"].items():
-        accuracy, seconds = (figures[name] for name in ("accuracy", "seconds"))
-        lines.append(
-            f"{method:14}{_text(accuracy, 100, 2):>26}{_text(seconds, 1, 1):>26}"
-            f"{figures['bytes']['mean'] / 1e6:16,.2f}"
-        )
+        accuracy, seconds = _text(figures["accuracy"], 100, 2), _text(figures["seconds"], 1, 1)
+        lines.append(f"{method:14}{accuracy:>26}{seconds:>26}{figures['bytes']['mean'] / 1e6:16,.2f}")
     return "\n".join(lines)
 
 
@@ -139,15 +124,6 @@ def _text(figure: Mapping[str, float], factor: float, digits: int) -> str:
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
-
-
-def _note_start(folder: Path) -> "Callable[[Run], None]":
-    def note(run: "Run") -> None:
-        from ist_jax.workdir import files
-
-        files.write_json(folder / "start.json", start_of(run))
-
-    return note
 
 
 def _common_start(folders: Sequence[Path]) -> dict[str, str]:
@@ -166,22 +142,17 @@ def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     values = flags.FlagValues()
     cli.define_config(values, argv, None)
-    flags.DEFINE_list("methods", None, "methods to compare; default: all", flag_values=values)
+    flags.DEFINE_list("methods", None, "methods to compare; default: all", values)
     flags.DEFINE_integer("seeds", 3, "runs of each method", flag_values=values, lower_bound=1)
-    flags.DEFINE_string(
-        "workdir", None, "folder for the runs; default: a new one under runs/", flag_values=values
-    )
-    rest = cli.parse(values, argv, USAGE, required=["config"])
-    if rest:
-        raise errors.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
+    flags.DEFINE_string("workdir", None, "folder for the runs; default: a new one under runs/", values)
+    cli.parse(values, argv, USAGE, required=["config"])
     from ist_jax.methods import METHODS  # JAX starts here
 
     methods = list(METHODS) if values.methods is None else list(dict.fromkeys(values.methods))
     unknown = [method for method in methods if method not in METHODS and not FILE.fullmatch(method)]
     if unknown or not methods:
-        raise errors.fail(
-            f"--methods={','.join(methods)}; give some of {', '.join(METHODS)}, or FILE.py:NAME"
-        )
+        known = ", ".join(METHODS)
+        raise errors.fail(f"--methods={','.join(methods)}; give some of {known}, or FILE.py:NAME")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("ist_jax").setLevel(logging.INFO)
 
@@ -191,18 +162,14 @@ def main(argv: list[str]) -> int:
     from ist_jax.runtime import signals
     from ist_jax.workdir.lock import check_writable
 
-    name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
-    default = Path("runs") / f"compare-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    workdir = Path(values.workdir) if values.workdir else default
+    workdir = cli.new_workdir(values, "compare-", "%Y%m%d-%H%M%S")
     try:
-        with signals.handled(deferred=False), logging_redirect_tqdm():
+        with cli.errors(ValueError), signals.handled(deferred=False), logging_redirect_tqdm():
             check_writable(workdir)
             result = compare(values.config, workdir, methods=methods, seeds=values.seeds)
     except signals.Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code
-    except ValueError as error:
-        raise errors.fail(str(error)) from error
     except (train.Diverged, OSError) as error:  # such as a full disk: no mistake in the command
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ist_jax.data import Split
     from ist_jax.masking import Params
 
+USAGE = "python -m ist_jax.evaluate --workdir=DIR [--data_dir=DIR] [IMAGE ...]"
 _CALIBRATION_BATCHES = 32
 
 
@@ -27,12 +28,12 @@ def read_image(path: str) -> "Image.Image":
     Raises:
       ValueError: the file is missing or not an image.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
             return image.copy()
-    except (OSError, UnidentifiedImageError) as error:
+    except OSError as error:
         raise ValueError(f"cannot read {path} as an image: {error}") from None
 
 
@@ -72,9 +73,8 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
 
     config = configs.restore(files.read_config(workdir))
     if (custom := files.read_summary(workdir)["custom_model"]) is not None:
-        raise ValueError(
-            f"{workdir} holds a model of your own, {custom.split('(')[0]}: evaluate it from Python"
-        )
+        name = custom.split("(")[0]
+        raise ValueError(f"{workdir} holds a model of your own, {name}: evaluate it from Python")
     config.num_devices = 0
     if data_dir is not None:
         config.data.dir = data_dir
@@ -90,17 +90,14 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
 
     chosen = inputs.calibration_batches(run.inputs, _CALIBRATION_BATCHES)
     shown = (run.inputs.task.eval_fn(batch)[0] for batch in chosen)
-    variables = {
-        "params": params,
-        "batch_stats": scoring.estimate_batch_stats(run.model, params, shown, run.scale),
-    }
-
+    statistics = scoring.estimate_batch_stats(run.model, params, shown, run.scale)
+    variables = {"params": params, "batch_stats": statistics}
     score_fn = jax.jit(functools.partial(scoring.score_batch, run.model, run.inputs.task, run.scale))
     sums = []
     for chunk in run.splits["test"].chunks:
         flat = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), chunk)
-        for number in range(len(flat["weight"])):
-            sums.append(score_fn(variables, jax.tree.map(itemgetter(number), flat)))
+        batches = (jax.tree.map(itemgetter(number), flat) for number in range(len(flat["weight"])))
+        sums += [score_fn(variables, batch) for batch in batches]
     score = scoring.total_score(run.inputs.task, np.stack(sums))
     print(f"test {score} with BatchNorm statistics re-estimated on training batches")
 
@@ -110,17 +107,13 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
         return jax.nn.softmax(cast(jax.Array, logits))
 
     shape = run.inputs.task.example.shape[1:] if images else ()  # type: ignore[union-attr]
+    resized = functools.partial(to_example, shape=shape)
+    fit = inputs.make_transform(run.inputs.wanted).centre if encoded else resized
     for name, picture in zip(images, pictures, strict=True):
-        if encoded:
-            example = inputs.make_transform(run.inputs.wanted).centre(picture)
-        else:
-            example = to_example(picture, shape)
-        batch = {"image": example[None], "label": np.zeros(1, np.int32)}
+        batch = {"image": fit(picture)[None], "label": np.zeros(1, np.int32)}
         probabilities = np.asarray(predict(variables, batch))[0]
-        best = probabilities.argsort()[::-1][:3]
-        print(
-            f"{name}: " + ", ".join(f"{run.inputs.dataset.classes[k]} {probabilities[k]:.1%}" for k in best)
-        )
+        best, classes = probabilities.argsort()[::-1][:3], run.inputs.dataset.classes
+        print(f"{name}: " + ", ".join(f"{classes[k]} {probabilities[k]:.1%}" for k in best))
 
 
 def main(argv: list[str]) -> int:
@@ -128,12 +121,7 @@ def main(argv: list[str]) -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder of a finished run", flag_values=values)
     flags.DEFINE_string("data_dir", None, "of the data, if they have moved", flag_values=values)
-    images = cli.parse(
-        values,
-        argv,
-        "python -m ist_jax.evaluate --workdir=DIR [--data_dir=DIR] [IMAGE ...]",
-        required=["workdir"],
-    )
+    images = cli.parse(values, argv, USAGE, required=["workdir"], more=True)
     with cli.errors():
         evaluate_workdir(Path(values.workdir), images, values.data_dir)
     return 0

@@ -7,7 +7,6 @@ The same command on the same --workdir goes on from the newest intact checkpoint
 """
 
 import contextlib
-import datetime
 import logging
 import re
 import sys
@@ -15,7 +14,7 @@ import traceback
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_dict, config_flags
+from ml_collections import config_dict
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ist_jax import cli, errors
@@ -27,28 +26,19 @@ def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     values = flags.FlagValues()
     cli.define_config(values, argv, None)
+    flags.DEFINE_string("workdir", None, "folder for the results; default: a new one under runs/", values)
     flags.DEFINE_string(
-        "workdir", None, "folder for the results; default: a new one under runs/", flag_values=values
-    )
-    flags.DEFINE_string(
-        "coordinator", None, "host:port of process 0, where a run has several processes", flag_values=values
+        "coordinator", None, "host:port of process 0, where a run has several processes", values
     )
     flags.DEFINE_integer("num_processes", None, "how many processes there are", flag_values=values)
     flags.DEFINE_integer("process_id", None, "the number of this one, from 0", flag_values=values)
-    flags.DEFINE_boolean(
-        "distributed", False, "several processes, found through SLURM, Open MPI, Kubernetes or a TPU pod",
-        flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_boolean(
-        "tensorboard", False, "write event files to the folder's tensorboard/, too", flag_values=values
-    )
+    pod = "several processes, found through SLURM, Open MPI, Kubernetes or a TPU pod"
+    flags.DEFINE_boolean("distributed", False, pod, values)
+    flags.DEFINE_boolean("tensorboard", False, "write event files to the folder's tensorboard/, too", values)
     flags.DEFINE_integer(
-        "profile", 0, "rounds, after the first, to trace to the folder's profile/", lower_bound=0,
-        flag_values=values,
-    )  # fmt: skip
-    rest = cli.parse(values, argv, USAGE, required=["config"])
-    if rest:
-        raise errors.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
+        "profile", 0, "rounds, after the first, to trace to the folder's profile/", 0, flag_values=values
+    )
+    cli.parse(values, argv, USAGE, required=["config"])
     several = [values.coordinator, values.num_processes, values.process_id]
     if None in several and several != [None] * 3:
         raise errors.fail("--coordinator, --num_processes and --process_id go together")
@@ -57,77 +47,58 @@ def main(argv: list[str]) -> int:
     spans = values.distributed or None not in several
     if spans and not values.workdir:
         raise errors.fail("several processes need a --workdir that all of them see")
-    name = Path(config_flags.get_config_filename(values["config"]).split(":")[0]).stem
-    default = Path("runs") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
-    workdir = Path(values.workdir) if values.workdir else default
+    workdir = cli.new_workdir(values, "", "%Y%m%d-%H%M%S-%f")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # JAX starts here, after the flags are known to be right
     from ist_jax import train
+    from ist_jax.config import check
     from ist_jax.runtime import processes, signals
 
-    agreed = True  # that the run ends here, in all of its processes
+    config = values.config
+    code, agreed = 1, False  # that the run ends here, in all of its processes
     try:
         with signals.handled(deferred=False):
             if spans:
-                connect(values.config, several)
-            run_once(values.config, workdir, tensorboard=values.tensorboard, profile=values.profile)
-        code = 0
+                with cli.errors():
+                    check(config)
+                    processes.start(*several, lost_after=config.lost_after, stuck_after=config.stuck_after)
+            run_once(config, workdir, tensorboard=values.tensorboard, profile=values.profile)
+        code, agreed = 0, True
     except signals.Interrupted as stop:
         print(stop, file=sys.stderr)
         code, agreed = stop.exit_code, stop.agreed
     except (train.Diverged, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        code, agreed = 1, isinstance(error, train.Diverged)
+        agreed = isinstance(error, train.Diverged)
     except SystemExit as mistake:
         if not processes.is_started():
             raise
-        code, agreed = int(mistake.code or 0), False
+        code = int(mistake.code or 0)
     except Exception as error:
         if not processes.is_started():
             raise
         if processes.is_of_jax(error):
             processes.explain()  # ends this process, if another one is lost
         traceback.print_exc()
-        code, agreed = 1, False
     if processes.is_started() and not agreed:
         processes.leave(code)  # the others wait in a collective, and notice
     processes.stop()
     return code
 
 
-def connect(config: config_dict.ConfigDict, several: list) -> None:
-    """Joins the other processes of a run."""
-    from ist_jax.config import check
-    from ist_jax.runtime import processes
-
-    with cli.errors():
-        check(config)
-        processes.start(*several, lost_after=config.lost_after, stuck_after=config.stuck_after)
-
-
 def run_once(config: config_dict.ConfigDict, workdir: Path, *, tensorboard: bool, profile: int) -> None:
     """Trains, or goes on training, unless it is done already."""
-    from ist_jax import config as configs
     from ist_jax import train
     from ist_jax.partition import BrokenDeal
-    from ist_jax.runtime import observers, processes, record, setup
-    from ist_jax.workdir import lock, resume
+    from ist_jax.runtime import observers, processes
 
     leads = processes.number() == 0
     logging.getLogger("ist_jax").setLevel(logging.INFO if leads else logging.WARNING)
     with contextlib.ExitStack() as claim:
         with cli.errors(ValueError):  # an OSError is no mistake where results are written
-            if (summary := resume.find_finished(configs.record(config), workdir)) is not None:
-                logging.getLogger("ist_jax").info(record.last_line(summary))
-                return
-            if leads:
-                claim.enter_context(lock.claimed(workdir))
-            with errors.reading():
-                start = processes.first_alone(lambda: resume.find_start(workdir), "the checkpoints")
-                run = setup.set_up(config, start=start)
-            if leads:
-                resume.open_workdir(run.settings, workdir, start)
-            processes.meet("the folder")
+            run = train.begin(config, workdir, claim)
+        if run is None:
+            return
         opened = observers.open_observers(
             workdir, tensorboard=tensorboard and leads, profile=profile if leads else 0
         )

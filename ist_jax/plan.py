@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from ist_jax import BANDWIDTHS, cli, errors
+from ist_jax import BANDWIDTHS, cli
 
 if TYPE_CHECKING:
-    from ist_jax import data
+    from ist_jax import data, task
     from ist_jax.workdir.files import Json
 
 USAGE = (
@@ -60,51 +60,42 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
     Raises:
       ValueError: a setting that cannot work, or facts that lack; the message names the key.
     """
-    from ist_jax import task
     from ist_jax.config import build_model, check
-    from ist_jax.costs import formula
-    from ist_jax.costs.traffic import round_traffic
+    from ist_jax.costs import formula, traffic
     from ist_jax.runtime import setup
 
     check(config)
     if facts.example is None or facts.num_classes is None:
         raise ValueError(f"what data.name={config.data.name!r} holds is not known before it is opened")
-    if facts.sparse:
-        shown = task.multi_label(facts.example[0])
-    else:
-        shown = task.classification(lambda x: x.astype("float32"), facts.example, pad=0, flip=False)
+    (shown, data), entry = _shown(facts), setup.method_of(config)
     model = build_model(config, facts.num_classes)
     recipe = setup.make_recipe(config, model, shown, config.num_devices or config.num_workers)
-    layout, entry = recipe.layout, setup.method_of(config)
-    phases = setup.trace_round(entry, recipe, _one_example(facts), config.local_steps, config.batch_size)
-    traffic, workers = round_traffic(phases, layout), layout.workers_per_device
+    phases = setup.trace_round(entry, recipe, data, config.local_steps, config.batch_size)
+    moved, workers = traffic.round_traffic(phases, recipe.layout), recipe.layout.workers_per_device
     return Cost(
-        params_per_worker=formula.largest_subnet(layout),
-        paper_gigabytes_per_round=sum(traffic.paper.values()) / 1e9,
-        wire_bytes_per_worker_per_round=sum(traffic.sent.values()) / workers,
+        params_per_worker=formula.largest_subnet(recipe.layout),
+        paper_gigabytes_per_round=sum(moved.paper.values()) / 1e9,
+        wire_bytes_per_worker_per_round=sum(moved.sent.values()) / workers,
         state_bytes_per_worker=sum(formula.memory(recipe, phases)) / workers,
         flops_per_worker_per_step=formula.step_flops(recipe, shown.example, config.batch_size),
     )
 
 
-def _one_example(facts: "data.Facts") -> "data.Split":
-    """Shapes of a training set of one example."""
-    import jax
+def _shown(facts: "data.Facts") -> "tuple[task.Task, data.Split]":
+    """What is learned from a data set, and a training set of one example of it."""
     import numpy as np
-    from jax.typing import DTypeLike
 
+    from ist_jax import task
     from ist_jax.data.sparse import Rows
 
-    def shape(*sizes: int, dtype: DTypeLike = np.int32) -> jax.Array:
-        return jax.ShapeDtypeStruct(sizes, dtype)  # type: ignore[return-value]  # it stands for an array
-
+    shape, label = facts.example or (), np.zeros(1, np.int32)
     if not facts.sparse:
-        return {"image": shape(1, *facts.example, dtype=np.uint8), "label": shape(1)}  # type: ignore[misc]
-    features, classes = facts.example[0], facts.num_classes  # type: ignore[index]
-    return {
-        "feature": Rows(shape(2), shape(1), shape(1, dtype=np.float32), features, longest=1),
-        "label": Rows(shape(2), shape(1), None, classes, longest=1),  # type: ignore[arg-type]
-    }
+        one = {"image": np.zeros((1, *shape), np.uint8), "label": label}
+        return task.classification(lambda x: x.astype("float32"), shape, pad=0, flip=False), one  # type: ignore[return-value]
+    start, value = np.zeros(2, np.int32), np.zeros(1, np.float32)
+    feature = Rows(start, label, value, shape[0], longest=1)
+    several = Rows(start, label, None, facts.num_classes or 0, longest=1)
+    return task.multi_label(shape[0]), {"feature": feature, "label": several}
 
 
 def plan(
@@ -132,9 +123,8 @@ def plan(
         if not setup.method_of(own).exchanges:
             own.exchange.codec = "none"
         costs[method] = predict(own, facts)
-    workers = config.num_workers
+    workers, rounds = config.num_workers, config.rounds
     devices = config.num_devices or workers
-    rounds = config.rounds
     if facts.num_train is not None:
         held_out = batches.count_held_out(facts.num_train, config.data.validation)
         rounds = setup.make_schedule(config, facts.num_train - held_out).rounds
@@ -144,18 +134,12 @@ def plan(
         sending = 8 * cost.wire_bytes_per_worker_per_round / bandwidth
         return workers // devices * (computing + sending)
 
-    return {method: _whole(cost) for method, cost in costs.items()} | {
-        "seconds_per_round": {m: [seconds(cost, b) for b in bandwidths] for m, cost in costs.items()},
-        "setting": {
-            "num_workers": workers,
-            "num_devices": devices,
-            "local_steps": config.local_steps,
-            "batch_size": config.batch_size,
-            "rounds": rounds,
-            "bits_per_second": list(bandwidths),
-            "flops_per_second": flops,
-        },
-    }
+    times = {method: [seconds(cost, b) for b in bandwidths] for method, cost in costs.items()}
+    setting = {"num_workers": workers, "num_devices": devices, "local_steps": config.local_steps}
+    setting |= {"batch_size": config.batch_size, "rounds": rounds}
+    setting |= {"bits_per_second": list(bandwidths), "flops_per_second": flops}
+    planned = {method: _whole(cost) for method, cost in costs.items()}
+    return planned | {"seconds_per_round": times, "setting": setting}
 
 
 def _whole(cost: Cost) -> dict[str, float]:
@@ -166,22 +150,19 @@ def _whole(cost: Cost) -> dict[str, float]:
 def table(planned: "dict[str, Json]") -> str:
     """The plan for people, at most 100 columns wide with up to 6 bandwidths."""
     setting, times = planned["setting"], planned["seconds_per_round"]
+    rounds = f"{setting['rounds']:,} rounds" if setting["rounds"] else "rounds"
     lines = [
         f"{setting['num_workers']} workers on {setting['num_devices']} devices, "
-        + (f"{setting['rounds']:,} rounds of " if setting["rounds"] else "rounds of ")
-        + f"{setting['local_steps']} local steps on {setting['batch_size']} examples each",
+        f"{rounds} of {setting['local_steps']} local steps on {setting['batch_size']} examples each",
         "",
         f"{'':14}{'parameters':>16}{'GB of all':>14}{'MB sent':>14}{'MB of state':>14}{'GFLOP':>14}",
         f"{'':14}{'a worker':>16}{'a round':>14}{'a worker':>14}{'a worker':>14}{'a worker':>14}",
         f"{'':14}{'(largest)':>16}{'(papers)':>14}{'and round':>14}{'':>14}{'and step':>14}",
     ]
     for method in times:
-        cost = Cost(**planned[method])
-        lines.append(
-            f"{method:14}{cost.params_per_worker:16,}{cost.paper_gigabytes_per_round:14,.3f}"
-            f"{cost.wire_bytes_per_worker_per_round / 1e6:14,.2f}{cost.state_bytes_per_worker / 1e6:14,.1f}"
-            f"{cost.flops_per_worker_per_step / 1e9:14,.3f}"
-        )
+        params, paper, wire, state, step = Cost(**planned[method])
+        sizes = f"{params:16,}{paper:14,.3f}{wire / 1e6:14,.2f}{state / 1e6:14,.1f}{step / 1e9:14,.3f}"
+        lines.append(f"{method:14}{sizes}")
     rate = f"{setting['flops_per_second'] / 1e12:g} TFLOP/s"
     lines += ["", f"seconds a round of a device that computes at {rate} and whose link carries"]
     lines.append(f"{'':14}" + "".join(f"{b / 1e9:9g} Gb/s" for b in setting["bits_per_second"]))
@@ -193,32 +174,25 @@ def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     values = flags.FlagValues()
     cli.define_config(values, argv, None)
-    flags.DEFINE_boolean("json", False, "print JSON instead of a table", flag_values=values)
-    flags.DEFINE_list(
-        "bandwidth", [f"{b:g}" for b in BANDWIDTHS], "of a device's link, in bits per second each way",
-        flag_values=values,
-    )  # fmt: skip
+    flags.DEFINE_boolean("json", False, "print JSON instead of a table", values)
+    usual = [f"{b:g}" for b in BANDWIDTHS]
+    flags.DEFINE_list("bandwidth", usual, "of a device's link, in bits per second each way", values)
     flags.DEFINE_float("flops", _FLOPS, "that a device sustains, per second", flag_values=values)
-    flags.DEFINE_list(
-        "example", [], "shape of an example, of a data set that is not known: 32,32,3", flag_values=values
-    )
+    flags.DEFINE_list("example", [], "shape of an example, of a data set that is not known: 32,32,3", values)
     flags.DEFINE_integer("classes", 0, "classes of such a data set", lower_bound=0, flag_values=values)
-    rest = cli.parse(values, argv, USAGE, required=["config"])
-    if rest:
-        raise errors.fail(f"unexpected argument {rest[0]!r}; usage: {USAGE}")
+    cli.parse(values, argv, USAGE, required=["config"])
     with cli.errors():
         bandwidths = _positive("bandwidth", values.bandwidth)
-        (rate,) = _positive("flops", [values.flops])
-        config = values.config
+        (rate,) = _positive("flops", [str(values.flops)])
         sizes = _positive("example", values.example)
         if any(size % 1 for size in sizes):
             raise ValueError(f"--example={','.join(values.example)}: whole numbers are needed")
-        facts = _facts(config, [int(size) for size in sizes], values.classes)
+        facts = _facts(values.config, [int(size) for size in sizes], values.classes)
 
         import jax
 
         jax.config.update("jax_platforms", "cpu")  # shapes need no accelerator
-        planned = plan(config, facts, bandwidths=bandwidths, flops=rate)
+        planned = plan(values.config, facts, bandwidths=bandwidths, flops=rate)
     if values.json:
         print(json.dumps(planned, indent=2))
     else:
@@ -226,14 +200,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _positive(flag: str, texts: Sequence[str | float]) -> list[float]:
+def _positive(flag: str, texts: Sequence[str]) -> list[float]:
+    said = f"--{flag}={','.join(texts)}"
     try:
         numbers = [float(text) for text in texts]
     except ValueError:
-        said = ",".join(texts)  # type: ignore[arg-type]  # a number is one
-        raise ValueError(f"--{flag}={said}: numbers are needed, separated by commas") from None
+        raise ValueError(f"{said}: numbers are needed, separated by commas") from None
     if not all(0 < number < math.inf for number in numbers):
-        raise ValueError(f"--{flag}={','.join(map(str, texts))}: numbers above 0 are needed")
+        raise ValueError(f"{said}: numbers above 0 are needed")
     return numbers
 
 

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jaxtyping import PyTree
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from ist_jax import config as configs
 from ist_jax import errors
@@ -27,13 +27,12 @@ from ist_jax.workdir.files import Json, Record
 
 log = logging.getLogger(__name__)
 
+Records = Sequence[Record]
+Started = Callable[[Run], None]
+
 
 def train(
-    config: config_dict.ConfigDict,
-    workdir: str | Path,
-    model: nn.Module | None = None,
-    *,
-    started: Callable[[Run], None] | None = None,
+    config: ConfigDict, workdir: str | Path, model: nn.Module | None = None, *, started: Started | None = None
 ) -> dict[str, Json]:
     """Trains a model and writes its results.
 
@@ -51,17 +50,41 @@ def train(
       OSError: results could not be written.
     """
     workdir = Path(workdir)
-    if (summary := resume.find_finished(configs.record(config), workdir, model)) is not None:
-        log.info(record.last_line(summary))
-        return summary
-    with lock.claimed(workdir):
-        with errors.reading():
-            start = resume.find_start(workdir, model)
-            run = set_up(config, model, start=start)
-        resume.open_workdir(run.settings, workdir, start)
-        if started is not None and start is None:
+    with ExitStack() as claim:
+        run = begin(config, workdir, claim, model)
+        if run is None:
+            return files.read_summary(workdir)
+        if started is not None and run.schedule.first == 0:
             started(run)
         return run_rounds(run, workdir, custom_model=model)
+
+
+def begin(config: ConfigDict, workdir: Path, claim: ExitStack, model: nn.Module | None = None) -> Run | None:
+    """Sets a run up in its folder, or what remains of it; None: it is finished already.
+
+    Args:
+      config: as from `configs/`.
+      workdir: the folder.
+      claim: keeps other runs out of the folder until it is closed.
+      model: as for `train`.
+
+    Raises:
+      ValueError: a setting, data set or folder that cannot work; the message names the key.
+      OSError: the folder could not be written to.
+    """
+    if (summary := resume.find_finished(configs.record(config), workdir, model)) is not None:
+        log.info(record.last_line(summary))
+        return None
+    leads = processes.number() == 0
+    if leads:
+        claim.enter_context(lock.claimed(workdir))
+    with errors.reading():
+        start = processes.first_alone(lambda: resume.find_start(workdir, model), "the checkpoints")
+        run = set_up(config, model, start=start)
+    if leads:
+        resume.open_workdir(run.settings, workdir, start)
+    processes.meet("the folder")
+    return run
 
 
 class Diverged(RuntimeError):
@@ -69,10 +92,7 @@ class Diverged(RuntimeError):
 
 
 def run_rounds(
-    run: Run,
-    workdir: Path,
-    custom_model: nn.Module | None = None,
-    observers: Sequence[Observer] = (),
+    run: Run, workdir: Path, custom_model: nn.Module | None = None, observers: Sequence[Observer] = ()
 ) -> dict[str, Json]:
     """Trains for the rounds that remain, writing metrics and checkpoints as they come, then the summary.
 
@@ -100,8 +120,8 @@ def run_rounds(
     stuck, signum = None, 0
     with ExitStack() as stack:
         request = stack.enter_context(signals.handled(deferred=True))
-        for opened in (writer, run.feed):
-            stack.enter_context(closing(opened))
+        stack.enter_context(closing(writer))
+        stack.enter_context(closing(run.feed))
         if leads:
             bar = show_progress(schedule.rounds, run.name, done=schedule.first)
             observers = [stack.enter_context(bar), *observers]
@@ -127,8 +147,7 @@ def run_rounds(
     _raise_if_cut_short(run, workdir, records, stuck, signum)
     if "test_accuracy" not in records[-1]:  # a run that was stopped, and is now wanted no longer than it is
         records[-1] |= score(run, state).figures("test")
-        seconds = run.clock.take()["evaluate"]
-        records[-1]["seconds_evaluate"] += seconds
+        records[-1]["seconds_evaluate"] += run.clock.take()["evaluate"]
     if has_stopped(records, schedule.patience):
         log.info("the validation accuracy has not risen for %d evaluations: stopped", schedule.patience)
     if leads:
@@ -137,17 +156,13 @@ def run_rounds(
             measured = ledger.with_wire(table, run.clock.meter, phases=[*run.stages[-1].phases], workers=here)
             files.write_json(workdir / "ledger.json", measured)
         files.write_records(workdir, records)
-        files.write_json(workdir / "summary.json", _summary(run, workdir, records, model))
+        digest = files.params_sha256(checkpoint.open_round(workdir, len(records)).params())
+        files.write_json(workdir / "summary.json", record.summarize(run, records, model, digest))
         log.info("report: %s", record.write_report(workdir))
     processes.meet("the summary")
     summary = files.read_summary(workdir)
     log.info(record.last_line(summary))
     return summary
-
-
-def _summary(run: Run, workdir: Path, records: Sequence[Record], custom_model: str | None) -> dict[str, Json]:
-    params = checkpoint.open_round(workdir, len(records)).params()
-    return record.summarize(run, records, custom_model, files.params_sha256(params))
 
 
 def train_round(run: Run, state: State, index: int) -> tuple[State, Record]:
@@ -166,9 +181,7 @@ def train_round(run: Run, state: State, index: int) -> tuple[State, Record]:
     return state, record.round_record(run, stage, index, heard, turn.present.reshape(-1))
 
 
-def train_and_score(
-    run: Run, state: State, index: int, before: Sequence[Record] = ()
-) -> tuple[State, Record]:
+def train_and_score(run: Run, state: State, index: int, before: Records = ()) -> tuple[State, Record]:
     """One round and, when it is due, the evaluation: the state after it, and its record with all times.
 
     Evaluated is the validation split, where there is one, and the test set then at the end alone; whether
@@ -196,25 +209,18 @@ def score(run: Run, state: State, split: str = "test") -> scoring.Score:
     return scoring.total_score(run.inputs.task, np.concatenate(sums, axis=1))
 
 
-def _raise_if_cut_short(
-    run: Run, workdir: Path, records: Sequence[Record], stuck: int | None, signum: int
-) -> None:
+def _raise_if_cut_short(run: Run, workdir: Path, records: Records, stuck: int | None, signum: int) -> None:
     """Raises what ended the run before its last round, if anything did."""
     schedule, done = run.schedule, len(records)
     safe = max(checkpoint.rounds(workdir), default=0)
     if safe < done:
-        raise OSError(
-            f"the checkpoint of round {done} could not be written to {workdir}; the same command "
-            f"goes on from round {safe}"
-        )
+        remedy = f"the same command goes on from round {safe}"
+        raise OSError(f"the checkpoint of round {done} could not be written to {workdir}; {remedy}")
     if stuck is not None:
         raise Diverged(
             f"round {done}: worker {stuck} has been left out {schedule.max_left_out} times in a row "
             f"(config.max_rounds_left_out); stopped, results so far are in {workdir}"
         )
     if done < schedule.rounds and not has_stopped(records, schedule.patience):
-        raise signals.Interrupted(
-            signum,
-            f"stopped after round {done} of {schedule.rounds}; the same command goes on from there",
-            agreed=True,
-        )
+        text = f"stopped after round {done} of {schedule.rounds}; the same command goes on from there"
+        raise signals.Interrupted(signum, text, agreed=True)

@@ -9,53 +9,27 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
-from jaxtyping import PyTree
+from jax.lax import ConvDimensionNumbers
 
-from ist_jax.costs.traced import Window, conv_flops
+from ist_jax.costs.traced import conv_flops
+
+Costs = dict[tuple[str, float], float]  # by kind of collective and number of devices, or `_FLOPS`
+Executable = jax.stages.Compiled  # or what calls one and tells the same of it
 
 _COLLECTIVES = ("all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$", re.M)
-_OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
+_INSTRUCTION = re.compile(r" = (.*?) ([a-z][a-z0-9\-]*)\((.*?)(?:\), |$)", re.M)  # type, opcode, operands
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
+_BRANCHES = re.compile(r"branch_computations=\{[^}]*\}|(?:true|false)_computation=%[\w.\-]+")
+_NAMES = re.compile(r"%([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _RELEVANT = re.compile(r"=%|_computation| dot\(| convolution\(| custom-call\(|_groups=|_pairs=")
 _FLOPS = ("flops", 0)  # a key beside those of the collectives
 _OPAQUE = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul|conv|dot|cublas|cudnn|onednn)[^"]*"', re.I)
-
-
-class MemoryStats(Protocol):
-    """Bytes on a device, as the compiler counts them."""
-
-    argument_size_in_bytes: int
-    output_size_in_bytes: int
-    alias_size_in_bytes: int
-    temp_size_in_bytes: int
-
-
-class Executable(Protocol):
-    """A compiled program: a `jax.stages.Compiled`, or what calls one."""
-
-    def __call__(self, *args: PyTree) -> PyTree: ...
-
-    def as_text(self) -> str | None:
-        """Its optimised HLO."""
-
-    def memory_analysis(self) -> MemoryStats | None:
-        """None where the backend does not say."""
-
-    @property
-    def args_info(self) -> PyTree:
-        """(arguments, keyword arguments): shape and dtype of every array."""
-
-    @property
-    def input_shardings(self) -> PyTree[jax.sharding.Sharding | None]:
-        """The same tree; None where the program does not read the array."""
 
 
 class Program(NamedTuple):
@@ -67,14 +41,16 @@ class Program(NamedTuple):
       flops: of its matrix products and convolutions; of a conditional, the dearest branch's.
     """
 
-    operands: dict[tuple[str, float], float]
+    operands: Costs
     flops: float
 
 
 def read(text: str) -> Program:
     """Reads the text of a compiled program, `jax.stages.Compiled.as_text()`."""
-    computations, entry = _split(text)
-    tally = _tally(computations, entry)
+    bodies = {}
+    for header in _HEADER.finditer(text):
+        bodies[header[1] or header[2]] = text[header.end() + 1 : text.index("\n}", header.end())]
+    tally = _tally(bodies)
     flops = tally.pop(_FLOPS, 0.0)
     return Program(tally, flops)
 
@@ -91,111 +67,66 @@ def argument_bytes(program: Executable) -> dict[str, int | None]:
     found: dict[str, int | None] = {}
 
     def note(path: tuple, argument: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None) -> None:
-        shape = argument.shape if sharding is None else sharding.shard_shape(argument.shape)
-        size = math.prod(shape) * argument.dtype.itemsize
-        found[jax.tree_util.keystr(path)] = None if sharding is None else size
+        size = math.prod(sharding.shard_shape(argument.shape)) * argument.dtype.itemsize if sharding else None
+        found[jax.tree_util.keystr(path)] = size
 
     jax.tree_util.tree_map_with_path(note, program.args_info[0], program.input_shardings[0])
     return found
 
 
-def _split(text: str) -> tuple[dict[str, str], str]:
-    """The text of each computation by name, and the name of the entry."""
-    computations, entry = {}, ""
-    for header in _HEADER.finditer(text):
-        name = header[2]
-        computations[name] = text[header.end() + 1 : text.index("\n}", header.end())]
-        entry = name if header[1] else entry
-    return computations, entry
-
-
-def _tally(computations: dict[str, str], entry: str) -> dict[tuple[str, float], float]:
+def _tally(bodies: dict[str, str]) -> Costs:
     """Sums over all instructions, as often as they run: FLOPs and operands of collectives."""
 
     @functools.cache
-    def total(name: str) -> dict[tuple[str, float], float]:
-        tally: dict[tuple[str, float], float] = defaultdict(float)
-        body = computations[name]
-        if not _RELEVANT.search(body):
-            return tally
+    def total(name: str) -> Costs:
+        tally: Costs = defaultdict(float)
+        body = bodies[name]
         for line in filter(_RELEVANT.search, body.splitlines()):
-            for key, value in (*_collective(line, body), *_product(line, body)):
-                tally[key] += value
-            for called, times in _calls(line):
-                for key, value in total(called).items():
-                    tally[key] += value * times
-            if branches := [total(branch) for branch in _branch_names(line)]:
-                for key in {key for branch in branches for key in branch}:
-                    tally[key] += max(branch.get(key, 0) for branch in branches)
+            trips = _TRIPS.search(line)
+            times = 1 if " while(" not in line else int(trips[1]) if trips else math.nan
+            branches = [total(name) for text in _BRANCHES.findall(line) for name in _NAMES.findall(text)]
+            dearest = {key: max(branch.get(key, 0) for branch in branches) for key in set().union(*branches)}
+            called = [(total(other), times) for other in _CALLED.findall(line)]
+            for part, often in [(_cost(line, body), 1), (dearest, 1), *called]:
+                for key, value in part.items():
+                    tally[key] += value * often
         return tally
 
-    return dict(total(entry))
+    return dict(total("ENTRY "))
 
 
-def _calls(line: str) -> Iterator[tuple[str, float]]:
-    """(computation, how often) that an instruction runs."""
-    trips = _TRIPS.search(line)
-    is_loop = " while(" in line
-    times = (int(trips[1]) if trips else math.nan) if is_loop else 1
-    for name in _CALLED.findall(line):
-        yield name, times
+def _cost(line: str, body: str) -> Costs:
+    """What an instruction costs by itself, one thing at most."""
+    result, opcode, operands = next(_INSTRUCTION.finditer(line)).groups()
+    kind = opcode.removesuffix("-start")
+    if kind in _COLLECTIVES:
+        return {(kind, _group_size(line)): sum(map(_bytes, _types(operands, body)))}
+    if opcode == "dot":
+        left, out = _dims(_types(operands, body)[0]), _dims(result)
+        contracted = _attribute(line, r"lhs_contracting_dims=\{([\d,]*)\}").split(",")
+        return {_FLOPS: 2 * math.prod(out) * math.prod(left[int(axis)] for axis in contracted if axis)}
+    if opcode == "convolution":
+        return {_FLOPS: _convolution(line, [_dims(x) for x in (*_types(operands, body), result)])}
+    opaque = opcode == "custom-call" and _OPAQUE.search(line)
+    return {_FLOPS: math.nan} if opaque else {}
 
 
-def _branch_names(line: str) -> list[str]:
-    names = [match[1] or match[2] for match in _BRANCHES.finditer(line)]
-    return [part.strip(" %") for name in names for part in name.split(",")]
-
-
-def _collective(line: str, body: str) -> Iterator[tuple[tuple, float]]:
-    if "replica_groups=" not in line and "source_target_pairs=" not in line:
-        return
-    match = _OPCODE.search(line)
-    kind = match[1].removesuffix("-start") if match else ""
-    if match and kind in _COLLECTIVES:
-        sizes = sum(_bytes(_type(_definition(name, body))) for name in _arguments(line, match.end()))
-        yield (kind, _group_size(line)), sizes
-
-
-def _product(line: str, body: str) -> Iterator[tuple[tuple, float]]:
-    if " dot(" in line:
-        left, _ = _argument_dims(line, " dot(", body)
-        contracted = [int(a) for a in _attribute(line, r"lhs_contracting_dims=\{([\d,]*)\}").split(",") if a]
-        yield _FLOPS, 2 * math.prod(_dims(_type(line))) * math.prod(left[a] for a in contracted)
-    elif " convolution(" in line:
-        yield _FLOPS, _convolution(line, body)
-    elif " custom-call(" in line and _OPAQUE.search(line):
-        yield _FLOPS, math.nan
-
-
-def _convolution(line: str, body: str) -> int:
-    left, right = _argument_dims(line, " convolution(", body)
-    out = _dims(_type(line))
+def _convolution(line: str, shapes: list[list[int]]) -> int:
     labels = re.split("_|->", _attribute(line, r"dim_labels=(\S+?)[,\s]"))
+    spatial = sorted(filter(str.isdigit, labels[0]))
+    ends = ("bf", "oi", "bf")
+    specs = [[*map(label.index, (*end, *spatial))] for label, end in zip(labels, ends, strict=True)]
     fields = dict(re.findall(r"(\w+)=([\dx_\-]+)", _attribute(line, r"window=\{([^}]*)\}")))
-    spatial = [d for d in labels[0] if d.isdigit()]
 
-    def field(name: str, axis: int, default: str) -> int:
-        return int(fields[name].split("x")[axis].split("_")[0]) if name in fields else int(default)
+    def field(name: str, default: int) -> list[int]:
+        if name not in fields:
+            return [default] * len(spatial)
+        return [int(pair.split("_")[0]) for pair in fields[name].split("x")]
 
-    windows = [
-        Window(
-            size=left[labels[0].index(d)],
-            output=out[labels[2].index(d)],
-            kernel=right[labels[1].index(d)],
-            stride=field("stride", axis, "1"),
-            padding=field("pad", axis, "0"),
-            input_dilation=field("lhs_dilate", axis, "1"),
-            kernel_dilation=field("rhs_dilate", axis, "1"),
-        )
-        for axis, d in enumerate(spatial)
-    ]
-    groups, batches = (
-        int(_attribute(line, rf"{name}_group_count=(\d+)", "1")) for name in ("feature", "batch")
-    )
-    return conv_flops(
-        windows, left[labels[0].index("f")] // groups, left[labels[0].index("b")] // batches,
-        out[labels[2].index("f")],
-    )  # fmt: skip
+    names = {"stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}
+    axes = zip(*(field(*name) for name in names.items()), strict=True)
+    groups = [int(_attribute(line, rf"{name}_group_count=(\d+)", "1")) for name in ("feature", "batch")]
+    return conv_flops(shapes, ConvDimensionNumbers(*specs), list(axes), math.prod(groups))
 
 
 def _attribute(line: str, pattern: str, default: str = "") -> str:
@@ -203,49 +134,25 @@ def _attribute(line: str, pattern: str, default: str = "") -> str:
     return match[1] if match else default
 
 
-def _argument_dims(line: str, opcode: str, body: str) -> tuple[list[int], list[int]]:
-    left, right = _arguments(line, line.index(opcode) + len(opcode))
-    return _dims(_type(_definition(left, body))), _dims(_type(_definition(right, body)))
-
-
-def _arguments(line: str, start: int) -> list[str]:
-    """Names of an instruction's operands; `start` is behind its opening bracket."""
-    end = line.find("), ", start)
-    return re.findall(r"%([\w.\-]+)", line[start : end if end >= 0 else len(line)])
-
-
-def _definition(name: str, body: str) -> str:
-    """The line of the same computation that defines a name."""
-    start = body.index(f"%{name} = ")
-    end = body.find("\n", start)
-    return body[start : end if end >= 0 else len(body)]
-
-
-def _type(line: str) -> str:
-    """What stands between '=' and the opcode."""
-    text = line.split(" = ", 1)[1]
-    match = _OPCODE.search(text)
-    return text[: match.start()] if match else text
+def _types(operands: str, body: str) -> list[str]:
+    """Types of an instruction's operands, from the lines of the same computation that define them."""
+    places = [body.index(f"%{name} = ") for name in _NAMES.findall(operands)]
+    return [next(_INSTRUCTION.finditer(body, place))[1] for place in places]
 
 
 def _dims(text: str) -> list[int]:
-    match = _SHAPE.search(text)
-    return [int(d) for d in match[2].split(",") if d] if match else []
+    return [int(d) for d in _SHAPE.findall(text)[0][1].split(",") if d]
 
 
 def _bytes(text: str) -> int:
     """Bytes of a type, of all elements of a tuple."""
-    return sum(
-        -(-_bits(kind) * math.prod(int(d) for d in dims.split(",") if d) // 8)
-        for kind, dims in _SHAPE.findall(text)
-    )
+    shapes = [(kind, math.prod(int(d) for d in dims.split(",") if d)) for kind, dims in _SHAPE.findall(text)]
+    return sum(-(-_bits(kind) * size // 8) for kind, size in shapes)
 
 
 def _bits(kind: str) -> int:
-    if kind == "pred":
-        return 8
     digits = re.match(r"[a-z]+(\d+)", kind)
-    return int(digits[1]) if digits else 0  # a token carries nothing
+    return 8 if kind == "pred" else int(digits[1]) if digits else 0  # a token carries nothing
 
 
 def _group_size(line: str) -> float:

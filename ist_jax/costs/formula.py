@@ -36,11 +36,8 @@ def largest_subnet(layout: Layout) -> int:
         return slot_parameters(layout)
 
     def parameters(worker: int) -> int:
-        counts = {name: group.counts[worker] for name, group in layout.groups.items()}
-        return sum(
-            math.prod(counts[group.name] for group in leaf.groups) * leaf.row_size
-            for leaf in layout.leaves.values()
-        )
+        leaves = layout.leaves.values()
+        return sum(math.prod(g.counts[worker] for g in leaf.groups) * leaf.row_size for leaf in leaves)
 
     return max(parameters(worker) for worker in range(layout.num_workers))
 
@@ -71,12 +68,11 @@ def memory(recipe: Recipe, phases: Mapping[str, TracedPhase]) -> Memory:
       recipe: what the method is made from.
       phases: of its round, from `methods.method.trace`.
     """
-    layout, traced_phases = recipe.layout, list(phases.values())
-    state = traced_phases[0].inputs[0]
-    subnets = max((_bytes(phase.result) for phase in traced_phases[:-1]), default=0)
-    fresh = jax.eval_shape(recipe.tx.init, subnet_shapes(layout)) if recipe.policy.fresh else ()
-    at_once = layout.workers_per_device if recipe.vmapped else 1
-    return Memory(_bytes(state), subnets, at_once * _bytes(fresh))
+    every = list(phases.values())
+    subnets = max((_bytes(phase.result) for phase in every[:-1]), default=0)
+    fresh = jax.eval_shape(recipe.tx.init, subnet_shapes(recipe.layout)) if recipe.policy.fresh else ()
+    at_once = recipe.layout.workers_per_device if recipe.vmapped else 1
+    return Memory(_bytes(every[0].inputs[0]), subnets, at_once * _bytes(fresh))
 
 
 def step_flops(recipe: Recipe, example: jax.Array | Sparse, batch_size: int) -> float:
@@ -88,16 +84,11 @@ def step_flops(recipe: Recipe, example: jax.Array | Sparse, batch_size: int) -> 
       batch_size: examples per step.
     """
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), example)
-    labels = (batch_size, 1) if isinstance(example, Sparse) else (batch_size,)  # as good as any number
+    sizes = (batch_size, 1) if isinstance(example, Sparse) else (batch_size,)  # as good as any number
+    labels = jax.ShapeDtypeStruct(sizes, np.int32)
     groups = recipe.layout.groups.values()
     gates = {g.name: jax.ShapeDtypeStruct((g.slots,), bool) for g in groups if not g.even}
-    return traced.step_flops(
-        recipe.loss_fn,
-        subnet_shapes(recipe.layout),
-        inputs,
-        jax.ShapeDtypeStruct(labels, np.int32),
-        gates or None,
-    )
+    return traced.step_flops(recipe.loss_fn, subnet_shapes(recipe.layout), inputs, labels, gates or None)
 
 
 def _bytes(shapes: PyTree) -> int:

@@ -9,7 +9,7 @@ import jax
 from ist_jax.costs import compiled, formula
 from ist_jax.costs.compiled import Executable
 from ist_jax.costs.sockets import Meter
-from ist_jax.costs.traced import Collective, collectives, sent
+from ist_jax.costs.traced import collectives, sent
 from ist_jax.costs.traffic import by_cause, round_traffic
 from ist_jax.data import Split
 from ist_jax.exchange.layout import AXIS
@@ -30,6 +30,8 @@ COLUMNS = {
     "wire": "bytes that arrive over a process's TCP connections, shared out among its workers; null with one "
     "process",
 }
+
+Ledger = dict[str, Json]  # what ledger.json holds
 
 
 class Subject(NamedTuple):
@@ -67,61 +69,48 @@ class Subject(NamedTuple):
         return next(iter(self.phases.values())).inputs[0]
 
 
-def ledger_of(subject: Subject) -> dict[str, Json]:
+def ledger_of(subject: Subject) -> Ledger:
     """What ledger.json holds: a row per cause with its unit, and columns, None where nothing is known."""
     layout, (local_steps, batch_size) = subject.recipe.layout, subject.steps
-    workers, devices = layout.workers_per_device, layout.num_devices
+    workers = layout.workers_per_device
     texts = {name: compiled.read(program.as_text()) for name, program in subject.programs.items()}  # type: ignore[arg-type]
     kept, found = formula.memory(subject.recipe, subject.phases)._asdict(), _held(subject.programs)
-    state = subject.state  # of which subnets hold what goes out
-    held = (state.params, state.travels) if found["subnets"] else state
+    # of the state, subnets hold what goes out
+    held = (subject.state.params, subject.state.travels) if found["subnets"] else subject.state
     trees = sum(map(layout.is_tree, jax.tree.leaves(held, is_leaf=layout.is_tree)))
     numbers = found["subnets"] / workers if found["subnets"] else found["store"]
-    parameters = _row(
-        "parameters held", "parameters", "worker",
-        paper=formula.subnet_parameters(layout) / layout.num_workers,
-        expected=formula.slot_parameters(layout),
-        hlo=numbers / trees / layout.dtype.itemsize,
-    )  # fmt: skip
-    expected = round_traffic(subject.phases, layout)
+    figures = {"expected": formula.slot_parameters(layout), "hlo": numbers / trees / layout.dtype.itemsize}
+    figures["paper"] = formula.subnet_parameters(layout) / layout.num_workers
+    parameters = _row("parameters held", "parameters", "worker", **figures)
+    expected = round_traffic(subject.phases, layout).sent
     compiled_bytes: Counter[str] = Counter()
     for name, phase in subject.phases.items():
         compiled_bytes.update(by_cause(phase.parts, texts[name].operands))
-    traffic = [
-        _row(
-            cause, "bytes", "worker and round", paper=subject.paper.get(cause, 0) / layout.num_workers,
-            expected=expected.sent.get(cause, 0) / workers, hlo=compiled_bytes[cause] / workers,
-        )
-        for cause in dict.fromkeys([*subject.paper, *expected.sent, *compiled_bytes])
-    ]  # fmt: skip
+    traffic = []
+    for cause in dict.fromkeys([*subject.paper, *expected, *compiled_bytes]):
+        figures = {"expected": expected.get(cause, 0) / workers, "hlo": compiled_bytes[cause] / workers}
+        figures["paper"] = subject.paper.get(cause, 0) / layout.num_workers
+        traffic.append(_row(cause, "bytes", "worker and round", **figures))
     total = {name: sum(row[name] for row in traffic) for name in ("paper", "expected", "hlo")}
     traffic.append(_row("round", "bytes", "worker and round", **total))
-    score = compiled.read(subject.score.as_text())  # type: ignore[arg-type]
-    scoring = _row(
-        "evaluation", "bytes", "worker and evaluation",
-        expected=subject.chunks * sum(c.sent for c in _score_collectives(subject)) / workers,
-        hlo=subject.chunks * sum(sent(kind, x, n) for (kind, n), x in score.operands.items()) / workers,
-    )  # fmt: skip
+    batches = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), subject.batches)
+    args, size = (subject.method.score, subject.state, batches), layout.num_devices
+    by_trace = sum(c.sent for c in collectives(*args, axis_name=AXIS, num_devices=size))
+    score = compiled.read(subject.score.as_text()).operands  # type: ignore[arg-type]
+    by_hlo = sum(sent(kind, operand, devices) for (kind, devices), operand in score.items())
+    figures = {"expected": subject.chunks * by_trace / workers, "hlo": subject.chunks * by_hlo / workers}
+    scoring = _row("evaluation", "bytes", "worker and evaluation", **figures)
     memory = [_row(x, "bytes", "device", expected=kept[x], hlo=found.get(x)) for x in kept]
-    for name, program in (*subject.programs.items(), ("evaluate", subject.score)):
-        memory.append(_row(f"peak of {name}", "bytes", "device", hlo=_peak(program)))
-    step = _row(
-        "training step", "FLOPs", "worker and step",
-        expected=formula.step_flops(subject.recipe, subject.example, batch_size),
-        hlo=sum(text.flops for text in texts.values()) / (workers * local_steps),
-    )  # fmt: skip
-    return {
-        "method": subject.name,
-        "num_workers": layout.num_workers,
-        "num_devices": devices,
-        "columns": COLUMNS,
-        "rows": [parameters, *traffic, scoring, *memory, step],
-    }
+    programs = {**subject.programs, "evaluate": subject.score}
+    memory += [_row(f"peak of {x}", "bytes", "device", hlo=_peak(program)) for x, program in programs.items()]
+    flops = sum(text.flops for text in texts.values()) / (workers * local_steps)
+    by_formula = formula.step_flops(subject.recipe, subject.example, batch_size)
+    step = _row("training step", "FLOPs", "worker and step", expected=by_formula, hlo=flops)
+    about = {"method": subject.name, "num_workers": layout.num_workers, "num_devices": layout.num_devices}
+    return about | {"columns": COLUMNS, "rows": [parameters, *traffic, scoring, *memory, step]}
 
 
-def with_wire(
-    table: dict[str, Json], meter: Meter, *, phases: Sequence[str], workers: int
-) -> dict[str, Json]:
+def with_wire(table: Ledger, meter: Meter, *, phases: Sequence[str], workers: int) -> Ledger:
     """The ledger with its last column filled in.
 
     Args:
@@ -147,27 +136,19 @@ def _row(cause: str, unit: str, per: str, **columns: float | None) -> dict[str, 
 def _held(programs: Mapping[str, Executable]) -> dict[str, int]:
     """What a device keeps, from the arguments (state, value, turn) of the phases' programs, read or not."""
     arguments = [compiled.argument_bytes(program) for program in programs.values()]
-    state: dict[str, int] = {}
-    for own in arguments:
-        state |= {path: size for path, size in own.items() if path.startswith("[0]") and size is not None}
+    every = [(path, size) for own in arguments for path, size in own.items()]
+    state = {path: size for path, size in every if path.startswith("[0]") and size is not None}
     told = tuple(f".{field}" for field in Told._fields)
-    subnets = [
-        sum(size or 0 for path, size in own.items() if path.startswith("[1]") and not path.endswith(told))
-        for own in arguments
-    ]
-    return {"store": sum(state.values()), "subnets": max(subnets)}
+
+    def value(own: dict[str, int | None]) -> int:
+        """Bytes of what a phase is handed by the one before."""
+        return sum(x or 0 for path, x in own.items() if path.startswith("[1]") and not path.endswith(told))
+
+    return {"store": sum(state.values()), "subnets": max(map(value, arguments))}
 
 
 def _peak(program: Executable) -> int | None:
     """Bytes of a device's memory that a program needs; None where the backend does not say."""
-    m = program.memory_analysis()
-    if m is None:
+    if (m := program.memory_analysis()) is None:
         return None
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-
-
-def _score_collectives(subject: Subject) -> list[Collective]:
-    """Those of the evaluation of one call."""
-    batches = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), subject.batches)
-    score, devices = subject.method.score, subject.recipe.layout.num_devices
-    return collectives(score, subject.state, batches, axis_name=AXIS, num_devices=devices)

@@ -11,6 +11,7 @@ count as often as they run, and of a conditional the dearest branch.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -19,8 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
+from jax.lax import ConvDimensionNumbers
 from jaxtyping import PyTree
 
+Lists = Sequence[Sequence[int]]
 _KINDS = {
     "all_gather": "all-gather",
     "all_gather_invariant": "all-gather",
@@ -59,9 +62,7 @@ class Collective(NamedTuple):
         return sent(self.kind, self.operand, self.devices)
 
 
-def collectives(
-    fn: Callable[..., PyTree], *args: PyTree, axis_name: str, num_devices: int
-) -> list[Collective]:
+def collectives(fn: Callable, *args: PyTree, axis_name: str, num_devices: int) -> list[Collective]:
     """The collectives of a per-device function; returns and raises as `collectives_of`.
 
     Args:
@@ -101,11 +102,11 @@ def collectives_of(jaxpr: ClosedJaxpr, num_devices: int) -> list[Collective]:
     return result
 
 
-def operands(found: Iterable[Collective]) -> dict[tuple[str, int], float]:
+def operands(found: Iterable[Collective]) -> dict[tuple[str, float], float]:
     """Bytes of a device's operands by kind and number of devices, as `compiled.Program.operands`."""
-    total: dict[tuple[str, int], float] = {}
+    total: dict[tuple[str, float], float] = defaultdict(float)
     for c in found:
-        total[c.kind, c.devices] = total.get((c.kind, c.devices), 0) + c.operand
+        total[c.kind, c.devices] += c.operand
     return total
 
 
@@ -117,14 +118,8 @@ def sent(kind: str, operand: float, devices: float) -> float:
       operand: bytes of the device's operand.
       devices: D.
     """
-    parts = {
-        "all-to-all": 1,
-        "all-gather": devices,
-        "all-reduce": 2,
-        "reduce-scatter": 1,
-        "collective-permute": devices / max(1, devices - 1),
-    }
-    return operand * parts[kind] * (devices - 1) / devices
+    parts = {"all-gather": devices, "all-reduce": 2, "collective-permute": devices / max(1, devices - 1)}
+    return operand * parts.get(kind, 1) * (devices - 1) / devices
 
 
 def _aval(atom: Var | Literal) -> ShapedArray:
@@ -134,8 +129,7 @@ def _aval(atom: Var | Literal) -> ShapedArray:
 
 def _is_collective(eqn: JaxprEqn) -> bool:
     axes = eqn.params.get("axes", eqn.params.get("axis_name", ()))
-    named = any(isinstance(axis, str) for axis in (axes if isinstance(axes, tuple) else (axes,)))
-    return named and eqn.primitive.name not in _SILENT
+    return any(isinstance(axis, str) for axis in jax.tree.leaves(axes)) and eqn.primitive.name not in _SILENT
 
 
 def _collective(eqn: JaxprEqn, num_devices: int) -> Collective:
@@ -151,25 +145,6 @@ def _collective(eqn: JaxprEqn, num_devices: int) -> Collective:
 
 
 # --- FLOPs ----------------------------------------------------------------------------------------
-
-
-class Window(NamedTuple):
-    """One spatial axis of a convolution."""
-
-    size: int  # of the input
-    output: int
-    kernel: int
-    stride: int
-    padding: int  # before the first element
-    input_dilation: int
-    kernel_dilation: int
-
-    def products(self) -> int:
-        """Pairs of an output and a kernel element that meet an element of the input, not a zero."""
-        outputs, kernel = np.arange(self.output)[:, None], np.arange(self.kernel)
-        place = outputs * self.stride + kernel * self.kernel_dilation - self.padding
-        inside = (place >= 0) & (place <= (self.size - 1) * self.input_dilation)
-        return int((inside & (place % self.input_dilation == 0)).sum())
 
 
 def step_flops(loss_fn: Callable[..., PyTree], params: PyTree, *args: PyTree) -> float:
@@ -203,35 +178,33 @@ def _dot(eqn: JaxprEqn) -> int:
 
 
 def _conv(eqn: JaxprEqn) -> int:
-    params, numbers = eqn.params, eqn.params["dimension_numbers"]
-    left, right, out = (_aval(atom).shape for atom in (*eqn.invars, *eqn.outvars))
-    windows = [
-        Window(
-            size=left[numbers.lhs_spec[2 + axis]],
-            output=out[numbers.out_spec[2 + axis]],
-            kernel=right[numbers.rhs_spec[2 + axis]],
-            stride=params["window_strides"][axis],
-            padding=params["padding"][axis][0],
-            input_dilation=params["lhs_dilation"][axis],
-            kernel_dilation=params["rhs_dilation"][axis],
-        )
-        for axis in range(len(left) - 2)
-    ]
-    features = left[numbers.lhs_spec[1]] // params["feature_group_count"]
-    batch = left[numbers.lhs_spec[0]] // params["batch_group_count"]
-    return conv_flops(windows, features, batch, out[numbers.out_spec[1]])
+    params = eqn.params
+    before = [pad for pad, _ in params["padding"]]
+    axes = zip(params["window_strides"], before, params["lhs_dilation"], params["rhs_dilation"], strict=True)
+    shapes = [_aval(atom).shape for atom in (*eqn.invars, *eqn.outvars)]
+    groups = params["feature_group_count"] * params["batch_group_count"]
+    return conv_flops(shapes, params["dimension_numbers"], list(axes), groups)
 
 
-def conv_flops(windows: Sequence[Window], features: int, batch: int, output_features: int) -> int:
-    """FLOPs of a convolution.
+def conv_flops(shapes: Lists, numbers: ConvDimensionNumbers, axes: Lists, groups: int) -> int:
+    """FLOPs of a convolution, products with the zeros of padding and dilation left out.
 
     Args:
-      windows: of the spatial axes.
-      features: of the input, per feature group.
-      batch: of the input, per batch group.
-      output_features: of the output.
+      shapes: of the input, the kernel and the output.
+      numbers: where their axes are.
+      axes: of each spatial axis (stride, padding before the first element, dilation of the input, of the
+        kernel).
+      groups: feature groups x batch groups.
     """
-    return 2 * features * batch * output_features * math.prod(window.products() for window in windows)
+    left, right, out = ([shape[axis] for axis in spec] for shape, spec in zip(shapes, numbers, strict=True))
+    products = 1  # pairs of an output and a kernel element that meet an element of the input, not a zero
+    for size, window, output, (stride, padding, dilation, kernel_dilation) in zip(
+        left[2:], right[2:], out[2:], axes, strict=True
+    ):
+        place = stride * np.arange(output)[:, None] + kernel_dilation * np.arange(window) - padding
+        inside = (place >= 0) & (place <= (size - 1) * dilation)
+        products *= int((inside & (place % dilation == 0)).sum())
+    return 2 * left[0] * left[1] // groups * out[1] * products
 
 
 # --- one walk over a trace --------------------------------------------------------------------------
@@ -248,9 +221,10 @@ class _Cost(NamedTuple):
 
 # (equation, which arguments depend on a parameter) -> cost
 _Weigh = Callable[[JaxprEqn, Sequence[bool]], float]
+_Walked = tuple[list[_Cost], list[bool]]
 
 
-def _walk(jaxpr: Jaxpr, trained: Sequence[bool], weigh: _Weigh) -> tuple[list[_Cost], list[bool]]:
+def _walk(jaxpr: Jaxpr, trained: Sequence[bool], weigh: _Weigh) -> _Walked:
     """(what costs something, which results depend on a parameter), from which arguments do."""
     known = {var for var, flag in zip(jaxpr.invars, trained, strict=True) if flag}
     found: list[_Cost] = []
@@ -261,13 +235,12 @@ def _walk(jaxpr: Jaxpr, trained: Sequence[bool], weigh: _Weigh) -> tuple[list[_C
     for eqn in jaxpr.eqns:
         costs, results = _enter(eqn, [depends(atom) for atom in eqn.invars], weigh)
         for cost in costs:  # an inner trace does not know the scopes around it
-            scope = f"{eqn.source_info.name_stack}/{cost.scope}"
-            found.append(cost._replace(scope=scope.strip("/")))
+            found.append(cost._replace(scope=f"{eqn.source_info.name_stack}/{cost.scope}".strip("/")))
         known |= {var for var, flag in zip(eqn.outvars, results, strict=True) if flag}
     return found, [depends(atom) for atom in jaxpr.outvars]
 
 
-def _enter(eqn: JaxprEqn, flags: list[bool], weigh: _Weigh) -> tuple[list[_Cost], list[bool]]:
+def _enter(eqn: JaxprEqn, flags: list[bool], weigh: _Weigh) -> _Walked:
     """`_walk` of an equation."""
     name, every = eqn.primitive.name, [any(flags)] * len(eqn.outvars)
     if once := weigh(eqn, flags):
@@ -288,9 +261,7 @@ def _enter(eqn: JaxprEqn, flags: list[bool], weigh: _Weigh) -> tuple[list[_Cost]
     return found, inner[0][1] if is_call else every
 
 
-def _enter_scan(
-    eqn: JaxprEqn, body: Jaxpr, flags: list[bool], weigh: _Weigh
-) -> tuple[list[_Cost], list[bool]]:
+def _enter_scan(eqn: JaxprEqn, body: Jaxpr, flags: list[bool], weigh: _Weigh) -> _Walked:
     carry = sum(_same_rank(*pair) for pair in zip(eqn.outvars, body.outvars, strict=True))
     whole = sum(_same_rank(*pair) for pair in zip(eqn.invars, body.invars, strict=True))
     consts = whole - carry  # arguments: constants, what is carried, what is scanned over

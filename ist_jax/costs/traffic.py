@@ -11,7 +11,7 @@ Two counts of bytes, which must not be mixed up:
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from ist_jax.costs.traced import collectives_of, operands, sent
 from ist_jax.exchange.layout import Layout
@@ -19,9 +19,6 @@ from ist_jax.exchange.wire import Part
 from ist_jax.methods.method import TracedPhase
 
 _CAUSES = {"all-reduce": "gradients"}  # of collectives that are no exchange; else their kind
-
-
-N = TypeVar("N", int, float)  # of devices; NaN: not known
 
 
 class Traffic(NamedTuple):
@@ -55,22 +52,22 @@ def round_traffic(phases: Mapping[str, TracedPhase], layout: Layout) -> Traffic:
     return Traffic(dict(paper), dict(leaving))
 
 
-def by_cause(parts: Sequence[Part], found: Mapping[tuple[str, N], float]) -> dict[str, float]:
+def by_cause(parts: Sequence[Part], found: Mapping[tuple[str, float], float]) -> dict[str, float]:
     """Bytes that a device sends in a phase, told apart: the one all-to-all of a merge has several causes.
 
     Args:
       parts: of the exchanges in it.
-      found: bytes of the operands of its collectives, by kind and number of devices, in its trace or in its
-        optimised HLO; where they are fewer or more than the parts, so are the bytes of each cause.
+      found: bytes of the operands of its collectives, by kind and number of devices (NaN: not known), in its
+        trace or in its optimised HLO; where they are fewer or more than the parts, so are the bytes of each
+        cause.
     """
-    told: dict[str, float] = {part.cause: 0.0 for part in parts}
+    told: dict[str, float] = defaultdict(float, {part.cause: 0.0 for part in parts})
     exchanged: dict[str, float] = defaultdict(float)
     for part in parts:
         exchanged[part.kind] += part.operand
     for (kind, devices), operand in found.items():
         if kind not in exchanged:
-            cause = _CAUSES.get(kind, kind)
-            told[cause] = told.get(cause, 0.0) + sent(kind, operand, devices)
+            told[_CAUSES.get(kind, kind)] += sent(kind, operand, devices)
             continue
         for part in parts:
             if part.kind == kind:

@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     values = flags.FlagValues()
     flags.DEFINE_string("dir", "", "folder of tensorflow-datasets; default: its own", flag_values=values)
-    names = cli.parse(values, argv, USAGE, required=[])
+    names = cli.parse(values, argv, USAGE, required=[], more=True)
     if len(names) != 1 or names[0] not in tfds_images.SETS:
         wrong = f"{' '.join(names)!r} is no set that can be prepared" if names else "NAME is missing"
         hint = errors.did_you_mean(names[0], tfds_images.SETS) if names else ""

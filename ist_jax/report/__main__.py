@@ -17,14 +17,11 @@ USAGE = "python -m ist_jax.report --workdir=DIR [DIR ...] [--out=FILE]"
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "folder of a finished run; more of them as arguments", values)
     flags.DEFINE_string(
-        "workdir", None, "folder of a finished run; more of them as arguments", flag_values=values
+        "out", None, "the page; default: report.html, in the run's folder or, for several, here", values
     )
-    flags.DEFINE_string(
-        "out", None, "the page; default: report.html, in the run's folder or, for several, here",
-        flag_values=values,
-    )  # fmt: skip
-    more = cli.parse(values, argv, USAGE, required=["workdir"])
+    more = cli.parse(values, argv, USAGE, required=["workdir"], more=True)
     folders = [Path(values.workdir), *map(Path, more)]
     out = Path(values.out or (Path("report.html") if more else folders[0] / "report.html"))
     with cli.errors():

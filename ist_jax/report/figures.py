@@ -5,7 +5,7 @@ too, stacked parts in hatching. Colours of the frame are left to the page's styl
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from bokeh.plotting import figure
 
 from ist_jax.report.runs import Curve, RunFiles, Series, UnitMap, modelled_seconds
 
+Columns = dict[str, np.ndarray]
+Styles = dict[str, tuple[str, str]]  # colour and hatching, by phase
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#F0E442", "#999999")
 DASHES = ("", "6 3", "2 3", "8 3 2 3", "12 4", "4 2 1 2 1 2")
 MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "hex")
@@ -42,30 +44,31 @@ def accuracy_figures(series: Sequence[Series], bits_per_second: float) -> dict[s
 
     A thin line per run, a thick one with markers for their mean; none where runs share no evaluated round.
     """
-    all_runs = [curve for s in series for curve in s.curves()]
-    scales = {
-        "examples": _unit(max(curve.examples[-1] for curve in all_runs), _NUMBERS),
-        "bytes": _unit(max(curve.bytes_sent[-1] for curve in all_runs), _BYTES),
-    }
-    labels = {
-        "examples": f"seen by all workers ({scales['examples'][1]})",
-        "bytes": f"sent by a worker ({scales['bytes'][1]})",
-        "time": "modelled time (s)",
-    }
+    curves = [curve for s in series for curve in s.curves()]
+    number, many = _unit(max(curve.examples[-1] for curve in curves), _NUMBERS)
+    size, unit = _unit(max(curve.bytes_sent[-1] for curve in curves), _BYTES)
+
+    def places(curve: Curve) -> Columns:
+        modelled = modelled_seconds(curve.seconds_local, curve.bytes_sent, bits_per_second)
+        return {"examples": curve.examples / number, "bytes": curve.bytes_sent / size, "time": modelled}
+
+    labels = {"examples": f"seen by all workers ({many})", "bytes": f"sent by a worker ({unit})"}
+    labels["time"] = "modelled time (s)"
     figures = {name: _figure(label, "test accuracy (%)") for name, label in labels.items()}
     for index, one in enumerate(series):
         runs = [(curve, True) for curve in one.curves()] if len(one.runs) > 1 else []
         means = [(mean, False)] if len((mean := one.mean()).round) else []
         for curve, thin in runs + means:
-            for name, fig in figures.items():
-                columns = _columns(curve, name, scales, bits_per_second) | {
-                    "label": [one.label] * len(curve.round)
-                }
-                _add_curve(fig, ColumnDataSource(columns), style(index), thin)
+            for name, x in places(curve).items():
+                columns = {"x": x, "y": curve.accuracy, "round": curve.round, "label": [one.label] * len(x)}
+                if name == "time":  # made of these, for the page's script
+                    columns |= {"seconds_local": curve.seconds_local, "bytes_sent": curve.bytes_sent}
+                _add_curve(figures[name], ColumnDataSource(columns), style(index), thin)
     for name, fig in figures.items():
         fig.x_range.start = 0  # type: ignore[attr-defined]
-        fig.add_tools(_hover([("", "@label"), ("round", "@round{0,0}"), (labels[name], "@x{0,0.[00]}"),
-                              ("test accuracy", "@y{0.00} %")], fig, "points"))  # fmt: skip
+        tooltips = [("", "@label"), ("round", "@round{0,0}"), (labels[name], "@x{0,0.[00]}")]
+        points = [renderer for renderer in fig.renderers if renderer.name == "points"]
+        fig.add_tools(HoverTool(tooltips=[*tooltips, ("test accuracy", "@y{0.00} %")], renderers=points))  # type: ignore[arg-type]
     return figures
 
 
@@ -74,31 +77,18 @@ def _unit(largest: float, units: dict[str, float]) -> tuple[float, str]:
     return next(((size, name) for name, size in units.items() if largest >= size), (1.0, list(units)[-1]))
 
 
-def _columns(
-    curve: Curve, name: str, scales: dict[str, tuple[float, str]], bits_per_second: float
-) -> dict[str, np.ndarray]:
-    """What a source holds; a modelled time's parts as well, for the page's script."""
-    if name == "time":
-        x = modelled_seconds(curve.seconds_local, curve.bytes_sent, bits_per_second)
-        parts = {"seconds_local": curve.seconds_local, "bytes_sent": curve.bytes_sent}
-        return {"x": x, "y": curve.accuracy, "round": curve.round, **parts}
-    x = (curve.examples if name == "examples" else curve.bytes_sent) / scales[name][0]
-    return {"x": x, "y": curve.accuracy, "round": curve.round}
-
-
 def _add_curve(fig: figure, source: ColumnDataSource, style: dict[str, str], thin: bool) -> None:
-    dash = [int(n) for n in style["dash"].split()]
+    color, size = style["color"], len(source.data["x"])
     width, alpha = (1.2, 0.75) if thin else (2.5, 1)
-    fig.line("x", "y", source=source, color=style["color"], line_dash=dash, line_width=width, alpha=alpha)
-    size = len(source.data["x"])
+    fig.line("x", "y", source=source, color=color, line_dash=style["dash"], line_width=width, alpha=alpha)
     if not thin or size == 1:  # a line through one point would not be seen
         marked = range(size - 1, -1, -max(1, -(-size // _MARKS)))  # the last point always
         view = CDSView(filter=IndexFilter(indices=sorted(marked)))
         fig.scatter("x", "y", source=source, view=view, marker=style["marker"],
-                    size=5 if thin else 8, color=style["color"], name="points")  # fmt: skip
+                    size=5 if thin else 8, color=color, name="points")  # fmt: skip
 
 
-def phase_styles(runs: Sequence[RunFiles]) -> dict[str, tuple[str, str]]:
+def phase_styles(runs: Sequence[RunFiles]) -> Styles:
     """Colour and hatching of every phase that a run had, in order; then of the evaluation and the rest."""
     names = dict.fromkeys(phase for run in runs for phase in run.phases if phase not in _LAST)
     return dict(zip(names, itertools.cycle(_PHASES), strict=False)) | _LAST
@@ -109,11 +99,8 @@ def phase_figure(series: Sequence[Series]) -> figure:
     styles = phase_styles([run for one in series for run in one.runs])
     labels = [one.label for one in series][::-1]
     fig = _figure("time of a round, mean over rounds (ms)", "", y_range=labels, height=80 + 34 * len(labels))
-    means = {
-        one.label: 1000 * np.mean([_split_rounds(run, styles).mean(1) for run in one.runs], axis=0)
-        for one in series
-    }
-    columns = dict(zip(styles, np.transpose([means[label] for label in labels]), strict=True))
+    means = [1000 * np.mean([_split_rounds(run, styles).mean(1) for run in s.runs], 0) for s in series[::-1]]
+    columns = dict(zip(styles, np.transpose(means), strict=True))
     _stack(fig, fig.hbar_stack, ColumnDataSource({_BAR: labels} | columns), styles, y=_BAR, height=0.7)
     fig.x_range.start = 0  # type: ignore[attr-defined]
     fig.ygrid.visible = False
@@ -145,13 +132,7 @@ def _split_rounds(run: RunFiles, names: Iterable[str]) -> np.ndarray:
     return np.array([seconds[name] for name in names])
 
 
-def _stack(
-    fig: figure,
-    stack: Callable[..., object],
-    source: ColumnDataSource,
-    styles: Mapping[str, tuple[str, str]],
-    **where: Any,
-) -> None:
+def _stack(fig: figure, stack: Callable, source: ColumnDataSource, styles: Styles, **where: Any) -> None:
     colors, hatches = zip(*styles.values(), strict=True)
     stack(list(styles), source=source, fill_color=list(colors), hatch_pattern=list(hatches),
           hatch_color="black", hatch_alpha=0.5, hatch_scale=6, line_color=None, **where)  # fmt: skip
@@ -176,17 +157,14 @@ def _map_figure(units: UnitMap) -> figure:
     place = (units.trained.cumsum(1) - 1)[column, worker, row]
     tall = high * (1 - _GAP)
     left, top = units.columns[column] - 0.5, units.rows[row] - 0.5 + place / share * tall
-    fig = _figure(
-        "round" + _every(wide),
-        f"unit of {units.group.name}" + _every(high),
-        x_range=(units.columns[0] - 0.5, units.columns[-1] - 0.5 + wide),
-        y_range=(units.rows[-1] - 0.5 + high, -0.5),
-        height=320,
-    )
-    corners = {"left": left, "right": left + wide, "top": top, "bottom": top + tall / share}
-    _add_cells(fig, corners, worker, units, {"round": units.columns[column], "unit": units.rows[row]})
+    x_range = (units.columns[0] - 0.5, units.columns[-1] - 0.5 + wide)
+    y_range = (units.rows[-1] - 0.5 + high, -0.5)
+    label = f"unit of {units.group.name}" + _every(high)
+    fig = _figure("round" + _every(wide), label, height=320, x_range=x_range, y_range=y_range)
+    columns = {"left": left, "right": left + wide, "top": top, "bottom": top + tall / share}
+    columns |= {"round": units.columns[column], "unit": units.rows[row], "worker": worker}
+    _add_cells(fig, columns, units, [("round", "@round"), ("unit", "@unit"), ("worker", "@worker")])
     fig.grid.visible = False
-    fig.add_tools(_hover([("round", "@round"), ("unit", "@unit"), ("worker", "@worker")], fig, "cells"))
     return fig
 
 
@@ -200,43 +178,27 @@ def _counts_figure(units: UnitMap) -> figure:
     worker, bar = np.nonzero(bars)
     top = bars.cumsum(0)[worker, bar]
     left = starts[bar] - 0.5
-    fig = _figure(
-        f"unit of {units.group.name}" + (f" (a bar: the mean of {width})" if width > 1 else ""),
-        f"trained (times in {len(units.rounds):,} rounds)",
-        height=320,
-    )
-    corners = {"left": left, "right": left + widths[bar], "bottom": top - bars[worker, bar], "top": top}
-    _add_cells(fig, corners, worker, units, {"unit": starts[bar], "count": bars[worker, bar]})
+    label = f"unit of {units.group.name}" + (f" (a bar: the mean of {width})" if width > 1 else "")
+    fig = _figure(label, f"trained (times in {len(units.rounds):,} rounds)", height=320)
+    columns = {"left": left, "right": left + widths[bar], "bottom": top - bars[worker, bar], "top": top}
+    columns |= {"unit": starts[bar], "count": bars[worker, bar], "worker": worker}
+    _add_cells(fig, columns, units, [("unit", "@unit"), ("worker", "@worker"), ("rounds", "@count{0,0.[0]}")])
     fig.y_range.start = 0  # type: ignore[attr-defined]
     fig.xgrid.visible = False
-    fig.add_tools(
-        _hover([("unit", "@unit"), ("worker", "@worker"), ("rounds", "@count{0,0.[0]}")], fig, "cells")
-    )
     return fig
 
 
-def _add_cells(
-    fig: figure,
-    corners: dict[str, np.ndarray],
-    worker: np.ndarray,
-    units: UnitMap,
-    more: dict[str, np.ndarray],
-) -> None:
+def _add_cells(fig: figure, columns: Columns, units: UnitMap, tooltips: list[tuple[str, str]]) -> None:
     """Rectangles in the workers' colours; the page's script fades all but a chosen worker's."""
-    colors = worker_colors(units.group.num_workers)
-    columns = corners | more | {
-        "worker": worker, "color": [colors[w % len(colors)] for w in worker], "alpha": np.ones(len(worker)),
-    }  # fmt: skip
-    fig.quad("left", "right", "top", "bottom", source=ColumnDataSource(columns), fill_color="color",
-             fill_alpha="alpha", line_color=None, name="cells")  # fmt: skip
+    colors, worker = worker_colors(units.group.num_workers), columns["worker"]
+    looks = {"color": [colors[w % len(colors)] for w in worker], "alpha": np.ones(len(worker))}
+    cells = fig.quad("left", "right", "top", "bottom", source=ColumnDataSource(columns | looks),
+                     fill_color="color", fill_alpha="alpha", line_color=None, name="cells")  # fmt: skip
+    fig.add_tools(HoverTool(tooltips=tooltips, renderers=[cells]))
 
 
 def _every(pitch: int) -> str:
     return "" if pitch == 1 else f" (one in {pitch} shown)"
-
-
-def _hover(tooltips: list[tuple[str, str]], fig: figure, name: str) -> HoverTool:
-    return HoverTool(tooltips=tooltips, renderers=[r for r in fig.renderers if r.name == name])  # type: ignore[misc]
 
 
 def _figure(x_label: str, y_label: str, *, height: int = 300, **ranges: Any) -> figure:
@@ -244,10 +206,8 @@ def _figure(x_label: str, y_label: str, *, height: int = 300, **ranges: Any) -> 
         height=height, sizing_mode="stretch_width", toolbar_location=None, tools="",
         x_axis_label=x_label, y_axis_label=y_label, min_border_right=14, **ranges,
     )  # fmt: skip
-    for axis in fig.axis:
-        axis.axis_label_text_font_style = "normal"
-        axis.axis_label_text_font_size = axis.major_label_text_font_size = "13px"
-    for axis in fig.select(LinearAxis):
-        axis.formatter = NumeralTickFormatter(format="0,0.[000]")
+    fig.axis.axis_label_text_font_style = "normal"
+    fig.axis.axis_label_text_font_size = fig.axis.major_label_text_font_size = "13px"
+    fig.select(LinearAxis).formatter = NumeralTickFormatter(format="0,0.[000]")
     fig.xaxis.ticker.desired_num_ticks = 5
     return fig

@@ -50,9 +50,8 @@ def render(runs: Sequence[RunFiles]) -> str:
     partition, maps = _partition(series)
     items = {name: json_item(chart, ID(name)) for name, chart in (charts | maps).items()}
     settings = _settings(series)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ist_jax.report"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
+    loader = jinja2.PackageLoader("ist_jax.report")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     folder = Path(__file__).parent / "templates"
     return environment.get_template("report.html").render(
         title=f"ist_jax: {', '.join(s.label for s in series)} on {runs[0].config['data.name']}",
@@ -62,17 +61,14 @@ def render(runs: Sequence[RunFiles]) -> str:
         history="history" in charts,
         phases=figures.phase_styles(runs),
         legend=[{"label": s.label, **figures.style(index)} for index, s in enumerate(series)],
-        bandwidth=f"{_BANDWIDTH / 1e9:g}",
-        bandwidths=[
-            {"bits_per_second": f"{b:.0f}", "text": f"{b / 1e9:g} Gb/s", "chosen": b == _BANDWIDTH}
-            for b in BANDWIDTHS
-        ],
+        bandwidth=_BANDWIDTH,
+        bandwidths=BANDWIDTHS,
         results=_results(series),
         modelled=[_modelled(s) for s in series],
         ledgers=[_ledger(s) for s in series if s.runs[0].ledger],
         differing=[row for row in settings if len(set(row[1])) > 1],
         common=[(key, values[:1]) for key, values in settings if len(set(values)) == 1],
-        runs=[_run(run) for run in runs],
+        runs=runs,
         made_with=sorted({_made_with(run) for run in runs}),
         figures=json.dumps(items).replace("</", "<\\/"),
         bokeh=Resources(mode="inline", components=["bokeh"]).render_js(),
@@ -91,17 +87,13 @@ def _partition(series: Sequence[Series]) -> tuple[dict[str, object], dict[str, f
         return {"maps": [], "never_dealt": bool(parted)}, {}
     shown, maps = drawn
     first = shown.runs[0]
-    groups = []
     charts: dict[str, figure] = {}
     for index, units in enumerate(maps[:_GROUPS]):
-        names = {kind: f"{kind}{index}" for kind in ("map", "counts")}
-        charts |= {names[kind]: chart for kind, chart in figures.map_figures(units).items()}
-        title = f"{units.group.name}: {_count(units.group.size, 'unit')}"
-        groups.append(names | {"title": title})
+        charts |= {f"{kind}{index}": chart for kind, chart in figures.map_figures(units).items()}
     others = [f"the groups {', '.join(m.group.name for m in maps[_GROUPS:])}"] if maps[_GROUPS:] else []
     others += [f"the partitions of {s.label}" for s in parted if s is not shown]
     context = {
-        "maps": groups,
+        "maps": [f"{units.group.name}: {_count(units.group.size, 'unit')}" for units in maps[:_GROUPS]],
         "map_rounds": (len(maps[0].rounds), len(first.records)),
         "deal": first.config.get("partition.deal", "random"),
         "map_label": f"{shown.label}, seed {first.config['seed']}" if len(series) > 1 else "",
@@ -121,16 +113,11 @@ def _results(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
     def row(name: str, key: str, form: str, scale: float = 1.0) -> tuple[str, list[str]]:
         return name, [form.format(scale * np.mean([run.summary[key] for run in s.runs])) for s in series]
 
-    rows = [row("test accuracy, %", "test_accuracy", "{:.2f}", 100)]
-    if any(len(s.runs) > 1 for s in series):
-        rows.append(
-            (
-                "each seed",
-                [", ".join(f"{100 * run.summary['test_accuracy']:.2f}" for run in s.runs) for s in series],
-            )
-        )
+    every = [", ".join(f"{100 * run.summary['test_accuracy']:.2f}" for run in s.runs) for s in series]
+    several = any(len(s.runs) > 1 for s in series)
     return [
-        *rows,
+        row("test accuracy, %", "test_accuracy", "{:.2f}", 100),
+        *([("each seed", every)] if several else []),
         row("rounds", "rounds", "{:,.0f}"),
         row("examples", "examples", "{:,.0f}"),
         row("parameters", "parameters", "{:,.0f}"),
@@ -150,47 +137,21 @@ def _modelled(series: Series) -> dict[str, Json]:
 
 def _settings(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
     """Every key of the configs with its value in each series; the seeds are in the table of runs."""
-    first = [s.runs[0].config for s in series]
-    keys = sorted(set().union(*first) - {"seed"})
-    return [(key, [json.dumps(config.get(key)) for config in first]) for key in keys]
+    configs = [s.runs[0].config for s in series]
+    keys = sorted(set().union(*configs) - {"seed"})
+    return [(key, [json.dumps(config.get(key)) for config in configs]) for key in keys]
 
 
 def _ledger(series: Series) -> dict[str, object]:
-    """The table of a ledger.json: numbers as text; columns of which nothing is known are left out."""
-    ledger = series.runs[0].ledger
-    columns = {
-        k: v for k, v in ledger["columns"].items() if any(row[k] is not None for row in ledger["rows"])
-    }
-    rows = [
-        (
-            row["cause"].replace("_", " "),
-            f"{row['unit']} per {row['per']}",
-            [_number(row[k]) for k in columns],
-        )
-        for row in ledger["rows"]
-    ]
-    return {"label": series.label, "columns": columns, "rows": rows}
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}"
-
-
-def _run(run: RunFiles) -> dict[str, str]:
-    summary = run.summary
-    finished = summary["finished"][:16].replace("T", " ") + " UTC"
-    return {
-        "folder": str(run.folder),
-        "method": summary["method"],
-        "seed": summary["seed"],
-        "finished": finished,
-    }
+    """The table of a ledger.json; columns of which nothing is known are left out."""
+    rows, columns = (series.runs[0].ledger[key] for key in ("rows", "columns"))
+    known = {name: text for name, text in columns.items() if any(row[name] is not None for row in rows)}
+    return {"label": series.label, "columns": known, "rows": rows}
 
 
 def _made_with(run: RunFiles) -> str:
     """Hardware and versions in a sentence."""
-    summary = run.summary
-    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in run.summary["versions"].items())
     return f"{_workers(run)}; {versions}."
 
 

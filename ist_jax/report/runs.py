@@ -23,6 +23,7 @@ from ist_jax.key import Settings
 from ist_jax.workdir import files
 from ist_jax.workdir.files import Json, Record
 
+Drawn = Sequence[tuple[partition.Assignment, np.ndarray]]  # by round; bool [S], who took part
 _SECONDS = "seconds_"  # and the name of a phase: a key of a record
 
 
@@ -51,6 +52,13 @@ class RunFiles(NamedTuple):
         """Of all rounds, float64 [rounds]; 0 in those that had no such phase."""
         return np.nan_to_num(self.column(_SECONDS + phase))
 
+    def curve(self) -> "Curve":
+        """Test accuracy after each evaluated round."""
+        accuracy = self.column("test_accuracy")
+        sent, local = np.cumsum(self.column("bytes_sent")), np.cumsum(self.seconds("local"))
+        columns = (self.column("round"), self.column("examples"), sent, local, 100 * accuracy)
+        return Curve(*(column[np.isfinite(accuracy)] for column in columns))
+
 
 class Curve(NamedTuple):
     """Test accuracy after each evaluated round, of a run or of several on average; float64 [evaluations]."""
@@ -70,7 +78,7 @@ class Series(NamedTuple):
 
     def curves(self) -> list[Curve]:
         """A curve per run."""
-        return [_curve(run) for run in self.runs]
+        return [run.curve() for run in self.runs]
 
     def mean(self) -> Curve:
         """The mean over the runs, after the rounds that all of them evaluated; empty where there is none.
@@ -133,12 +141,6 @@ def group_by_config(runs: Sequence[RunFiles]) -> list[Series]:
     return [Series(label, group) for label, group in zip(labels, groups.values(), strict=True)]
 
 
-def differing_keys(runs: Sequence[RunFiles]) -> list[str]:
-    """The keys of the config, the seed aside, in which runs differ."""
-    keys = sorted(set().union(*(run.config for run in runs)) - {"seed"})
-    return [k for k in keys if any(run.config.get(k) != runs[0].config.get(k) for run in runs)]
-
-
 class UnitMap(NamedTuple):
     """Who trained the units of a group, in evenly spaced rounds of a run."""
 
@@ -174,19 +176,18 @@ def draw_maps(run: RunFiles, *, columns: int, rows: int, budget: int) -> list[Un
     if not records:
         return []
     workers = run.summary["num_workers"]
-    entries = workers * sum(group.size for group in groups.values())
-    chosen = [records[i] for i in _spaced(len(records), max(1, budget // entries))]
-    draws, took_part = [], []
+    most = budget // (workers * sum(group.size for group in groups.values()))
+    chosen = [records[i] for i in _spaced(len(records), max(1, most))]
+    drawn = []
     for record in chosen:
-        index = record["round"] - 1
-        draws.append(partition.draw(config["seed"], index, groups, deal))
-        present = partition.draw_present(config["seed"], index, workers, config["participation"])
-        took_part.append(present & ~np.isin(np.arange(workers), record["left_out"]))
-    rounds = np.array([record["round"] for record in chosen])
-    return [
-        _map(group, rounds, [draw[name] for draw in draws], took_part, columns, rows)
-        for name, group in groups.items()
-    ]
+        seed, index = config["seed"], record["round"] - 1
+        present = partition.draw_present(seed, index, workers, config["participation"])
+        here = present & ~np.isin(np.arange(workers), record["left_out"])
+        drawn.append((partition.draw(seed, index, groups, deal), here))
+    rounds, maps = np.array([record["round"] for record in chosen]), []
+    for name, group in groups.items():
+        maps.append(_map(group, rounds, [(draw[name], here) for draw, here in drawn], columns, rows))
+    return maps
 
 
 def _groups(run: RunFiles) -> dict[str, partition.Group]:
@@ -198,26 +199,18 @@ def _groups(run: RunFiles) -> dict[str, partition.Group]:
 def _deal(run: RunFiles) -> tuple[partition.Deal, str] | None:
     """Who got which units, and what tells that rule from others; None: its file is gone or another one."""
     name = run.config.get("partition.deal", "random")  # earlier versions have no other
-    recorded = run.config.get("files.partition.deal")
     try:
-        same = extension.digest(name) == recorded
+        same = extension.digest(name) == run.config.get("files.partition.deal")
     except ValueError:  # the user's file is gone
         same = False
     return (extension.load(name, DEALS), extension.identity(name)) if same else None
 
 
-def _map(
-    group: partition.Group,
-    rounds: np.ndarray,
-    drawn: Sequence[partition.Assignment],
-    took_part: Sequence[np.ndarray],
-    columns: int,
-    rows: int,
-) -> UnitMap:
+def _map(group: partition.Group, rounds: np.ndarray, drawn: Drawn, columns: int, rows: int) -> UnitMap:
     counts = np.zeros((group.num_workers, group.size), int)
     chosen, units = _spaced(len(rounds), columns), _spaced(group.size, rows)
     shown = np.zeros((len(chosen), group.num_workers, len(units)), bool)
-    for place, ((indices, gates), here) in enumerate(zip(drawn, took_part, strict=True)):
+    for place, ((indices, gates), here) in enumerate(drawn):
         trained = np.zeros(counts.shape, bool)
         trained[np.nonzero(gates)[0], indices[gates]] = True
         trained &= here[:, None]
@@ -232,19 +225,9 @@ def _spaced(size: int, most: int) -> np.ndarray:
 
 
 def _label(run: RunFiles, others: Sequence[RunFiles]) -> str:
-    method = run.config["method"]
-    alike = [other for other in others if other.config["method"] == method]
-    return ", ".join([method, *(f"{key}={run.config.get(key)}" for key in differing_keys(alike))])
-
-
-def _curve(run: RunFiles) -> Curve:
-    accuracy = run.column("test_accuracy")
-    evaluated = np.isfinite(accuracy)
-    columns = (
-        run.column("round"),
-        run.column("examples"),
-        np.cumsum(run.column("bytes_sent")),
-        np.cumsum(run.seconds("local")),
-        100 * accuracy,
-    )
-    return Curve(*(column[evaluated] for column in columns))
+    """Its method and, where several configs share that, the keys in which they differ, the seed aside."""
+    config, method = run.config, run.config["method"]
+    alike = [other.config for other in others if other.config["method"] == method]
+    keys = sorted(set().union(*alike) - {"seed"})
+    differing = [key for key in keys if any(other.get(key) != config.get(key) for other in alike)]
+    return ", ".join([method, *(f"{key}={config.get(key)}" for key in differing)])

@@ -146,7 +146,7 @@ def compile_program(
       can block each other on CPU.
     """
     if jax.process_count() > 1:
-        return _SpanningProgram(fn, args, devices, in_axes, donate)
+        return _SpanningProgram(fn, args, devices, in_axes, donate)  # type: ignore[return-value]
     mapped = jax.pmap(
         fn, axis_name=AXIS, in_axes=tuple(in_axes), devices=list(devices), donate_argnums=tuple(donate)
     )
