@@ -20,16 +20,14 @@ from flax import traverse_util
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ist_jax.partition import Assignment, Axes, Names
+from ist_jax.partition import Axes, Draw, Names
 
 Numbers: TypeAlias = Float[Array | np.ndarray, "..."]
 Params: TypeAlias = PyTree[Numbers]
 Leaf = Array | np.ndarray | jax.ShapeDtypeStruct
 
 
-def masks(
-    params: PyTree[Leaf], axes: Axes, assignment: Mapping[str, Assignment], worker: int
-) -> PyTree[Bool[Array, "..."]]:
+def masks(params: PyTree[Leaf], axes: Axes, assignment: Draw, worker: int) -> PyTree[Bool[Array, "..."]]:
     """Which entries of every leaf a worker holds.
 
     Args:
@@ -49,7 +47,7 @@ def masks(
     return _unflatten({p: _mask(x.shape, axes[p], assignment, worker) for p, x in flat.items()})
 
 
-def gather(params: Params, axes: Axes, assignment: Mapping[str, Assignment], worker: int) -> Params:
+def gather(params: Params, axes: Axes, assignment: Draw, worker: int) -> Params:
     """Cuts the subnet of one worker out of the global parameters.
 
     Args:
@@ -81,7 +79,7 @@ def gather(params: Params, axes: Axes, assignment: Mapping[str, Assignment], wor
 def merge(
     params: Params,
     axes: Axes,
-    assignment: Mapping[str, Assignment],
+    assignment: Draw,
     subnets: Sequence[Params],
     healthy: Bool[Array | np.ndarray, " S"] | Sequence[bool] | None = None,
 ) -> Params:
@@ -170,9 +168,7 @@ class Tally(NamedTuple):
         return jnp.where(self.differs, self.total * weight, self.first)
 
 
-def check_assignment(
-    flat: Mapping[str, Leaf], axes: Axes, assignment: Mapping[str, Assignment], worker: int
-) -> None:
+def check_assignment(flat: Mapping[str, Leaf], axes: Axes, assignment: Draw, worker: int) -> None:
     """Raises ValueError when an assignment does not fit the parameters."""
     for path, x in flat.items():
         if path not in axes or len(axes[path]) != x.ndim:
@@ -190,9 +186,7 @@ def check_assignment(
                 raise ValueError(f"worker {worker} is not one of the {len(indices)} of {name!r}")
 
 
-def _mask(
-    shape: tuple[int, ...], names: Names, assignment: Mapping[str, Assignment], worker: int
-) -> Bool[Array, "..."]:
+def _mask(shape: tuple[int, ...], names: Names, assignment: Draw, worker: int) -> Bool[Array, "..."]:
     mask = jnp.ones(shape, bool)
     for axis, name in enumerate(names):
         if name is not None:
@@ -207,7 +201,7 @@ def _scatter(
     old: Numbers,
     piece: Numbers,
     names: Names,
-    assignment: Mapping[str, Assignment],
+    assignment: Draw,
     worker: int,
 ) -> Numbers:
     """A leaf of the global shape with the subnet's values where the worker holds, 0 elsewhere."""

@@ -142,6 +142,9 @@ class Group:
         return cls(**{**recorded, "shares": tuple(recorded["shares"])})
 
 
+Groups = Mapping[str, Group]  # by name
+Draw = Mapping[str, Assignment]  # who holds which unit, by group
+
 Deal = Callable[[np.random.Generator, Group, int], Assignment]
 """Who gets which units of a group: (generator of the round, group, round counted from 0) -> assignment.
 
@@ -206,12 +209,7 @@ def _fit_rule(path: str, ndim: int, rule: Sequence[Any]) -> Names:
 
 
 def make_groups(
-    params: PyTree,
-    axes: Axes,
-    num_workers: int,
-    *,
-    min_units: int = 0,
-    shares: Sequence[float | int] = (),
+    params: PyTree, axes: Axes, num_workers: int, *, min_units: int = 0, shares: Sequence[float | int] = ()
 ) -> dict[str, Group]:
     """The groups of a model, for a number of workers.
 
@@ -245,20 +243,14 @@ def make_groups(
         raise ValueError(
             f"partition.min_units={min_units} must lie between 0 and the {sizes[most]} units of {most}"
         )
+    strips, relative = dict.fromkeys(stratified, num_workers), tuple(map(float, shares))
     return {
-        name: Group(
-            name,
-            size,
-            num_workers,
-            strips=num_workers if name in stratified else 1,
-            min_units=min(min_units, size),
-            shares=tuple(map(float, shares)),
-        )
+        name: Group(name, size, num_workers, strips.get(name, 1), min(min_units, size), relative)
         for name, size in sorted(sizes.items())
     }
 
 
-def with_everyone(groups: Mapping[str, Group]) -> dict[str, Group]:
+def with_everyone(groups: Groups) -> dict[str, Group]:
     """The groups when every worker holds all units: rounds of local SGD, exchanged like any others."""
     return {name: dataclasses.replace(group, min_units=group.size) for name, group in groups.items()}
 
@@ -270,7 +262,7 @@ class BrokenDeal(ValueError):
     """A deal has broken its contract."""
 
 
-def draw(seed: int, round_index: int, groups: Mapping[str, Group], deal: Deal) -> dict[str, Assignment]:
+def draw(seed: int, round_index: int, groups: Groups, deal: Deal) -> dict[str, Assignment]:
     """The partition of a round: a function of its arguments alone, so that resume is exact.
 
     Args:

@@ -10,74 +10,44 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree, Shaped
 
-from ist_jax.exchange.layout import AXIS, A, Draw, Layout, Leaf, Shards, cut
-from ist_jax.exchange.wire import all_gather
+from ist_jax.exchange.layout import AXIS, A, Layout, Leaf, Shards, cut
+from ist_jax.exchange.wire import Inputs, all_gather
 from ist_jax.masking import ordered_mean
-from ist_jax.models.sparse import Sparse
 
 SLICES = "shared leaves"  # the one part that travels
+Stored = Shaped[np.ndarray | np.generic, "*shape"]
 
 
 def split(x: Shaped[A, "*shape"], leaf: Leaf, num_devices: int) -> Shaped[A, " D *shape"]:
     """What each device keeps of a whole leaf (NumPy or JAX), stacked: [D, ...]."""
-    del leaf
     wide = np.broadcast_to if isinstance(x, np.ndarray) else jnp.broadcast_to
     return wide(x, (num_devices, *x.shape))
 
 
 def join(x: Shaped[A, " D *shape"], leaf: Leaf) -> Shaped[A | np.generic, "*shape"]:
     """The inverse of `split`."""
-    del leaf
     return x[0]
 
 
 def stored_piece(leaf: Leaf, device: int, num_devices: int) -> tuple[int, int, int]:
     """(axis, start, stop) of the stored form that a device writes: device 0 all of it."""
-    del num_devices
     return 0, 0, (leaf.shape or (1,))[0] if device == 0 else 0
 
 
-def to_stored(
-    shard: Shaped[np.ndarray | np.generic, "*shape"], leaf: Leaf, device: int, num_devices: int
-) -> Shaped[np.ndarray | np.generic, "*shape"]:
+def to_stored(shard: Stored, length: int) -> Stored:
     """That part, from what the device keeps."""
-    del leaf, device, num_devices
     return shard
 
 
-def cut_out(layout: Layout, shards: Shards, draw: Draw) -> PyTree[Float[Array, "D W ..."]]:
-    """Nothing is sent before a round."""
-    del layout, shards, draw
-    return {}
-
-
-def assemble(
-    layout: Layout, parts: PyTree[Float[Array, "D W ..."]], draw: Draw
-) -> PyTree[Float[Array, "W ..."]]:
-    """Nothing has come."""
-    del layout, draw
-    return parts
-
-
-def take_apart(
-    layout: Layout, subnets: PyTree[Float[Array, "W ..."]], draw: Draw
-) -> PyTree[Float[Array, "D W q"]]:
-    """What a merge sends, by part: [D, W, q]."""
-    del draw
+def take_apart(layout: Layout, subnets: PyTree[Float[Array, "W ..."]]) -> PyTree[Float[Array, "D W q"]]:
+    """What a merge sends of these leaves together, [D, W, q], by the name of the part."""
     if not subnets:
         return {}
     return {SLICES: cut(_ravel(subnets, layout.workers_per_device), layout.num_devices).swapaxes(0, 1)}
 
 
-def put_back(
-    layout: Layout,
-    old: Shards,
-    parts: PyTree[Float[Array, "D W ..."]],
-    draw: Draw,
-    flags: Bool[Array, " S"],
-) -> Shards:
+def put_back(layout: Layout, old: Shards, parts: Shards, flags: Bool[Array, " S"]) -> Shards:
     """The leaves after a round, from what has come; `flags`, bool [S]: whose."""
-    del draw
     if not old:
         return {}
     flat = cut(_ravel(old, 1)[0], layout.num_devices)  # [D, q]
@@ -93,17 +63,13 @@ def assigned(leaf: Leaf, num_workers: int) -> int | float:
     return num_workers * leaf.row_size
 
 
-def whole(layout: Layout, leaf: Leaf, shard: Float[Array, "..."]) -> Float[Array, "..."]:
+def whole(leaf: Leaf, shard: Float[Array, "..."]) -> Float[Array, "..."]:
     """The whole leaf from what all devices keep."""
-    del layout, leaf
     return shard
 
 
-def product(
-    layout: Layout, leaf: Leaf, x: Float[Array, "B I"] | Sparse, shard: Float[Array, "..."]
-) -> Float[Array, "B O"]:
+def product(layout: Layout, leaf: Leaf, x: Inputs, shard: Float[Array, "I O"]) -> Float[Array, "B O"]:
     """x @ kernel, [B, O], of a leaf [I, O]."""
-    del layout, leaf
     return x @ shard
 
 
