@@ -55,19 +55,11 @@ PAPER = (
         "optimizer.warmup": 0.0,
     }
 )
+SMOKE = {"num_workers": 2, "local_steps": 2, "rounds": 3, "eval_every": 2, "checkpoint.every": 1}
 MODES = {
     "digits": {},
-    "smoke": {
-        "model.sections": (1, 3),
-        "model.width": 4,
-        "partition.sections": (2,),
-        "num_workers": 2,
-        "local_steps": 2,
-        "batch_size": 8,
-        "rounds": 3,
-        "eval_every": 2,
-        "checkpoint.every": 1,
-    },
+    "smoke": SMOKE
+    | {"batch_size": 8, "model.sections": (1, 3), "model.width": 4, "partition.sections": (2,)},
     "cifar10_small": CIFAR
     | {
         "data.name": "cifar10",
