@@ -36,9 +36,7 @@ COMMON: dict[str, Key] = {
         "map", "how a device trains its workers; 'map': one by one, 'vmap': together", choices=("map", "vmap")
     ),
     "compute_dtype": Key(
-        "float32",
-        "of the layers; parameters, merges and losses stay float32",
-        choices=("float32", "bfloat16"),
+        "float32", "of the layers; parameters, merges, losses stay float32", choices=("float32", "bfloat16")
     ),
     "local_steps": Key(50, "steps of a worker between two exchanges", least=1),
     "batch_size": Key(64, "examples per worker and step", least=1),

@@ -25,6 +25,7 @@ from ist_jax.partition import Axes, Draw, Names
 Numbers: TypeAlias = Float[Array | np.ndarray, "..."]
 Params: TypeAlias = PyTree[Numbers]
 Leaf = Array | np.ndarray | jax.ShapeDtypeStruct
+Flags: TypeAlias = Bool[Array | np.ndarray, " S"] | Sequence[bool]
 
 
 def masks(params: PyTree[Leaf], axes: Axes, assignment: Draw, worker: int) -> PyTree[Bool[Array, "..."]]:
@@ -67,21 +68,15 @@ def gather(params: Params, axes: Axes, assignment: Draw, worker: int) -> Params:
     check_assignment(flat, axes, assignment, worker)
 
     def cut(path: str, x: Numbers) -> Numbers:
-        for axis, name in enumerate(axes[path]):
-            if name is not None:
-                slots = jnp.asarray(assignment[name].indices)[worker]
-                x = jnp.take(x, slots, axis=axis, mode="fill", fill_value=0)
+        for axis, slots in _slots(axes[path], assignment, worker).items():
+            x = jnp.take(x, slots, axis=axis, mode="fill", fill_value=0)
         return x
 
     return _unflatten({path: cut(path, x) for path, x in flat.items()})
 
 
 def merge(
-    params: Params,
-    axes: Axes,
-    assignment: Draw,
-    subnets: Sequence[Params],
-    healthy: Bool[Array | np.ndarray, " S"] | Sequence[bool] | None = None,
+    params: Params, axes: Axes, assignment: Draw, subnets: Sequence[Params], healthy: Flags | None = None
 ) -> Params:
     """Puts the subnets of all workers back into the global parameters.
 
@@ -186,26 +181,22 @@ def check_assignment(flat: Mapping[str, Leaf], axes: Axes, assignment: Draw, wor
                 raise ValueError(f"worker {worker} is not one of the {len(indices)} of {name!r}")
 
 
+def _slots(names: Names, assignment: Draw, worker: int) -> dict[int, Int[Array, " n"]]:
+    """A worker's units along the axes that have any."""
+    return {a: jnp.asarray(assignment[n].indices)[worker] for a, n in enumerate(names) if n is not None}
+
+
 def _mask(shape: tuple[int, ...], names: Names, assignment: Draw, worker: int) -> Bool[Array, "..."]:
     mask = jnp.ones(shape, bool)
-    for axis, name in enumerate(names):
-        if name is not None:
-            slots = jnp.asarray(assignment[name].indices)[worker]
-            holds = jnp.zeros(shape[axis], bool).at[slots].set(True, mode="drop")
-            mask &= jnp.expand_dims(holds, [a for a in range(len(shape)) if a != axis])
+    for axis, slots in _slots(names, assignment, worker).items():
+        holds = jnp.zeros(shape[axis], bool).at[slots].set(True, mode="drop")
+        mask &= jnp.expand_dims(holds, [a for a in range(len(shape)) if a != axis])
     return mask
 
 
-def _scatter(
-    path: str,
-    old: Numbers,
-    piece: Numbers,
-    names: Names,
-    assignment: Draw,
-    worker: int,
-) -> Numbers:
+def _scatter(path: str, old: Numbers, piece: Numbers, names: Names, assignment: Draw, worker: int) -> Numbers:
     """A leaf of the global shape with the subnet's values where the worker holds, 0 elsewhere."""
-    slots = {a: jnp.asarray(assignment[n].indices)[worker] for a, n in enumerate(names) if n is not None}
+    slots = _slots(names, assignment, worker)
     expected = tuple(len(slots[a]) if a in slots else size for a, size in enumerate(old.shape))
     if piece.shape != expected:
         raise ValueError(f"subnet leaf {path} has shape {piece.shape}, expected {expected}")

@@ -20,6 +20,7 @@ AXIS = "devices"  # the name that collectives go by
 A = TypeVar("A", np.ndarray, jax.Array)  # on the host or on a device
 Shards = dict[str, jax.Array]  # what a device keeps of every leaf, by path
 Shapes = dict[str, jax.ShapeDtypeStruct]  # of such leaves
+Fn = Callable[..., PyTree]
 
 
 class Leaf(NamedTuple):
@@ -115,13 +116,7 @@ def regroup(layout: Layout, groups: Groups) -> Layout:
     return layout._replace(leaves=leaves, groups=dict(groups))
 
 
-def map_trees(
-    layout: Layout,
-    fn: Callable[..., PyTree],
-    first: PyTree,
-    *rest: PyTree,
-    scalar: Callable[..., PyTree] = lambda x, *_: x,
-) -> PyTree:
+def map_trees(layout: Layout, fn: Fn, first: PyTree, *rest: PyTree, scalar: Fn = lambda x, *_: x) -> PyTree:
     """`fn` of the parameter-shaped trees in a pytree, such as an optimizer's state.
 
     Args:

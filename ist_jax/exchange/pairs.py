@@ -19,6 +19,7 @@ from ist_jax.partition import Draw, Group
 Shard = Float[Array, "W _ U_out R"]
 Parts = Float[Array, "D W strips m n_out R"]  # first axis: destination, then source
 Tables = Int[Array, "S _ m"]
+Where = tuple[Int[Array, "S W 1 1"], Int[Array, "S W m 1"], Int[Array, "S 1 1 n"]]
 
 
 def split(x: Shaped[A, "*shape"], leaf: Leaf, num_devices: int) -> Shaped[A, "D W _ U_out R"]:
@@ -47,12 +48,8 @@ def to_stored(shard: Shaped[np.ndarray, "W _ U_out R"], length: int) -> Shaped[n
 
 def cut_out(layout: Layout, leaf: Leaf, shard: Shard, draw: Draw) -> Parts:
     """What a gather sends: [D, W, strips here, m, n_out, R]."""
-    workers = layout.workers_per_device
-    _, local = _strip_tables(layout, leaf.groups[0], draw)
-    strip = jnp.arange(workers)[None, :, None, None]
-    at = (strip, local[..., None], _out_indices(leaf, draw)[:, None, None, :])
-    send = shard.at[at].get(mode="fill", fill_value=0)
-    return send.reshape(layout.num_devices, workers, *send.shape[1:])
+    send = shard.at[_entries(layout, leaf, draw, _out_indices(leaf, draw))].get(mode="fill", fill_value=0)
+    return send.reshape(layout.num_devices, layout.workers_per_device, *send.shape[1:])
 
 
 def assemble(layout: Layout, leaf: Leaf, got: Parts, draw: Draw) -> Float[Array, "W ..."]:
@@ -77,11 +74,8 @@ def put_back(
     layout: Layout, leaf: Leaf, old: Shard, got: Parts, draw: Draw, flags: Bool[Array, " S"]
 ) -> Shard:
     """This device's shard after a round, from what has come; `flags`, bool [S]: whose."""
-    workers = layout.workers_per_device
     indices = jnp.where(flags[:, None], _out_indices(leaf, draw), leaf.groups[1].size)
-    _, local = _strip_tables(layout, leaf.groups[0], draw)
-    strip = jnp.broadcast_to(jnp.arange(workers)[None, :, None, None], (len(local), workers, 1, 1))
-    where = (strip, local[..., None], indices[:, None, None, :])
+    where = _entries(layout, leaf, draw, indices)
     disjoint = any(group.disjoint for group in leaf.groups)
     return scatter(old, where, got.reshape(-1, *got.shape[2:]), disjoint=disjoint)
 
@@ -106,6 +100,13 @@ def product(layout: Layout, leaf: Leaf, x: Inputs, shard: Shard) -> Float[Array,
 
 def _out_indices(leaf: Leaf, draw: Draw) -> Int[Array, "S n"]:
     return jnp.asarray(draw[leaf.groups[1].name].indices)  # [S, n_out]
+
+
+def _entries(layout: Layout, leaf: Leaf, draw: Draw, indices: Int[Array, "S n"]) -> Where:
+    """Where in a shard, by strip, unit and `indices` of the second axis, the workers' entries are."""
+    _, local = _strip_tables(layout, leaf.groups[0], draw)
+    strip = jnp.broadcast_to(jnp.arange(local.shape[1])[:, None, None], (*local.shape[:2], 1, 1))
+    return strip, local[..., None], indices[:, None, None, :]
 
 
 def _is_dense(group: Group) -> bool:
