@@ -56,8 +56,8 @@ MODES = {
     "speech2": SPEECH | {"model.hidden": (4096,), "local_steps": 20},
     "speech3": SPEECH | {"model.hidden": (8192, 8192), "local_steps": 30},
     "delicious": SPARSE | {"data.name": "delicious"},  # 'extreme_classification' for another such set
-    "amazon670k": SPARSE
-    | {
+    "amazon670k": {
+        **SPARSE,
         "data.name": "amazon670k",
         "model.hidden": (2560,),
         "num_workers": 8,

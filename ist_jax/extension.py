@@ -70,8 +70,7 @@ def digests(settings: Options) -> dict[str, str]:
     Raises:
       ValueError: there is no such file.
     """
-    found = {key: digest(value) for key, value in settings.items() if isinstance(value, str)}
-    return {key: hexadecimal for key, hexadecimal in found.items() if hexadecimal is not None}
+    return {key: found for key, x in settings.items() if isinstance(x, str) and (found := digest(x))}
 
 
 def _execute(path: Path, version: str | None) -> types.ModuleType:

@@ -67,10 +67,9 @@ def gather(params: Params, axes: Axes, assignment: Draw, worker: int) -> Params:
     flat = traverse_util.flatten_dict(params, sep="/")
     check_assignment(flat, axes, assignment, worker)
 
-    def cut(path: str, x: Numbers) -> Numbers:
-        for axis, slots in _slots(axes[path], assignment, worker).items():
-            x = jnp.take(x, slots, axis=axis, mode="fill", fill_value=0)
-        return x
+    def cut(path: str, x: Numbers) -> Array:
+        grid = _grid(x.shape, axes[path], assignment, worker)
+        return jnp.asarray(x).at[grid].get(mode="fill", fill_value=0)
 
     return _unflatten({path: cut(path, x) for path, x in flat.items()})
 
@@ -181,27 +180,22 @@ def check_assignment(flat: Mapping[str, Leaf], axes: Axes, assignment: Draw, wor
                 raise ValueError(f"worker {worker} is not one of the {len(indices)} of {name!r}")
 
 
-def _slots(names: Names, assignment: Draw, worker: int) -> dict[int, Int[Array, " n"]]:
-    """A worker's units along the axes that have any."""
-    return {a: jnp.asarray(assignment[n].indices)[worker] for a, n in enumerate(names) if n is not None}
+def _grid(shape: tuple[int, ...], names: Names, assignment: Draw, worker: int) -> tuple[Array, ...]:
+    """Where the entries that a worker holds are in a leaf, by slots; outside of it for empty ones."""
+    units = [None if name is None else jnp.asarray(assignment[name].indices)[worker] for name in names]
+    return jnp.ix_(*(jnp.arange(n) if own is None else own for n, own in zip(shape, units, strict=True)))
 
 
 def _mask(shape: tuple[int, ...], names: Names, assignment: Draw, worker: int) -> Bool[Array, "..."]:
-    mask = jnp.ones(shape, bool)
-    for axis, slots in _slots(names, assignment, worker).items():
-        holds = jnp.zeros(shape[axis], bool).at[slots].set(True, mode="drop")
-        mask &= jnp.expand_dims(holds, [a for a in range(len(shape)) if a != axis])
-    return mask
+    return jnp.zeros(shape, bool).at[_grid(shape, names, assignment, worker)].set(True, mode="drop")
 
 
-def _scatter(path: str, old: Numbers, piece: Numbers, names: Names, assignment: Draw, worker: int) -> Numbers:
+def _scatter(path: str, old: Numbers, piece: Numbers, names: Names, assignment: Draw, worker: int) -> Array:
     """A leaf of the global shape with the subnet's values where the worker holds, 0 elsewhere."""
-    slots = _slots(names, assignment, worker)
-    expected = tuple(len(slots[a]) if a in slots else size for a, size in enumerate(old.shape))
-    if piece.shape != expected:
+    grid = _grid(old.shape, names, assignment, worker)
+    if piece.shape != (expected := tuple(along.size for along in grid)):
         raise ValueError(f"subnet leaf {path} has shape {piece.shape}, expected {expected}")
-    grid = jnp.ix_(*(slots.get(axis, jnp.arange(size)) for axis, size in enumerate(old.shape)))
-    return jnp.zeros_like(old).at[grid].set(piece, mode="drop") if grid else piece
+    return jnp.zeros_like(old).at[grid].set(piece, mode="drop")
 
 
 def _unflatten(flat: Mapping[str, Array | np.ndarray]) -> PyTree:

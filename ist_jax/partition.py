@@ -21,7 +21,6 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -81,7 +80,7 @@ class Group:
         """The workers have equal shares, so who gets the remainder may differ from round to round."""
         return not self.shares
 
-    @cached_property
+    @functools.cached_property
     def deck(self) -> Int[np.ndarray, " U"]:
         """The worker that gets the i-th dealt unit; each as many as its share, spread evenly."""
         shares = np.asarray(self.shares or (1.0,) * self.num_workers, float)
@@ -93,7 +92,7 @@ class Group:
         place = np.concatenate([(np.arange(c) + 0.5) / c for c in counts if c] or [np.zeros(0)])
         return workers[np.lexsort((workers, place))]
 
-    @cached_property
+    @functools.cached_property
     def counts(self) -> tuple[int, ...]:
         """Units held by the worker in each place of the deck, the overlap included."""
         return tuple(np.maximum(self._dealt, self.min_units).tolist())
@@ -103,7 +102,7 @@ class Group:
         """n, the units of the worker with the most."""
         return max(self.counts)
 
-    @cached_property
+    @functools.cached_property
     def strip_slots(self) -> int:
         """m, the most units of one strip that any worker can hold."""
         if self.strips == 1 or (self._dealt < self.min_units).any():
@@ -293,11 +292,9 @@ def draw(seed: int, round_index: int, groups: Groups, deal: Deal) -> dict[str, A
     return drawn
 
 
-def draw_present(
-    seed: int, round_index: int, num_workers: int, participation: float
-) -> Bool[np.ndarray, " S"]:
+def draw_present(seed: int, round_index: int, workers: int, participation: float) -> Bool[np.ndarray, " S"]:
     """Which workers take part in a round: each with the given probability, independently."""
-    return rng(seed, Use.PRESENCE, round_index).random(num_workers) < participation
+    return rng(seed, Use.PRESENCE, round_index).random(workers) < participation
 
 
 def assign(held: Bool[np.ndarray, "S U"], group: Group) -> Assignment:

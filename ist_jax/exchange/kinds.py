@@ -33,10 +33,12 @@ def unit_leaves(layout: Layout) -> list[tuple[str, Leaf, types.ModuleType]]:
 
 def shard_shapes(layout: Layout) -> Shapes:
     """What a device keeps of every leaf, padding included."""
+
+    def first(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {path: split_leaf(layout, path, x)[0] for path, x in flat.items()}
+
     whole = {path: jax.ShapeDtypeStruct(leaf.shape, layout.dtype) for path, leaf in layout.leaves.items()}
-    return jax.eval_shape(
-        lambda flat: {path: split_leaf(layout, path, x)[0] for path, x in flat.items()}, whole
-    )
+    return jax.eval_shape(first, whole)
 
 
 def subnet_shapes(layout: Layout) -> Shapes:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jaxtyping import Array, PyTree, Shaped
+from jaxtyping import Array, Bool, PyTree, Shaped
 
 from ist_jax.exchange.codec import NONE, Codec
 from ist_jax.partition import Axes, Group, Groups
@@ -20,6 +20,7 @@ AXIS = "devices"  # the name that collectives go by
 A = TypeVar("A", np.ndarray, jax.Array)  # on the host or on a device
 Shards = dict[str, jax.Array]  # what a device keeps of every leaf, by path
 Shapes = dict[str, jax.ShapeDtypeStruct]  # of such leaves
+Flags = Bool[Array, " S"]  # which workers' subnets count
 Fn = Callable[..., PyTree]
 
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
-from ist_jax.exchange.layout import AXIS, A, Layout, Leaf, canonical, pad, restore
+from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf, canonical, pad, restore
 from ist_jax.exchange.scatter import scatter
 from ist_jax.exchange.wire import Inputs, inputs_of_all, multiply_slice
 from ist_jax.partition import Draw, Group
@@ -70,9 +70,7 @@ def take_apart(layout: Layout, leaf: Leaf, x: Float[Array, "W ..."], draw: Draw)
     return block.reshape(workers, devices, workers, group.strip_slots, *block.shape[2:]).swapaxes(0, 1)
 
 
-def put_back(
-    layout: Layout, leaf: Leaf, old: Shard, got: Parts, draw: Draw, flags: Bool[Array, " S"]
-) -> Shard:
+def put_back(layout: Layout, leaf: Leaf, old: Shard, got: Parts, draw: Draw, flags: Flags) -> Shard:
     """This device's shard after a round, from what has come; `flags`, bool [S]: whose."""
     indices = jnp.where(flags[:, None], _out_indices(leaf, draw), leaf.groups[1].size)
     where = _entries(layout, leaf, draw, indices)

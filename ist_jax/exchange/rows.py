@@ -7,9 +7,9 @@ pulls exactly n slices from each device.
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
-from ist_jax.exchange.layout import AXIS, A, Layout, Leaf, canonical, cut, pad, restore
+from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf, canonical, cut, pad, restore
 from ist_jax.exchange.scatter import scatter
 from ist_jax.exchange.wire import Inputs, inputs_of_all, multiply_slice
 from ist_jax.partition import Draw
@@ -59,9 +59,7 @@ def take_apart(layout: Layout, leaf: Leaf, x: Float[Array, "W ..."], draw: Draw)
     return cut(canonical(x, leaf), layout.num_devices).transpose(2, 0, 1, 3)
 
 
-def put_back(
-    layout: Layout, leaf: Leaf, old: Shard, got: Parts, draw: Draw, flags: Bool[Array, " S"]
-) -> Shard:
+def put_back(layout: Layout, leaf: Leaf, old: Shard, got: Parts, draw: Draw, flags: Flags) -> Shard:
     """This device's shard after a round, from what has come; `flags`, bool [S]: whose."""
     (group,) = leaf.groups
     indices = jnp.where(flags[:, None], _indices(leaf, draw), group.size)

@@ -8,9 +8,9 @@ of a device starts from the ones that it keeps.
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, PyTree, Shaped
+from jaxtyping import Array, Float, PyTree, Shaped
 
-from ist_jax.exchange.layout import AXIS, A, Layout, Leaf, Shards, cut
+from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf, Shards, cut
 from ist_jax.exchange.wire import Inputs, all_gather
 from ist_jax.masking import ordered_mean
 
@@ -46,7 +46,7 @@ def take_apart(layout: Layout, subnets: PyTree[Float[Array, "W ..."]]) -> PyTree
     return {SLICES: cut(_ravel(subnets, layout.workers_per_device), layout.num_devices).swapaxes(0, 1)}
 
 
-def put_back(layout: Layout, old: Shards, parts: Shards, flags: Bool[Array, " S"]) -> Shards:
+def put_back(layout: Layout, old: Shards, parts: Shards, flags: Flags) -> Shards:
     """The leaves after a round, from what has come; `flags`, bool [S]: whose."""
     if not old:
         return {}

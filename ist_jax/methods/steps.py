@@ -22,16 +22,11 @@ PerWorker: TypeAlias = PyTree[Shaped[Array, "W ..."]]
 POLICIES: dict[str, Policy] = {
     # anew in every round, as in the papers
     "reset": Policy(
-        init=lambda tx, params: (),
-        start=lambda tx, params, travels: tx.init(params),
-        end=lambda opt_state: (),
-        fresh=True,
+        init=lambda *_: (), start=lambda tx, params, _: tx.init(params), end=lambda _: (), fresh=True
     ),
     # exchanged with the parameters, and merged like them
     "carry": Policy(
-        init=lambda tx, params: tx.init(params),
-        start=lambda tx, params, travels: travels,
-        end=lambda opt_state: opt_state,
+        init=lambda tx, params: tx.init(params), start=lambda tx, params, kept: kept, end=lambda state: state
     ),
 }
 
