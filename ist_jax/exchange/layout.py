@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jaxtyping import Array, Bool, PyTree, Shaped
+from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
 from ist_jax.exchange.codec import NONE, Codec
-from ist_jax.partition import Axes, Group, Groups
+from ist_jax.partition import Axes, Draw, Group, Groups
 
 AXIS = "devices"  # the name that collectives go by
 A = TypeVar("A", np.ndarray, jax.Array)  # on the host or on a device
@@ -132,6 +132,11 @@ def map_trees(layout: Layout, fn: Fn, first: PyTree, *rest: PyTree, scalar: Fn =
         return fn(x, *others) if layout.is_tree(x) else scalar(x, *others)
 
     return jax.tree.map(visit, first, *rest, is_leaf=layout.is_tree)
+
+
+def indices_of(group: Group, draw: Draw) -> Int[Array, "S n"]:
+    """Which units of a group the workers hold, U where a slot is empty."""
+    return jnp.asarray(draw[group.name].indices)
 
 
 # --- one leaf in the form that the kinds cut up ------------------------------------------------------------

@@ -11,14 +11,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf, canonical, pad, restore
+from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf, canonical, indices_of, pad, restore
 from ist_jax.exchange.scatter import scatter
 from ist_jax.exchange.wire import Inputs, inputs_of_all, multiply_slice
 from ist_jax.partition import Draw, Group
 
 Shard = Float[Array, "W _ U_out R"]
 Parts = Float[Array, "D W strips m n_out R"]  # first axis: destination, then source
-Tables = Int[Array, "S _ m"]
 Where = tuple[Int[Array, "S W 1 1"], Int[Array, "S W m 1"], Int[Array, "S 1 1 n"]]
 
 
@@ -48,7 +47,8 @@ def to_stored(shard: Shaped[np.ndarray, "W _ U_out R"], length: int) -> Shaped[n
 
 def cut_out(layout: Layout, leaf: Leaf, shard: Shard, draw: Draw) -> Parts:
     """What a gather sends: [D, W, strips here, m, n_out, R]."""
-    send = shard.at[_entries(layout, leaf, draw, _out_indices(leaf, draw))].get(mode="fill", fill_value=0)
+    outputs = indices_of(leaf.groups[1], draw)
+    send = shard.at[_entries(layout, leaf, draw, outputs)].get(mode="fill", fill_value=0)
     return send.reshape(layout.num_devices, layout.workers_per_device, *send.shape[1:])
 
 
@@ -72,8 +72,8 @@ def take_apart(layout: Layout, leaf: Leaf, x: Float[Array, "W ..."], draw: Draw)
 
 def put_back(layout: Layout, leaf: Leaf, old: Shard, got: Parts, draw: Draw, flags: Flags) -> Shard:
     """This device's shard after a round, from what has come; `flags`, bool [S]: whose."""
-    indices = jnp.where(flags[:, None], _out_indices(leaf, draw), leaf.groups[1].size)
-    where = _entries(layout, leaf, draw, indices)
+    outputs = jnp.where(flags[:, None], indices_of(leaf.groups[1], draw), leaf.groups[1].size)
+    where = _entries(layout, leaf, draw, outputs)
     disjoint = any(group.disjoint for group in leaf.groups)
     return scatter(old, where, got.reshape(-1, *got.shape[2:]), disjoint=disjoint)
 
@@ -96,46 +96,33 @@ def product(layout: Layout, leaf: Leaf, x: Inputs, shard: Shard) -> Float[Array,
     return multiply_slice(layout, inputs_of_all(x), shard.reshape(-1, leaf.shape[1]))
 
 
-def _out_indices(leaf: Leaf, draw: Draw) -> Int[Array, "S n"]:
-    return jnp.asarray(draw[leaf.groups[1].name].indices)  # [S, n_out]
-
-
-def _entries(layout: Layout, leaf: Leaf, draw: Draw, indices: Int[Array, "S n"]) -> Where:
-    """Where in a shard, by strip, unit and `indices` of the second axis, the workers' entries are."""
-    _, local = _strip_tables(layout, leaf.groups[0], draw)
-    strip = jnp.broadcast_to(jnp.arange(local.shape[1])[:, None, None], (*local.shape[:2], 1, 1))
-    return strip, local[..., None], indices[:, None, None, :]
-
-
 def _is_dense(group: Group) -> bool:
     """Every worker holds exactly m units of each strip: slots are in the order of the exchange."""
     return group.even and group.strips * group.strip_slots == group.slots
 
 
-def _strip_tables(layout: Layout, group: Group, draw: Draw) -> tuple[Tables, Tables]:
-    """Per worker, which of its slots lie in which strip, and where in this device's strips.
-
-    Returns:
-      slots_of: int32 [S, strips, m], slot numbers, n where there is none.
-      local: int32 [S, W, m], unit numbers within this device's W strips, the strip's size where none.
-    """
-    indices = jnp.asarray(draw[group.name].indices)  # [S, n], ascending, U where empty
-    slots = indices.shape[1]
-    starts = jnp.arange(group.strips) * group.strip_size
-    first = jax.vmap(jnp.searchsorted, (0, None))(indices, starts)  # [S, strips]
-    ends = jnp.minimum(starts + group.strip_size, group.size)
-    last = jax.vmap(jnp.searchsorted, (0, None))(indices, ends)
-    place = first[..., None] + jnp.arange(group.strip_slots)  # [S, strips, m]
-    slots_of = jnp.where(place < last[..., None], place, slots)
-    units = _take(indices, slots_of, group.size)
-    local = jnp.where(slots_of < slots, units - starts[:, None], group.strip_size)
-    return slots_of, _own(layout, local, 1)
+def _strip_slots(group: Group, draw: Draw) -> Int[Array, "S strips m"]:
+    """int32 [S, strips, m]: which of a worker's slots lie in which strip, n where there is none."""
+    indices = indices_of(group, draw)  # [S, n], ascending, U where empty
+    edges = jnp.minimum(jnp.arange(group.strips + 1) * group.strip_size, group.size)
+    at = jax.vmap(jnp.searchsorted, (0, None))(indices, edges)  # [S, strips + 1]
+    place = at[:, :-1, None] + jnp.arange(group.strip_slots)
+    return jnp.where(place < at[:, 1:, None], place, indices.shape[1])
 
 
 def _places(layout: Layout, group: Group, draw: Draw) -> Int[Array, "W k"]:
     """[W, S m]: which slot of each of this device's workers stands where in what is exchanged."""
-    slots_of, _ = _strip_tables(layout, group, draw)
-    return _own(layout, slots_of, 0).reshape(layout.workers_per_device, -1)
+    return _own(layout, _strip_slots(group, draw), 0).reshape(layout.workers_per_device, -1)
+
+
+def _entries(layout: Layout, leaf: Leaf, draw: Draw, outputs: Int[Array, "S n"]) -> Where:
+    """Where in a shard, by strip, unit and `outputs` of the second axis, the workers' entries are."""
+    group = leaf.groups[0]
+    indices, slots_of = indices_of(group, draw), _strip_slots(group, draw)
+    units = _take(indices, slots_of, group.size) - jnp.arange(group.strips)[:, None] * group.strip_size
+    local = _own(layout, jnp.where(slots_of < indices.shape[1], units, group.strip_size), 1)  # [S, W, m]
+    strip = jnp.broadcast_to(jnp.arange(local.shape[1])[:, None, None], (*local.shape[:2], 1, 1))
+    return strip, local[..., None], outputs[:, None, None, :]
 
 
 def _own(layout: Layout, per_worker: Int[Array, "..."], axis: int) -> Int[Array, "..."]:

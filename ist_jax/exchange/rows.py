@@ -7,9 +7,9 @@ pulls exactly n slices from each device.
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
-from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf, canonical, cut, pad, restore
+from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf, canonical, cut, indices_of, pad, restore
 from ist_jax.exchange.scatter import scatter
 from ist_jax.exchange.wire import Inputs, inputs_of_all, multiply_slice
 from ist_jax.partition import Draw
@@ -44,7 +44,7 @@ def to_stored(shard: Shaped[np.ndarray, "U q"], length: int) -> Shaped[np.ndarra
 
 def cut_out(layout: Layout, leaf: Leaf, shard: Shard, draw: Draw) -> Parts:
     """What a gather sends: [D, W, n, q]."""
-    send = shard.at[_indices(leaf, draw)].get(mode="fill", fill_value=0)
+    send = shard.at[indices_of(leaf.groups[0], draw)].get(mode="fill", fill_value=0)
     return send.reshape(layout.num_devices, layout.workers_per_device, *send.shape[1:])
 
 
@@ -62,7 +62,7 @@ def take_apart(layout: Layout, leaf: Leaf, x: Float[Array, "W ..."], draw: Draw)
 def put_back(layout: Layout, leaf: Leaf, old: Shard, got: Parts, draw: Draw, flags: Flags) -> Shard:
     """This device's shard after a round, from what has come; `flags`, bool [S]: whose."""
     (group,) = leaf.groups
-    indices = jnp.where(flags[:, None], _indices(leaf, draw), group.size)
+    indices = jnp.where(flags[:, None], indices_of(group, draw), group.size)
     return scatter(old, (indices,), got.reshape(-1, *got.shape[2:]), disjoint=group.disjoint)
 
 
@@ -87,7 +87,3 @@ def product(layout: Layout, leaf: Leaf, x: Inputs, shard: Shard) -> Float[Array,
     y = (x @ shard).reshape(layout.num_devices, -1, shard.shape[1])  # a slice of the outputs
     y = lax.all_to_all(y, AXIS, 0, 0)  # [D, B, slice]
     return y.swapaxes(0, 1).reshape(y.shape[1], -1)[:, : leaf.row_size]
-
-
-def _indices(leaf: Leaf, draw: Draw) -> Int[Array, "S n"]:
-    return jnp.asarray(draw[leaf.groups[0].name].indices)  # [S, n]

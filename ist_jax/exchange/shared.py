@@ -5,9 +5,11 @@ gather the result, which are the bytes of a ring all-reduce. Nothing is gathered
 of a device starts from the ones that it keeps.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf, Shards, cut
@@ -43,19 +45,20 @@ def take_apart(layout: Layout, subnets: PyTree[Float[Array, "W ..."]]) -> PyTree
     """What a merge sends of these leaves together, [D, W, q], by the name of the part."""
     if not subnets:
         return {}
-    return {SLICES: cut(_ravel(subnets, layout.workers_per_device), layout.num_devices).swapaxes(0, 1)}
+    flat = jax.vmap(lambda leaves: ravel_pytree(leaves)[0])(subnets)  # [W, p]
+    return {SLICES: cut(flat, layout.num_devices).swapaxes(0, 1)}
 
 
 def put_back(layout: Layout, old: Shards, parts: Shards, flags: Flags) -> Shards:
     """The leaves after a round, from what has come; `flags`, bool [S]: whose."""
     if not old:
         return {}
-    flat = cut(_ravel(old, 1)[0], layout.num_devices)  # [D, q]
+    raveled, unravel = ravel_pytree(old)
+    flat = cut(raveled, layout.num_devices)  # [D, q]
     own = lax.dynamic_index_in_dim(flat, lax.axis_index(AXIS), keepdims=False)
     mean = ordered_mean(own, parts[SLICES].reshape(layout.num_workers, -1), flags[:, None])
     whole = jnp.where(flags.any(), all_gather(layout, mean), flat.reshape(-1))  # a codec may round the old
-    pieces = jnp.split(whole, np.cumsum([x.size for x in old.values()]))[:-1]
-    return {path: piece.reshape(x.shape) for (path, x), piece in zip(old.items(), pieces, strict=True)}
+    return unravel(whole[: raveled.size])
 
 
 def assigned(leaf: Leaf, num_workers: int) -> int | float:
@@ -71,8 +74,3 @@ def whole(leaf: Leaf, shard: Float[Array, "..."]) -> Float[Array, "..."]:
 def product(layout: Layout, leaf: Leaf, x: Inputs, shard: Float[Array, "I O"]) -> Float[Array, "B O"]:
     """x @ kernel, [B, O], of a leaf [I, O]."""
     return x @ shard
-
-
-def _ravel(leaves: Shards, workers: int) -> Float[Array, "W p"]:
-    """All leaves as one vector per worker, [W, sizes]."""
-    return jnp.concatenate([x.reshape(workers, -1) for x in leaves.values()], axis=1)
