@@ -42,11 +42,7 @@ COMMON: dict[str, Key] = {
     "batch_size": Key(64, "examples per worker and step", least=1),
     "rounds": free(None, "rounds of the run; unset: as many as epochs take", kind=int, least=1, extends=True),
     "epochs": free(
-        40.0,
-        "passes of all workers together over the training set, where rounds is unset",
-        least=0,
-        above=True,
-        extends=True,
+        40.0, "joint passes over the training set, where rounds is unset", least=0, above=True, extends=True
     ),
     "eval_every": free(5, "rounds between evaluations; 0: after the last round only", least=0),
     "eval_batch_size": Key(128, "examples per evaluation batch, whose statistics are part of it", least=1),

@@ -176,9 +176,7 @@ def trace(method: Method, state: State, turn: Turn, num_devices: int) -> dict[st
       ValueError: there is no phase, one has a name that is taken, or the last one returns something else.
     """
     if taken := RESERVED & method.phases.keys():
-        raise ValueError(
-            f"a phase must not be called {min(taken)!r}: times are recorded under that name already"
-        )
+        raise ValueError(f"a phase must not be called {min(taken)!r}: times are recorded under that name")
     if not method.phases:
         raise ValueError("a method needs at least one phase")
     traced, value = {}, None
