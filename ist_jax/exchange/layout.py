@@ -167,7 +167,7 @@ def pad(x: Shaped[A, "..."], *widths: tuple[int, int]) -> Shaped[A, "..."]:
     return module.pad(x, (*widths, *((0, 0),) * (x.ndim - len(widths))))
 
 
-def cut(x: Shaped[Array, "*lead p"], devices: int) -> Shaped[Array, "*lead D q"]:
+def cut(x: Shaped[A, "*lead p"], devices: int) -> Shaped[A, "*lead D q"]:
     """[..., D, q] from [..., p]: the last axis padded and cut into a slice per device."""
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % devices)])
+    x = pad(x, *((0, 0),) * (x.ndim - 1), (0, -x.shape[-1] % devices))
     return x.reshape(*x.shape[:-1], devices, -1)

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Shaped
 
-from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf, canonical, cut, indices_of, pad, restore
+from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf, canonical, cut, indices_of, restore
 from ist_jax.exchange.scatter import scatter
 from ist_jax.exchange.wire import Inputs, inputs_of_all, multiply_slice
 from ist_jax.partition import Draw
@@ -20,9 +20,7 @@ Parts = Float[Array, "D W n q"]  # first axis: destination, then source
 
 def split(x: Shaped[A, "*shape"], leaf: Leaf, num_devices: int) -> Shaped[A, "D U q"]:
     """What each device keeps of a whole leaf (NumPy or JAX), stacked: [D, U, ceil(p / D)]."""
-    x = canonical(x, leaf)
-    x = pad(x, (0, 0), (0, -x.shape[1] % num_devices))
-    return x.reshape(len(x), num_devices, -1).swapaxes(0, 1)
+    return cut(canonical(x, leaf), num_devices).swapaxes(0, 1)
 
 
 def join(x: Shaped[A, "D U q"], leaf: Leaf) -> Shaped[A, "..."]:
