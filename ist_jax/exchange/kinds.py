@@ -14,7 +14,8 @@ from ist_jax.masking import Params
 
 _INIT_PARTS = 2
 Stacked = Mapping[str, Float[Array | np.ndarray, "D ..."]]
-KINDS = (shared, rows, pairs)  # what each does with a leaf is written there, under the same names
+# Files of functions of the same names, of one leaf each; shared leaves alone are exchanged all together.
+KINDS = (shared, rows, pairs)
 
 
 def kind_of(leaf: Leaf) -> types.ModuleType:
