@@ -104,10 +104,10 @@ def _is_dense(group: Group) -> bool:
 def _strip_slots(group: Group, draw: Draw) -> Int[Array, "S strips m"]:
     """int32 [S, strips, m]: which of a worker's slots lie in which strip, n where there is none."""
     indices = indices_of(group, draw)  # [S, n], ascending, U where empty
-    edges = jnp.minimum(jnp.arange(group.strips + 1) * group.strip_size, group.size)
-    at = jax.vmap(jnp.searchsorted, (0, None))(indices, edges)  # [S, strips + 1]
-    place = at[:, :-1, None] + jnp.arange(group.strip_slots)
-    return jnp.where(place < at[:, 1:, None], place, indices.shape[1])
+    starts, search = jnp.arange(group.strips) * group.strip_size, jax.vmap(jnp.searchsorted, (0, None))
+    last = search(indices, jnp.minimum(starts + group.strip_size, group.size))  # [S, strips]
+    place = search(indices, starts)[..., None] + jnp.arange(group.strip_slots)
+    return jnp.where(place < last[..., None], place, indices.shape[1])
 
 
 def _places(layout: Layout, group: Group, draw: Draw) -> Int[Array, "W k"]:
