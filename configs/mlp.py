@@ -30,10 +30,7 @@ from ml_collections import config_dict
 
 from ist_jax.config import choose, make
 
-BASE = {
-    "epochs": 400.0,
-    "optimizer.learning_rate": 0.05,
-}
+BASE = {"epochs": 400.0, "optimizer.learning_rate": 0.05}
 SPEECH = {
     "data.name": "speech_commands",
     "data.clip_length": "drop",
@@ -52,22 +49,15 @@ SPARSE = {
     "optimizer.learning_rate": 0.1,
     "optimizer.schedule": "cosine",
 }
+SMOKE = {"num_workers": 2, "local_steps": 2, "rounds": 3, "eval_every": 2, "checkpoint.every": 1}
 MODES = {
     "digits": {},
-    "smoke": {
-        "model.hidden": (32, 32),
-        "num_workers": 2,
-        "local_steps": 2,
-        "batch_size": 8,
-        "rounds": 3,
-        "eval_every": 2,
-        "checkpoint.every": 1,
-    },
+    "smoke": SMOKE | {"batch_size": 8, "model.hidden": (32, 32)},
     "speech2": SPEECH | {"model.hidden": (4096,), "local_steps": 20},
     "speech3": SPEECH | {"model.hidden": (8192, 8192), "local_steps": 30},
     "delicious": SPARSE | {"data.name": "delicious"},  # 'extreme_classification' for another such set
-    "amazon670k": SPARSE
-    | {
+    "amazon670k": {
+        **SPARSE,
         "data.name": "amazon670k",
         "model.hidden": (2560,),
         "num_workers": 8,

@@ -42,34 +42,24 @@ BASE = {
 }
 CIFAR = {"data.pad": 4, "data.flip": True, "eval_batch_size": 100}
 RESNET101 = {"model.sections": (3, 4, 23, 3), "model.width": 64}
-PAPER = (
-    CIFAR
-    | RESNET101
-    | {
-        "partition.min_units": 6,
-        "local_steps": 50,
-        "batch_size": 128,
-        "epochs": 160.0,
-        "optimizer.learning_rate": 0.03,
-        "optimizer.schedule": "step",
-        "optimizer.warmup": 0.0,
-    }
-)
+PAPER = {
+    **CIFAR,
+    **RESNET101,
+    "partition.min_units": 6,
+    "local_steps": 50,
+    "batch_size": 128,
+    "epochs": 160.0,
+    "optimizer.learning_rate": 0.03,
+    "optimizer.schedule": "step",
+    "optimizer.warmup": 0.0,
+}
+SMOKE = {"num_workers": 2, "local_steps": 2, "rounds": 3, "eval_every": 2, "checkpoint.every": 1}
 MODES = {
     "digits": {},
-    "smoke": {
-        "model.sections": (1, 3),
-        "model.width": 4,
-        "partition.sections": (2,),
-        "num_workers": 2,
-        "local_steps": 2,
-        "batch_size": 8,
-        "rounds": 3,
-        "eval_every": 2,
-        "checkpoint.every": 1,
-    },
-    "cifar10_small": CIFAR
-    | {
+    "smoke": SMOKE
+    | {"batch_size": 8, "model.sections": (1, 3), "model.width": 4, "partition.sections": (2,)},
+    "cifar10_small": {
+        **CIFAR,
         "data.name": "cifar10",
         "partition.min_units": 3,  # of 8; without overlap 2
         "local_steps": 20,
@@ -79,8 +69,8 @@ MODES = {
     "cifar10": PAPER | {"data.name": "cifar10"},
     "cifar100": PAPER | {"data.name": "cifar100"},
     "svhn": PAPER | {"data.name": "svhn_cropped", "data.flip": False},  # a mirrored digit is another sign
-    "imagenet": RESNET101
-    | {
+    "imagenet": {
+        **RESNET101,
         "data.name": "imagenet2012",  # or 'image_folder': train/<class>/*.JPEG and val/<class>/*.JPEG
         "data.pad": 0,
         "data.flip": True,

@@ -4,6 +4,7 @@
 tables `models.MODELS` and `data.SETS`. `configs/*.py` say what an experiment sets.
 """
 
+import functools
 import textwrap
 from collections.abc import Iterable, Mapping
 
@@ -21,70 +22,45 @@ from ist_jax.methods import METHODS, Entry
 from ist_jax.methods.steps import POLICIES
 from ist_jax.models import MODELS
 
+_wrap = functools.partial(textwrap.wrap, width=100, subsequent_indent="    ", break_on_hyphens=False)
+free = functools.partial(Key, resume=True)  # a run may go on with another value
+
 COMMON: dict[str, Key] = {
     "method": Key("ist", "what a round does", choices=METHODS, file=True),
     "seed": Key(0, "seed of parameters, partitions and the order of examples", least=0, most=2**31 - 1),
-    "num_workers": Key(4, "workers S", least=1, resume=True),
-    "num_devices": Key(
-        0,
-        "devices that host the workers; 0: on CPU a virtual one per worker, else as many as fit",
-        least=0,
-        resume=True,
+    "num_workers": free(4, "workers S", least=1),
+    "num_devices": free(
+        0, "devices that host the workers; 0: on CPU a virtual one per worker, else as many as fit", least=0
     ),
-    "workers_on_device": Key(
-        "map",
-        "how a device trains several workers; 'map': one after another, 'vmap': together",
-        choices=("map", "vmap"),
-        resume=True,
+    "workers_on_device": free(
+        "map", "how a device trains its workers; 'map': one by one, 'vmap': together", choices=("map", "vmap")
     ),
     "compute_dtype": Key(
-        "float32",
-        "dtype of the layers; parameters, merges and losses stay float32",
-        choices=("float32", "bfloat16"),
+        "float32", "of the layers; parameters, merges, losses stay float32", choices=("float32", "bfloat16")
     ),
     "local_steps": Key(50, "steps of a worker between two exchanges", least=1),
     "batch_size": Key(64, "examples per worker and step", least=1),
-    "rounds": Key(
-        None, "rounds of the run; unset: as many as epochs take", kind=int, least=1, resume=True, extends=True
+    "rounds": free(None, "rounds of the run; unset: as many as epochs take", kind=int, least=1, extends=True),
+    "epochs": free(
+        40.0, "joint passes over the training set, where rounds is unset", least=0, above=True, extends=True
     ),
-    "epochs": Key(
-        40.0,
-        "passes of all workers together over the training set, where rounds is unset",
-        least=0,
-        above=True,
-        resume=True,
-        extends=True,
-    ),
-    "eval_every": Key(5, "rounds between evaluations; 0: after the last round only", least=0, resume=True),
+    "eval_every": free(5, "rounds between evaluations; 0: after the last round only", least=0),
     "eval_batch_size": Key(128, "examples per evaluation batch, whose statistics are part of it", least=1),
-    "patience": Key(
-        0,
-        "evaluations without a better validation accuracy before a run stops; 0: never",
-        least=0,
-        resume=True,
-        extends=True,
+    "patience": free(
+        0, "evaluations without a better validation accuracy to stop after; 0: never", least=0, extends=True
     ),
     "participation": Key(
         1.0, "chance of each worker to take part in a round; the others change nothing", least=0, most=1
     ),
-    "max_rounds_left_out": Key(
-        10,
-        "rounds in a row of a worker with non-finite values that stop the run; 0: never",
-        least=0,
-        resume=True,
+    "max_rounds_left_out": free(
+        10, "rounds in a row of a worker with non-finite values that stop the run; 0: never", least=0
     ),
-    "lost_after": Key(
-        60.0, "seconds without a sign of life until a process counts as lost", least=1, resume=True
-    ),
-    "stuck_after": Key(
-        1800.0, "seconds without progress, though all processes live; 0: wait for ever", least=0, resume=True
-    ),
-    "checkpoint.every": Key(50, "rounds between checkpoints; 0: at the end alone", least=0, resume=True),
-    "checkpoint.keep": Key(
-        2, "latest checkpoints that stay; the best one does as well", least=1, resume=True
-    ),
+    "lost_after": free(60.0, "seconds without a sign of life until a process counts as lost", least=1),
+    "stuck_after": free(1800.0, "seconds without progress, though all processes live; 0: for ever", least=0),
+    "checkpoint.every": free(50, "rounds between checkpoints; 0: at the end alone", least=0),
+    "checkpoint.keep": free(2, "latest checkpoints that stay; the best one does as well", least=1),
     "data.name": Key("digits", f"data set: {', '.join(data.SETS)}"),
-    "data.dir": Key("", "folder of the data set; embedded ones need none", resume=True),
+    "data.dir": free("", "folder of the data set; embedded ones need none"),
     "data.pad": Key(0, "pixels of padding before a random crop of a training image", least=0),
     "data.flip": Key(False, "mirror half of the training images"),
     "data.sharing": Key(
@@ -96,24 +72,16 @@ COMMON: dict[str, Key] = {
     "data.concentration": Key(
         0.5, "of the Dirichlet distribution of 'skewed'; the smaller, the more skewed", least=0, above=True
     ),
-    "data.validation": Key(
-        0.0, "fraction of the training examples that is held out to stop by", least=0, most=0.9
-    ),
+    "data.validation": Key(0.0, "fraction of the training examples held out to stop by", least=0, most=0.9),
     "model.name": Key("resnet", f"model: {', '.join(MODELS)}; a config file has the keys of one"),
     "partition.deal": Key("random", "how units are dealt to the workers", choices=DEALS, file=True),
-    "partition.min_units": Key(
-        0, "least units per worker and group, reached by overlap; 0: none", least=0, resume=True
-    ),
-    "partition.shares": Key((), "relative speed of each worker; (): equal", kind=float, resume=True),
-    "partition.warmup_epochs": Key(
-        0.0, "passes, at the start, in which all workers train the whole model", least=0
-    ),
+    "partition.min_units": free(0, "least units per worker and group, reached by overlap; 0: none", least=0),
+    "partition.shares": free((), "relative speed of each worker; (): equal", kind=float),
+    "partition.warmup_epochs": Key(0.0, "first passes, in which all workers train the whole model", least=0),
     "partition.scale_at_evaluation": Key(
         True, "scale what units add (an MLP's logits) by the fraction of the workers that held them"
     ),
-    "exchange.codec": Key(
-        "none", "what an exchange sends; 'none': the numbers as they are", choices=CODECS, file=True
-    ),
+    "exchange.codec": Key("none", "what an exchange sends; 'none': plain numbers", choices=CODECS, file=True),
     "optimizer.learning_rate": Key(0.1, "learning rate at its highest", least=0),
     "optimizer.momentum": Key(0.9, "momentum of SGD; 0: none", least=0, most=1),
     "optimizer.nesterov": Key(False, "Nesterov's momentum"),
@@ -121,17 +89,13 @@ COMMON: dict[str, Key] = {
     "optimizer.schedule": Key(
         "constant", "of the learning rate, by examples seen", choices=("constant", "cosine", "step")
     ),
-    "optimizer.warmup": Key(
-        0.0, "fraction of all examples in which the learning rate rises from 0", least=0, most=1
-    ),
+    "optimizer.warmup": Key(0.0, "fraction of all examples in which the rate rises from 0", least=0, most=1),
     "optimizer.step_at": Key(
         (0.5, 0.75), "fractions of all examples at which 'step' takes a step", kind=float, least=0, most=1
     ),
     "optimizer.step_factor": Key(0.1, "of the learning rate at a step of 'step'", least=0),
     "optimizer_state": Key(
-        "reset",
-        "at a round's start; 'reset': new, 'carry': what travels with the units",
-        choices=POLICIES,
+        "reset", "at a round's start; 'reset': new, 'carry': what travels with the units", choices=POLICIES
     ),
 }
 
@@ -147,10 +111,8 @@ def make(model: str, *settings: Options) -> config_dict.ConfigDict:
       ValueError: a key or the model does not exist.
     """
     keys = _keys(model)
-    flat = {
-        name: config_dict.placeholder(key.kind) if key.default is None else key.default
-        for name, key in keys.items()
-    }
+    unset = {name: config_dict.placeholder(key.kind) for name, key in keys.items() if key.default is None}
+    flat = {name: key.default for name, key in keys.items()} | unset
     config = config_dict.ConfigDict(traverse_util.unflatten_dict(flat, sep="."))
     config.model.name = model
     config.lock()  # a misspelt key would be kept
@@ -226,13 +188,12 @@ def complete(recorded: Options) -> Settings:
     model = flat.get("model.name")
     for name, key in (_keys(model) if model in MODELS else COMMON).items():
         flat.setdefault(name, list(key.default) if isinstance(key.default, tuple) else key.default)
-    return _plainly(traverse_util.unflatten_dict(flat, sep="."))
+    return _plainly(traverse_util.unflatten_dict(flat, sep="."), METHODS.get(flat.get("method", "")))
 
 
-def _plainly(settings: Settings) -> Settings:
+def _plainly(settings: Settings, entry: object) -> Settings:
     """Settings that say what is done: a method with one policy of the optimizer's state has that one."""
-    entry = METHODS.get(settings.get("method", ""))
-    forced = entry.optimizer_state if entry is not None else ""
+    forced = entry.optimizer_state if isinstance(entry, Entry) else ""
     return settings | ({"optimizer_state": forced} if forced else {})
 
 
@@ -245,9 +206,8 @@ def record(config: config_dict.ConfigDict) -> Settings:
     settings = config.to_dict()
     name = str(settings.get("method"))
     entry = extension.load(name, METHODS) if FILE.fullmatch(name) else METHODS.get(name)
-    if isinstance(entry, Entry) and entry.optimizer_state:  # the one that it has, whatever is asked for
-        settings["optimizer_state"] = entry.optimizer_state
-    return settings | {"files": extension.digests(traverse_util.flatten_dict(settings, sep="."))}
+    digests = extension.digests(traverse_util.flatten_dict(settings, sep="."))
+    return _plainly(settings, entry) | {"files": digests}
 
 
 def restore(recorded: Options) -> config_dict.ConfigDict:
@@ -276,16 +236,11 @@ def extends(name: str) -> bool:
 
 def help_text(config: config_dict.ConfigDict) -> str:
     """Two lines per key: what it means; its value in the config, what is allowed, may it change on resume."""
-    lines = []
+    lines: list[str] = []
     for name, key in sorted(keys_of(config).items(), key=lambda item: item[0].rpartition(".")[0]):
         notes = [f"default: {_get(config, name)!r}", key.allowed(), "may change on resume" * key.resume]
-        for text, indent in (
-            (f"--config.{name}: {key.help}", "  "),
-            (f"({'; '.join(filter(None, notes))})", "    "),
-        ):
-            lines += textwrap.wrap(
-                text, 100, initial_indent=indent, subsequent_indent="    ", break_on_hyphens=False
-            )
+        meaning, limits = f"--config.{name}: {key.help}", f"({'; '.join(filter(None, notes))})"
+        lines += [*_wrap(meaning, initial_indent="  "), *_wrap(limits, initial_indent="    ")]
     return "\n".join(lines)
 
 

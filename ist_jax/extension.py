@@ -60,7 +60,8 @@ def digest(reference: str) -> str | None:
 
 def identity(reference: str) -> str:
     """What tells a thing from others of its name: the name, and of FILE.py:NAME the digest of the file."""
-    return reference if (found := digest(reference)) is None else f"{FILE.fullmatch(reference)[2]} {found}"  # type: ignore[index]
+    match = FILE.fullmatch(reference)
+    return f"{match[2]} {digest(reference)}" if match else reference
 
 
 def digests(settings: Options) -> dict[str, str]:
@@ -69,8 +70,7 @@ def digests(settings: Options) -> dict[str, str]:
     Raises:
       ValueError: there is no such file.
     """
-    found = {key: digest(value) for key, value in settings.items() if isinstance(value, str)}
-    return {key: hexadecimal for key, hexadecimal in found.items() if hexadecimal is not None}
+    return {key: found for key, x in settings.items() if isinstance(x, str) and (found := digest(x))}
 
 
 def _execute(path: Path, version: str | None) -> types.ModuleType:
@@ -80,8 +80,7 @@ def _execute(path: Path, version: str | None) -> types.ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
+    assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)  # pickle and dataclasses look there
     try:
         spec.loader.exec_module(module)

@@ -20,16 +20,15 @@ from flax import traverse_util
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ist_jax.partition import Assignment, Axes, Names
+from ist_jax.partition import Axes, Draw, Names
 
 Numbers: TypeAlias = Float[Array | np.ndarray, "..."]
 Params: TypeAlias = PyTree[Numbers]
 Leaf = Array | np.ndarray | jax.ShapeDtypeStruct
+Flags: TypeAlias = Bool[Array | np.ndarray, " S"] | Sequence[bool]
 
 
-def masks(
-    params: PyTree[Leaf], axes: Axes, assignment: Mapping[str, Assignment], worker: int
-) -> PyTree[Bool[Array, "..."]]:
+def masks(params: PyTree[Leaf], axes: Axes, assignment: Draw, worker: int) -> PyTree[Bool[Array, "..."]]:
     """Which entries of every leaf a worker holds.
 
     Args:
@@ -49,7 +48,7 @@ def masks(
     return _unflatten({p: _mask(x.shape, axes[p], assignment, worker) for p, x in flat.items()})
 
 
-def gather(params: Params, axes: Axes, assignment: Mapping[str, Assignment], worker: int) -> Params:
+def gather(params: Params, axes: Axes, assignment: Draw, worker: int) -> Params:
     """Cuts the subnet of one worker out of the global parameters.
 
     Args:
@@ -68,22 +67,15 @@ def gather(params: Params, axes: Axes, assignment: Mapping[str, Assignment], wor
     flat = traverse_util.flatten_dict(params, sep="/")
     check_assignment(flat, axes, assignment, worker)
 
-    def cut(path: str, x: Numbers) -> Numbers:
-        for axis, name in enumerate(axes[path]):
-            if name is not None:
-                slots = jnp.asarray(assignment[name].indices)[worker]
-                x = jnp.take(x, slots, axis=axis, mode="fill", fill_value=0)
-        return x
+    def cut(path: str, x: Numbers) -> Array:
+        grid = _grid(x.shape, axes[path], assignment, worker)
+        return jnp.asarray(x).at[grid].get(mode="fill", fill_value=0)
 
     return _unflatten({path: cut(path, x) for path, x in flat.items()})
 
 
 def merge(
-    params: Params,
-    axes: Axes,
-    assignment: Mapping[str, Assignment],
-    subnets: Sequence[Params],
-    healthy: Bool[Array | np.ndarray, " S"] | Sequence[bool] | None = None,
+    params: Params, axes: Axes, assignment: Draw, subnets: Sequence[Params], healthy: Flags | None = None
 ) -> Params:
     """Puts the subnets of all workers back into the global parameters.
 
@@ -170,9 +162,7 @@ class Tally(NamedTuple):
         return jnp.where(self.differs, self.total * weight, self.first)
 
 
-def check_assignment(
-    flat: Mapping[str, Leaf], axes: Axes, assignment: Mapping[str, Assignment], worker: int
-) -> None:
+def check_assignment(flat: Mapping[str, Leaf], axes: Axes, assignment: Draw, worker: int) -> None:
     """Raises ValueError when an assignment does not fit the parameters."""
     for path, x in flat.items():
         if path not in axes or len(axes[path]) != x.ndim:
@@ -190,33 +180,22 @@ def check_assignment(
                 raise ValueError(f"worker {worker} is not one of the {len(indices)} of {name!r}")
 
 
-def _mask(
-    shape: tuple[int, ...], names: Names, assignment: Mapping[str, Assignment], worker: int
-) -> Bool[Array, "..."]:
-    mask = jnp.ones(shape, bool)
-    for axis, name in enumerate(names):
-        if name is not None:
-            slots = jnp.asarray(assignment[name].indices)[worker]
-            holds = jnp.zeros(shape[axis], bool).at[slots].set(True, mode="drop")
-            mask &= jnp.expand_dims(holds, [a for a in range(len(shape)) if a != axis])
-    return mask
+def _grid(shape: tuple[int, ...], names: Names, assignment: Draw, worker: int) -> tuple[Array, ...]:
+    """Where the entries that a worker holds are in a leaf, by slots; outside of it for empty ones."""
+    units = [None if name is None else jnp.asarray(assignment[name].indices)[worker] for name in names]
+    return jnp.ix_(*(jnp.arange(n) if own is None else own for n, own in zip(shape, units, strict=True)))
 
 
-def _scatter(
-    path: str,
-    old: Numbers,
-    piece: Numbers,
-    names: Names,
-    assignment: Mapping[str, Assignment],
-    worker: int,
-) -> Numbers:
+def _mask(shape: tuple[int, ...], names: Names, assignment: Draw, worker: int) -> Bool[Array, "..."]:
+    return jnp.zeros(shape, bool).at[_grid(shape, names, assignment, worker)].set(True, mode="drop")
+
+
+def _scatter(path: str, old: Numbers, piece: Numbers, names: Names, assignment: Draw, worker: int) -> Array:
     """A leaf of the global shape with the subnet's values where the worker holds, 0 elsewhere."""
-    slots = {a: jnp.asarray(assignment[n].indices)[worker] for a, n in enumerate(names) if n is not None}
-    expected = tuple(len(slots[a]) if a in slots else size for a, size in enumerate(old.shape))
-    if piece.shape != expected:
+    grid = _grid(old.shape, names, assignment, worker)
+    if piece.shape != (expected := tuple(along.size for along in grid)):
         raise ValueError(f"subnet leaf {path} has shape {piece.shape}, expected {expected}")
-    grid = jnp.ix_(*(slots.get(axis, jnp.arange(size)) for axis, size in enumerate(old.shape)))
-    return jnp.zeros_like(old).at[grid].set(piece, mode="drop") if grid else piece
+    return jnp.zeros_like(old).at[grid].set(piece, mode="drop")
 
 
 def _unflatten(flat: Mapping[str, Array | np.ndarray]) -> PyTree:

@@ -21,7 +21,6 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -81,7 +80,7 @@ class Group:
         """The workers have equal shares, so who gets the remainder may differ from round to round."""
         return not self.shares
 
-    @cached_property
+    @functools.cached_property
     def deck(self) -> Int[np.ndarray, " U"]:
         """The worker that gets the i-th dealt unit; each as many as its share, spread evenly."""
         shares = np.asarray(self.shares or (1.0,) * self.num_workers, float)
@@ -93,7 +92,7 @@ class Group:
         place = np.concatenate([(np.arange(c) + 0.5) / c for c in counts if c] or [np.zeros(0)])
         return workers[np.lexsort((workers, place))]
 
-    @cached_property
+    @functools.cached_property
     def counts(self) -> tuple[int, ...]:
         """Units held by the worker in each place of the deck, the overlap included."""
         return tuple(np.maximum(self._dealt, self.min_units).tolist())
@@ -103,7 +102,7 @@ class Group:
         """n, the units of the worker with the most."""
         return max(self.counts)
 
-    @cached_property
+    @functools.cached_property
     def strip_slots(self) -> int:
         """m, the most units of one strip that any worker can hold."""
         if self.strips == 1 or (self._dealt < self.min_units).any():
@@ -141,6 +140,9 @@ class Group:
         """The group that `to_dict` recorded, perhaps by way of JSON."""
         return cls(**{**recorded, "shares": tuple(recorded["shares"])})
 
+
+Groups = Mapping[str, Group]  # by name
+Draw = Mapping[str, Assignment]  # who holds which unit, by group
 
 Deal = Callable[[np.random.Generator, Group, int], Assignment]
 """Who gets which units of a group: (generator of the round, group, round counted from 0) -> assignment.
@@ -206,12 +208,7 @@ def _fit_rule(path: str, ndim: int, rule: Sequence[Any]) -> Names:
 
 
 def make_groups(
-    params: PyTree,
-    axes: Axes,
-    num_workers: int,
-    *,
-    min_units: int = 0,
-    shares: Sequence[float | int] = (),
+    params: PyTree, axes: Axes, num_workers: int, *, min_units: int = 0, shares: Sequence[float | int] = ()
 ) -> dict[str, Group]:
     """The groups of a model, for a number of workers.
 
@@ -245,20 +242,14 @@ def make_groups(
         raise ValueError(
             f"partition.min_units={min_units} must lie between 0 and the {sizes[most]} units of {most}"
         )
+    strips, relative = dict.fromkeys(stratified, num_workers), tuple(map(float, shares))
     return {
-        name: Group(
-            name,
-            size,
-            num_workers,
-            strips=num_workers if name in stratified else 1,
-            min_units=min(min_units, size),
-            shares=tuple(map(float, shares)),
-        )
+        name: Group(name, size, num_workers, strips.get(name, 1), min(min_units, size), relative)
         for name, size in sorted(sizes.items())
     }
 
 
-def with_everyone(groups: Mapping[str, Group]) -> dict[str, Group]:
+def with_everyone(groups: Groups) -> dict[str, Group]:
     """The groups when every worker holds all units: rounds of local SGD, exchanged like any others."""
     return {name: dataclasses.replace(group, min_units=group.size) for name, group in groups.items()}
 
@@ -270,7 +261,7 @@ class BrokenDeal(ValueError):
     """A deal has broken its contract."""
 
 
-def draw(seed: int, round_index: int, groups: Mapping[str, Group], deal: Deal) -> dict[str, Assignment]:
+def draw(seed: int, round_index: int, groups: Groups, deal: Deal) -> dict[str, Assignment]:
     """The partition of a round: a function of its arguments alone, so that resume is exact.
 
     Args:
@@ -301,11 +292,9 @@ def draw(seed: int, round_index: int, groups: Mapping[str, Group], deal: Deal) -
     return drawn
 
 
-def draw_present(
-    seed: int, round_index: int, num_workers: int, participation: float
-) -> Bool[np.ndarray, " S"]:
+def draw_present(seed: int, round_index: int, workers: int, participation: float) -> Bool[np.ndarray, " S"]:
     """Which workers take part in a round: each with the given probability, independently."""
-    return rng(seed, Use.PRESENCE, round_index).random(num_workers) < participation
+    return rng(seed, Use.PRESENCE, round_index).random(workers) < participation
 
 
 def assign(held: Bool[np.ndarray, "S U"], group: Group) -> Assignment:

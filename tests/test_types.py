@@ -74,9 +74,9 @@ def test_a_merge_checks_every_leaf_and_not_the_first_alone(case):
         lambda layout: scatter(
             jnp.zeros((4, 3)), (jnp.zeros((2, 1), int),), jnp.zeros((3, 1, 3)), disjoint=True
         ),
-        lambda layout: rows.to_stored(np.zeros(4), layout.leaves["norm/scale"], 0, 2),
+        lambda layout: rows.to_stored(np.zeros(4), 2),
         lambda layout: pairs.join(np.zeros((2, 4, 3)), layout.leaves["norm/scale"]),
-        lambda layout: shared.put_back(layout, {}, {}, {}, jnp.ones(4)),  # flags are bool
+        lambda layout: shared.put_back(layout, {}, {}, jnp.ones(4)),  # flags are bool
     ],
 )
 def test_the_exchange_has_its_shapes_and_dtypes_checked(case, call):

@@ -1,56 +1,32 @@
 """The kinds of leaf, by how many of a leaf's axes run over units; and the whole model leaf by leaf."""
 
+import types
 from collections.abc import Iterator, Mapping
-from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
 from flax import traverse_util
-from jaxtyping import Array, Bool, Float, PyTree, Shaped
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from ist_jax.exchange import pairs, rows, shared
-from ist_jax.exchange.layout import A, Draw, Layout, Leaf, Shapes, Shards
+from ist_jax.exchange.layout import A, Layout, Leaf, Shapes
 from ist_jax.masking import Params
-from ist_jax.models.sparse import Sparse
 
 _INIT_PARTS = 2
-T = TypeVar("T")
+Stacked = Mapping[str, Float[Array | np.ndarray, "D ..."]]
+# Files of functions of the same names, of one leaf each; shared leaves alone are exchanged all together.
+KINDS = (shared, rows, pairs)
 
 
-@runtime_checkable  # for the checks under pytest
-class Kind(Protocol):
-    """What a kind of leaf does; its file says what the arrays look like."""
-
-    def split(self, x: Shaped[A, "..."], leaf: Leaf, num_devices: int) -> Shaped[A, "D ..."]: ...
-    def join(self, x: Shaped[A, "D ..."], leaf: Leaf) -> Shaped[A | np.generic, "..."]: ...
-    def stored_piece(self, leaf: Leaf, device: int, num_devices: int) -> tuple[int, int, int]: ...
-    def to_stored(
-        self, shard: Shaped[np.ndarray, "..."], leaf: Leaf, device: int, num_devices: int
-    ) -> Shaped[np.ndarray | np.generic, "..."]: ...
-    def cut_out(self, layout: Layout, shards: Shards, draw: Draw) -> Shards: ...
-    def assemble(self, layout: Layout, parts: Shards, draw: Draw) -> Shards: ...
-    def take_apart(self, layout: Layout, subnets: Shards, draw: Draw) -> Shards: ...
-    def put_back(
-        self, layout: Layout, old: Shards, parts: Shards, draw: Draw, flags: Bool[Array, " S"]
-    ) -> Shards: ...
-    def assigned(self, leaf: Leaf, num_workers: int) -> int | float: ...
-    def whole(self, layout: Layout, leaf: Leaf, shard: Float[Array, "..."]) -> Float[Array, "..."]: ...
-    def product(
-        self, layout: Layout, leaf: Leaf, x: Float[Array, "B I"] | Sparse, shard: Float[Array, "..."]
-    ) -> Float[Array, "B O"]: ...
-
-
-KINDS: tuple[Kind, ...] = (shared, rows, pairs)
-
-
-def kind_of(leaf: Leaf) -> Kind:
+def kind_of(leaf: Leaf) -> types.ModuleType:
     """How a leaf is kept and exchanged."""
     return KINDS[len(leaf.unit_axes)]
 
 
-def only(kind: Kind, layout: Layout, leaves: Mapping[str, T]) -> dict[str, T]:
-    """Those of the leaves that are of a kind."""
-    return {path: x for path, x in leaves.items() if kind_of(layout.leaves[path]) is kind}
+def unit_leaves(layout: Layout) -> list[tuple[str, Leaf, types.ModuleType]]:
+    """(path, leaf, its kind) of the leaves that a worker has a part of, rows before pairs."""
+    found = [(path, leaf, kind_of(leaf)) for path, leaf in layout.leaves.items() if leaf.unit_axes]
+    return sorted(found, key=lambda item: len(item[1].unit_axes))
 
 
 # --- the whole model ----------------------------------------------------------------------------------------
@@ -58,20 +34,17 @@ def only(kind: Kind, layout: Layout, leaves: Mapping[str, T]) -> dict[str, T]:
 
 def shard_shapes(layout: Layout) -> Shapes:
     """What a device keeps of every leaf, padding included."""
-    return {
-        path: jax.eval_shape(
-            lambda x, leaf=leaf: kind_of(leaf).split(x, leaf, layout.num_devices)[0],
-            jax.ShapeDtypeStruct(leaf.shape, layout.dtype),
-        )
-        for path, leaf in layout.leaves.items()
-    }
+
+    def first(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {path: split_leaf(layout, path, x)[0] for path, x in flat.items()}
+
+    whole = {path: jax.ShapeDtypeStruct(leaf.shape, layout.dtype) for path, leaf in layout.leaves.items()}
+    return jax.eval_shape(first, whole)
 
 
 def subnet_shapes(layout: Layout) -> Shapes:
     """A subnet's arrays by path: every worker's have room for the n slots of the largest."""
-    return {
-        path: jax.ShapeDtypeStruct(leaf.subnet_shape, layout.dtype) for path, leaf in layout.leaves.items()
-    }
+    return {path: jax.ShapeDtypeStruct(x.subnet_shape, layout.dtype) for path, x in layout.leaves.items()}
 
 
 def init_parts(layout: Layout) -> list[list[str]]:
@@ -110,16 +83,12 @@ def from_params(layout: Layout, params: Params) -> dict[str, Float[np.ndarray, "
     return {path: split_leaf(layout, path, np.asarray(flat[path])) for path in layout.leaves}
 
 
-def iter_leaves(
-    layout: Layout, shards: Mapping[str, Float[Array | np.ndarray, "D ..."]]
-) -> Iterator[tuple[str, np.ndarray | np.generic]]:
+def iter_leaves(layout: Layout, shards: Stacked) -> Iterator[tuple[str, np.ndarray | np.generic]]:
     """(path, whole leaf) on the host, one leaf at a time, in the order of the paths."""
     for path, leaf in layout.leaves.items():
         yield path, kind_of(leaf).join(np.asarray(shards[path]), leaf)
 
 
-def to_params(
-    layout: Layout, shards: Mapping[str, Float[Array | np.ndarray, "D ..."]]
-) -> PyTree[Float[np.ndarray | np.generic, "..."]]:
+def to_params(layout: Layout, shards: Stacked) -> PyTree[Float[np.ndarray | np.generic, "..."]]:
     """The global parameters as a nested dict of host arrays, from shards stacked on axis 0."""
     return traverse_util.unflatten_dict(dict(iter_leaves(layout, shards)), sep="/")

@@ -4,23 +4,24 @@ A leaf is of one of three kinds, by how many of its axes run over units: `shared
 `pairs` (two). Each kind is a file that says what a device keeps of such a leaf and how it is exchanged.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jaxtyping import Array, PyTree, Shaped
+from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
 from ist_jax.exchange.codec import NONE, Codec
-from ist_jax.partition import Assignment, Axes, Group
+from ist_jax.partition import Axes, Draw, Group, Groups
 
 AXIS = "devices"  # the name that collectives go by
 A = TypeVar("A", np.ndarray, jax.Array)  # on the host or on a device
 Shards = dict[str, jax.Array]  # what a device keeps of every leaf, by path
 Shapes = dict[str, jax.ShapeDtypeStruct]  # of such leaves
-Draw = Mapping[str, Assignment]  # who holds which unit, by group
+Flags = Bool[Array, " S"]  # which workers' subnets count
+Fn = Callable[..., PyTree]
 
 
 class Leaf(NamedTuple):
@@ -76,12 +77,7 @@ class Layout(NamedTuple):
 
 
 def make_layout(
-    params: PyTree,
-    axes: Axes,
-    groups: Mapping[str, Group],
-    num_workers: int,
-    num_devices: int,
-    codec: Codec = NONE,
+    params: PyTree, axes: Axes, groups: Groups, num_workers: int, num_devices: int, codec: Codec = NONE
 ) -> Layout:
     """Describes how a model is sharded.
 
@@ -112,7 +108,7 @@ def make_layout(
     return Layout(leaves, dict(groups), np.dtype(dtypes[0]), num_workers, num_devices, codec)
 
 
-def regroup(layout: Layout, groups: Mapping[str, Group]) -> Layout:
+def regroup(layout: Layout, groups: Groups) -> Layout:
     """The same shards on the same devices for other draws: `groups` of the same names, sizes and strips."""
     leaves = {
         path: leaf._replace(groups=tuple(groups[group.name] for group in leaf.groups))
@@ -121,13 +117,7 @@ def regroup(layout: Layout, groups: Mapping[str, Group]) -> Layout:
     return layout._replace(leaves=leaves, groups=dict(groups))
 
 
-def map_trees(
-    layout: Layout,
-    fn: Callable[..., PyTree],
-    first: PyTree,
-    *rest: PyTree,
-    scalar: Callable[..., PyTree] = lambda x, *_: x,
-) -> PyTree:
+def map_trees(layout: Layout, fn: Fn, first: PyTree, *rest: PyTree, scalar: Fn = lambda x, *_: x) -> PyTree:
     """`fn` of the parameter-shaped trees in a pytree, such as an optimizer's state.
 
     Args:
@@ -144,27 +134,31 @@ def map_trees(
     return jax.tree.map(visit, first, *rest, is_leaf=layout.is_tree)
 
 
+def indices_of(group: Group, draw: Draw) -> Int[Array, "S n"]:
+    """Which units of a group the workers hold, U where a slot is empty."""
+    return jnp.asarray(draw[group.name].indices)
+
+
 # --- one leaf in the form that the kinds cut up ------------------------------------------------------------
 
 
 def canonical(x: Shaped[A, "..."], leaf: Leaf) -> Shaped[A, "..."]:
     """[..., units..., p] from [..., shape]: unit axes first, the rest raveled; leading axes kept."""
     lead: int = x.ndim - len(leaf.shape)
-    where: tuple[int, ...] = tuple(lead + a for a in leaf.unit_axes)
-    order = (*range(lead), *where, *(a for a in range(lead, x.ndim) if a not in where))
-    x = x.transpose(order)
-    return x.reshape(*x.shape[: lead + len(where)], -1)
+    x = x.transpose(_units_first(leaf, lead))
+    return x.reshape(*x.shape[: lead + len(leaf.unit_axes)], -1)
 
 
 def restore(x: Shaped[A, "..."], leaf: Leaf) -> Shaped[A, "..."]:
     """The inverse of `canonical`, for any number of units."""
-    lead: int = x.ndim - 1 - len(leaf.unit_axes)
-    x = x.reshape(*x.shape[:-1], *leaf.rest)
-    rest: Iterator[int] = iter(range(lead + len(leaf.unit_axes), x.ndim))
-    unit: dict[int, int] = {a: lead + i for i, a in enumerate(leaf.unit_axes)}
-    return x.transpose(
-        (*range(lead), *(unit[a] if a in unit else next(rest) for a in range(len(leaf.shape))))
-    )
+    order = _units_first(leaf, x.ndim - 1 - len(leaf.unit_axes))
+    return x.reshape(*x.shape[:-1], *leaf.rest).transpose(np.argsort(order))
+
+
+def _units_first(leaf: Leaf, lead: int) -> tuple[int, ...]:
+    """The order of a leaf's axes that has the ones with units first, behind `lead` leading ones."""
+    axes = sorted(range(len(leaf.shape)), key=lambda axis: axis not in leaf.unit_axes)
+    return *range(lead), *(lead + axis for axis in axes)
 
 
 def pad(x: Shaped[A, "..."], *widths: tuple[int, int]) -> Shaped[A, "..."]:
@@ -173,7 +167,7 @@ def pad(x: Shaped[A, "..."], *widths: tuple[int, int]) -> Shaped[A, "..."]:
     return module.pad(x, (*widths, *((0, 0),) * (x.ndim - len(widths))))
 
 
-def cut(x: Shaped[Array, "*lead p"], devices: int) -> Shaped[Array, "*lead D q"]:
+def cut(x: Shaped[A, "*lead p"], devices: int) -> Shaped[A, "*lead D q"]:
     """[..., D, q] from [..., p]: the last axis padded and cut into a slice per device."""
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % devices)])
+    x = pad(x, *((0, 0),) * (x.ndim - 1), (0, -x.shape[-1] % devices))
     return x.reshape(*x.shape[:-1], devices, -1)

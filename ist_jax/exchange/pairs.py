@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
-from ist_jax.exchange.layout import AXIS, A, Draw, Layout, Leaf, Shards, canonical, pad, restore
+from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf, canonical, indices_of, pad, restore
 from ist_jax.exchange.scatter import scatter
-from ist_jax.exchange.wire import inputs_of_all, multiply_slice
-from ist_jax.models.sparse import Sparse
-from ist_jax.partition import Group
+from ist_jax.exchange.wire import Inputs, inputs_of_all, multiply_slice
+from ist_jax.partition import Draw, Group
+
+Shard = Float[Array, "W _ U_out R"]
+Parts = Float[Array, "D W strips m n_out R"]  # first axis: destination, then source
+Where = tuple[Int[Array, "S W 1 1"], Int[Array, "S W m 1"], Int[Array, "S 1 1 n"]]
 
 
 def split(x: Shaped[A, "*shape"], leaf: Leaf, num_devices: int) -> Shaped[A, "D W _ U_out R"]:
@@ -37,82 +40,42 @@ def stored_piece(leaf: Leaf, device: int, num_devices: int) -> tuple[int, int, i
     return 0, min(device * step, group.size), min((device + 1) * step, group.size)
 
 
-def to_stored(
-    shard: Shaped[np.ndarray, "W _ U_out R"], leaf: Leaf, device: int, num_devices: int
-) -> Shaped[np.ndarray, "U U_out R"]:
-    """That part, from what the device keeps."""
-    _, start, stop = stored_piece(leaf, device, num_devices)
-    return shard.reshape(-1, *shard.shape[2:])[: stop - start]
+def to_stored(shard: Shaped[np.ndarray, "W _ U_out R"], length: int) -> Shaped[np.ndarray, "U U_out R"]:
+    """That part, so many units of the first axis, from what the device keeps."""
+    return shard.reshape(-1, *shard.shape[2:])[:length]
 
 
-def cut_out(layout: Layout, shards: Shards, draw: Draw) -> PyTree[Float[Array, "D W _ _ _ _"]]:
-    """What a gather sends, by path: [D, W, strips here, m, n_out, R], first axis: destination."""
-    workers = layout.workers_per_device
-
-    def own(leaf: Leaf, shard: jax.Array) -> jax.Array:
-        _, local = _strip_tables(layout, leaf.groups[0], draw)
-        strip = jnp.arange(workers)[None, :, None, None]
-        at = (strip, local[..., None], _out_indices(leaf, draw)[:, None, None, :])
-        send = shard.at[at].get(mode="fill", fill_value=0)
-        return send.reshape(layout.num_devices, workers, *send.shape[1:])
-
-    return {path: own(layout.leaves[path], shard) for path, shard in shards.items()}
+def cut_out(layout: Layout, leaf: Leaf, shard: Shard, draw: Draw) -> Parts:
+    """What a gather sends: [D, W, strips here, m, n_out, R]."""
+    outputs = indices_of(leaf.groups[1], draw)
+    send = shard.at[_entries(layout, leaf, draw, outputs)].get(mode="fill", fill_value=0)
+    return send.reshape(layout.num_devices, layout.workers_per_device, *send.shape[1:])
 
 
-def assemble(
-    layout: Layout, parts: PyTree[Float[Array, "D W ..."]], draw: Draw
-) -> PyTree[Float[Array, "W ..."]]:
-    """This device's W subnets' leaves, [W, ...], from what has come."""
-    workers = layout.workers_per_device
-
-    def own(leaf: Leaf, got: jax.Array) -> jax.Array:
-        got = got.swapaxes(0, 1).reshape(workers, -1, *got.shape[4:])  # [W, S m, n_out, R]
-        if not _is_dense(leaf.groups[0]):
-            slots_of, _ = _strip_tables(layout, leaf.groups[0], draw)
-            place = _invert(_own(layout, slots_of).reshape(workers, -1), leaf.groups[0].slots)  # [W, n_in]
-            got = jax.vmap(lambda g, p: g.at[p].get(mode="fill", fill_value=0))(got, place)
-        return restore(got, leaf)
-
-    return {path: own(layout.leaves[path], got) for path, got in parts.items()}
+def assemble(layout: Layout, leaf: Leaf, got: Parts, draw: Draw) -> Float[Array, "W ..."]:
+    """The leaf of this device's W subnets, [W, ...], from what has come."""
+    got = got.swapaxes(0, 1).reshape(layout.workers_per_device, -1, *got.shape[4:])  # [W, S m, n_out, R]
+    if not _is_dense(leaf.groups[0]):
+        place = _invert(_places(layout, leaf.groups[0], draw), leaf.groups[0].slots)  # [W, n_in]
+        got = _take(got, place, 0)
+    return restore(got, leaf)
 
 
-def take_apart(
-    layout: Layout, subnets: PyTree[Float[Array, "W ..."]], draw: Draw
-) -> PyTree[Float[Array, "D W _ _ _ _"]]:
-    """What a merge sends, by path, of the form that a gather receives."""
-    devices, workers = layout.num_devices, layout.workers_per_device
-
-    def own(leaf: Leaf, x: jax.Array) -> jax.Array:
-        block, group = canonical(x, leaf), leaf.groups[0]  # [W, n_in, n_out, R]
-        if not _is_dense(group):
-            slots_of, _ = _strip_tables(layout, group, draw)
-            place = _own(layout, slots_of).reshape(workers, -1)  # [W, S m]
-            block = jax.vmap(lambda b, p: b.at[p].get(mode="fill", fill_value=0))(block, place)
-        return block.reshape(workers, devices, workers, group.strip_slots, *block.shape[2:]).swapaxes(0, 1)
-
-    return {path: own(layout.leaves[path], x) for path, x in subnets.items()}
+def take_apart(layout: Layout, leaf: Leaf, x: Float[Array, "W ..."], draw: Draw) -> Parts:
+    """What a merge sends, of the form that a gather receives."""
+    devices, workers, group = layout.num_devices, layout.workers_per_device, leaf.groups[0]
+    block = canonical(x, leaf)  # [W, n_in, n_out, R]
+    if not _is_dense(group):
+        block = _take(block, _places(layout, group, draw), 0)
+    return block.reshape(workers, devices, workers, group.strip_slots, *block.shape[2:]).swapaxes(0, 1)
 
 
-def put_back(
-    layout: Layout,
-    old: Shards,
-    parts: PyTree[Float[Array, "D W ..."]],
-    draw: Draw,
-    flags: Bool[Array, " S"],
-) -> Shards:
-    """This device's shards after a round, from what has come; `flags`, bool [S]: whose."""
-    workers = layout.workers_per_device
-
-    def own(path: str, shard: jax.Array) -> jax.Array:
-        leaf = layout.leaves[path]
-        got = parts[path].reshape(layout.num_workers, *parts[path].shape[2:])
-        indices = jnp.where(flags[:, None], _out_indices(leaf, draw), leaf.groups[1].size)
-        _, local = _strip_tables(layout, leaf.groups[0], draw)
-        strip = jnp.broadcast_to(jnp.arange(workers)[None, :, None, None], (len(local), workers, 1, 1))
-        where = (strip, local[..., None], indices[:, None, None, :])
-        return scatter(shard, where, got, disjoint=any(group.disjoint for group in leaf.groups))
-
-    return {path: own(path, shard) for path, shard in old.items()}
+def put_back(layout: Layout, leaf: Leaf, old: Shard, got: Parts, draw: Draw, flags: Flags) -> Shard:
+    """This device's shard after a round, from what has come; `flags`, bool [S]: whose."""
+    outputs = jnp.where(flags[:, None], indices_of(leaf.groups[1], draw), leaf.groups[1].size)
+    where = _entries(layout, leaf, draw, outputs)
+    disjoint = any(group.disjoint for group in leaf.groups)
+    return scatter(old, where, got.reshape(-1, *got.shape[2:]), disjoint=disjoint)
 
 
 def assigned(leaf: Leaf, num_workers: int) -> int | float:
@@ -123,21 +86,14 @@ def assigned(leaf: Leaf, num_workers: int) -> int | float:
     return sum(a * b for a, b in zip(first.counts, second.counts, strict=True)) * leaf.row_size
 
 
-def whole(layout: Layout, leaf: Leaf, shard: Float[Array, "..."]) -> Float[Array, "..."]:
+def whole(leaf: Leaf, shard: Shard) -> Float[Array, "..."]:
     """The whole leaf from what all devices keep."""
-    del layout
     return join(lax.all_gather(shard, AXIS), leaf)
 
 
-def product(
-    layout: Layout, leaf: Leaf, x: Float[Array, "B I"] | Sparse, shard: Float[Array, "..."]
-) -> Float[Array, "B O"]:
+def product(layout: Layout, leaf: Leaf, x: Inputs, shard: Shard) -> Float[Array, "B O"]:
     """x @ kernel, [B, O], of a leaf [I, O]: inputs and results travel, the kernel stays where it is."""
     return multiply_slice(layout, inputs_of_all(x), shard.reshape(-1, leaf.shape[1]))
-
-
-def _out_indices(leaf: Leaf, draw: Draw) -> Int[Array, "S n"]:
-    return jnp.asarray(draw[leaf.groups[1].name].indices)  # [S, n_out]
 
 
 def _is_dense(group: Group) -> bool:
@@ -145,33 +101,39 @@ def _is_dense(group: Group) -> bool:
     return group.even and group.strips * group.strip_slots == group.slots
 
 
-def _strip_tables(
-    layout: Layout, group: Group, draw: Draw
-) -> tuple[Int[Array, "S _ m"], Int[Array, "S W m"]]:
-    """Per worker, which of its slots lie in which strip, and where in this device's strips.
+def _strip_slots(group: Group, draw: Draw) -> Int[Array, "S strips m"]:
+    """int32 [S, strips, m]: which of a worker's slots lie in which strip, n where there is none."""
+    indices = indices_of(group, draw)  # [S, n], ascending, U where empty
+    starts, search = jnp.arange(group.strips) * group.strip_size, jax.vmap(jnp.searchsorted, (0, None))
+    last = search(indices, jnp.minimum(starts + group.strip_size, group.size))  # [S, strips]
+    place = search(indices, starts)[..., None] + jnp.arange(group.strip_slots)
+    return jnp.where(place < last[..., None], place, indices.shape[1])
 
-    Returns:
-      slots_of: int32 [S, strips, m], slot numbers, n where there is none.
-      local: int32 [S, W, m], unit numbers within this device's W strips, the strip's size where none.
-    """
-    indices = jnp.asarray(draw[group.name].indices)  # [S, n], ascending, U where empty
-    slots = indices.shape[1]
-    starts = jnp.arange(group.strips) * group.strip_size
-    first = jax.vmap(jnp.searchsorted, (0, None))(indices, starts)  # [S, strips]
-    ends = jnp.minimum(starts + group.strip_size, group.size)
-    last = jax.vmap(jnp.searchsorted, (0, None))(indices, ends)
-    place = first[..., None] + jnp.arange(group.strip_slots)  # [S, strips, m]
-    slots_of = jnp.where(place < last[..., None], place, slots)
-    units = jax.vmap(lambda i, s: i.at[s].get(mode="fill", fill_value=group.size))(indices, slots_of)
-    local = jnp.where(slots_of < slots, units - starts[:, None], group.strip_size)
+
+def _places(layout: Layout, group: Group, draw: Draw) -> Int[Array, "W k"]:
+    """[W, S m]: which slot of each of this device's workers stands where in what is exchanged."""
+    return _own(layout, _strip_slots(group, draw), 0).reshape(layout.workers_per_device, -1)
+
+
+def _entries(layout: Layout, leaf: Leaf, draw: Draw, outputs: Int[Array, "S n"]) -> Where:
+    """Where in a shard, by strip, unit and `outputs` of the second axis, the workers' entries are."""
+    group = leaf.groups[0]
+    indices, slots_of = indices_of(group, draw), _strip_slots(group, draw)
+    units = _take(indices, slots_of, group.size) - jnp.arange(group.strips)[:, None] * group.strip_size
+    local = _own(layout, jnp.where(slots_of < indices.shape[1], units, group.strip_size), 1)  # [S, W, m]
+    strip = jnp.broadcast_to(jnp.arange(local.shape[1])[:, None, None], (*local.shape[:2], 1, 1))
+    return strip, local[..., None], outputs[:, None, None, :]
+
+
+def _own(layout: Layout, per_worker: Int[Array, "..."], axis: int) -> Int[Array, "..."]:
+    """This device's W of S entries along an axis."""
     workers = layout.workers_per_device
-    return slots_of, lax.dynamic_slice_in_dim(local, lax.axis_index(AXIS) * workers, workers, 1)
+    return lax.dynamic_slice_in_dim(per_worker, lax.axis_index(AXIS) * workers, workers, axis)
 
 
-def _own(layout: Layout, per_worker: Int[Array, "S ..."]) -> Int[Array, "W ..."]:
-    """This device's W rows of an array [S, ...]."""
-    workers = layout.workers_per_device
-    return lax.dynamic_slice_in_dim(per_worker, lax.axis_index(AXIS) * workers, workers, 0)
+def _take(x: Shaped[Array, "W ..."], at: Int[Array, "W ..."], fill: int) -> Shaped[Array, "W ..."]:
+    """The entries of each worker, `fill` where there is none."""
+    return jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=fill))(x, at)
 
 
 def _invert(places: Int[Array, "W k"], slots: int) -> Int[Array, "W n"]:

@@ -7,14 +7,11 @@ from jaxtyping import Array, Float, Int
 
 from ist_jax.masking import Tally
 
+Shard = Float[Array, "*shape R"]
+Where = tuple[Int[Array, "S ..."], ...]
 
-def scatter(
-    shard: Float[Array, "*shape R"],
-    where: tuple[Int[Array, "S ..."], ...],
-    new: Float[Array, "S ... R"],
-    *,
-    disjoint: bool,
-) -> Float[Array, "*shape R"]:
+
+def scatter(shard: Shard, where: Where, new: Float[Array, "S ... R"], *, disjoint: bool) -> Shard:
     """Scatters all workers' values.
 
     Args:

@@ -7,48 +7,41 @@ same program. Empty slots are gathered as zeros and scattered nowhere.
 """
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from ist_jax.exchange import shared, wire
-from ist_jax.exchange.kinds import KINDS, kind_of, only
-from ist_jax.exchange.layout import Draw, Layout, Shards
+from ist_jax.exchange.kinds import kind_of, unit_leaves
+from ist_jax.exchange.layout import Layout, Shards
+from ist_jax.partition import Draw
 
 _HEALTHY = "health flags"
 T = TypeVar("T")
+Own: TypeAlias = PyTree[Float[Array, "..."]]  # the shards of this device
+Subnets: TypeAlias = PyTree[Float[Array, "W ..."]]
 
 
-def gather(layout: Layout, shards: PyTree[Float[Array, "..."]], draw: Draw) -> PyTree[Float[Array, "W ..."]]:
+def gather(layout: Layout, shards: Own, draw: Draw) -> Subnets:
     """The unit leaves of this device's W subnets: flat dict of [W, ...], groups' axes n slots long.
 
     Shared leaves are not copied: every worker of a device starts from the ones in `shards`.
     """
-    send: Shards = {}
-    for kind in KINDS:
-        send |= kind.cut_out(layout, only(kind, layout, shards), draw)
+    units = unit_leaves(layout)
+    send = {path: kind.cut_out(layout, leaf, shards[path], draw) for path, leaf, kind in units}
     _note(layout, "gather", send)
     got = wire.all_to_all(layout, send, exact={})
-    units: Shards = {}
-    for kind in KINDS:
-        units |= kind.assemble(layout, only(kind, layout, got), draw)
-    return units
+    return {path: kind.assemble(layout, leaf, got[path], draw) for path, leaf, kind in units}
 
 
 def shared_leaves(layout: Layout, shards: Mapping[str, T]) -> dict[str, T]:
     """The leaves without units."""
-    return only(shared, layout, shards)
+    return {path: x for path, x in shards.items() if not layout.leaves[path].unit_axes}
 
 
-def merge(
-    layout: Layout,
-    old: PyTree[Float[Array, "..."]],
-    subnets: PyTree[Float[Array, "W ..."]],
-    draw: Draw,
-    healthy: Bool[Array, " W"],
-) -> PyTree[Float[Array, "..."]]:
+def merge(layout: Layout, old: Own, subnets: Subnets, draw: Draw, healthy: Bool[Array, " W"]) -> Own:
     """This device's shards after the round, from the trained subnets of all workers.
 
     Args:
@@ -61,32 +54,27 @@ def merge(
     Returns:
       Shards as `old`.
     """
-    devices, workers = layout.num_devices, layout.workers_per_device
-    send: Shards = {}
-    for kind in KINDS:
-        send |= kind.take_apart(layout, only(kind, layout, subnets), draw)
-    flags = {_HEALTHY: jnp.broadcast_to(healthy.astype(layout.dtype), (devices, workers))}
-    _note(layout, "merge", send, flags)
-    got = wire.all_to_all(layout, send, exact=flags)
+    units = unit_leaves(layout)
+    send = shared.take_apart(layout, shared_leaves(layout, subnets))
+    send |= {path: kind.take_apart(layout, leaf, subnets[path], draw) for path, leaf, kind in units}
+    _note(layout, "merge_units", send)
+    flags = jnp.broadcast_to(healthy.astype(layout.dtype), (layout.num_devices, len(healthy)))
+    wire.note(wire.Part("merge_shared", "all-to-all", flags.nbytes, 0.0))
+    got = wire.all_to_all(layout, send, exact={_HEALTHY: flags})
     heard = got[_HEALTHY].reshape(-1) > 0  # [S]
-    new: Shards = {}
-    for kind in KINDS:
-        new |= kind.put_back(layout, only(kind, layout, old), got, draw, heard)
-    return new
+    new = shared.put_back(layout, shared_leaves(layout, old), got, heard)
+    return new | {p: kind.put_back(layout, leaf, old[p], got[p], draw, heard) for p, leaf, kind in units}
 
 
-def _note(layout: Layout, direction: str, send: Shards, flags: Shards | None = None) -> None:
+def _note(layout: Layout, cause: str, send: Shards) -> None:
     """Tells the parts of an exchange of one tree, for the count of its bytes."""
     for name, part in send.items():
+        common = name == shared.SLICES
+        leaves = shared_leaves(layout, layout.leaves) if common else {name: layout.leaves[name]}
+        numbers = sum(kind_of(leaf).assigned(leaf, layout.num_workers) for leaf in leaves.values())
         size = wire.encoded_bytes(layout, part)
-        of_slices = name == shared.SLICES
-        paths = shared_leaves(layout, dict.fromkeys(layout.leaves)) if of_slices else [name]
-        numbers = sum(kind_of(layout.leaves[p]).assigned(layout.leaves[p], layout.num_workers) for p in paths)
-        paper = numbers * layout.dtype.itemsize * size / (part.size * part.dtype.itemsize)
-        cause = "merge_shared" if of_slices else "gather" if direction == "gather" else "merge_units"
-        wire.note(wire.Part(cause, "all-to-all", size, paper))
-        if of_slices:  # the means come back
+        paper = numbers * layout.dtype.itemsize * size / part.nbytes
+        wire.note(wire.Part("merge_shared" if common else cause, "all-to-all", size, paper))
+        if common:  # the means come back
             mean = jax.ShapeDtypeStruct((1, part.shape[-1]), part.dtype)
-            wire.note(wire.Part(cause, "all-gather", wire.encoded_bytes(layout, mean), paper))
-    for part in (flags or {}).values():
-        wire.note(wire.Part("merge_shared", "all-to-all", part.size * part.dtype.itemsize, 0.0))
+            wire.note(wire.Part("merge_shared", "all-gather", wire.encoded_bytes(layout, mean), paper))

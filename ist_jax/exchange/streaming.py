@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from ist_jax.exchange.kinds import kind_of
 from ist_jax.exchange.layout import Layout
-from ist_jax.models.sparse import Sparse
+from ist_jax.exchange.wire import Inputs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,10 +20,8 @@ class Streamed:
 
     def __call__(self, path: str, shard: Float[Array, "..."]) -> Float[Array, "..."]:
         leaf = self.layout.leaves[path]
-        return kind_of(leaf).whole(self.layout, leaf, shard)
+        return kind_of(leaf).whole(leaf, shard)
 
-    def product(
-        self, path: str, x: Float[Array, "B I"] | Sparse, shard: Float[Array, "..."]
-    ) -> Float[Array, "B O"]:
+    def product(self, path: str, x: Inputs, shard: Float[Array, "..."]) -> Float[Array, "B O"]:
         leaf = self.layout.leaves[path]
         return kind_of(leaf).product(self.layout, leaf, x, shard)

@@ -8,7 +8,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from ist_jax.exchange.layout import AXIS, Layout, Shards
 from ist_jax.models.sparse import Sparse
 
 X = TypeVar("X", bound=jax.Array | Sparse)
+Inputs: TypeAlias = Float[Array, "B I"] | Sparse
+Parts: TypeAlias = PyTree[Shaped[Array, "D ..."]]
 
 
 class Part(NamedTuple):
@@ -65,9 +67,7 @@ def encoded_bytes(layout: Layout, part: Float[Array | jax.ShapeDtypeStruct, "D .
     return shape.size * shape.dtype.itemsize
 
 
-def all_to_all(
-    layout: Layout, parts: PyTree[Float[Array, "D ..."]], exact: PyTree[Shaped[Array, "D ..."]]
-) -> PyTree[Shaped[Array, "D ..."]]:
+def all_to_all(layout: Layout, parts: PyTree[Float[Array, "D ..."]], exact: Parts) -> Parts:
     """Exchanges arrays [D, ...], first axis: destination, then source.
 
     Args:
@@ -85,12 +85,9 @@ def all_to_all(
 
 def all_gather(layout: Layout, x: Float[Array, " q"]) -> Float[Array, " p"]:
     """[D q] on every device, from the slices [q]."""
-    if layout.codec.encode is None:
-        return lax.all_gather(x, AXIS, tiled=True) if layout.num_devices > 1 else x
     sent = _encode(layout, x[None])
     got = lax.all_gather(sent, AXIS, tiled=True) if layout.num_devices > 1 else sent
-    like = jax.ShapeDtypeStruct((layout.num_devices, *x.shape), x.dtype)
-    return _decode(layout, got, like).reshape(-1)
+    return _decode(layout, got, jax.ShapeDtypeStruct((layout.num_devices, *x.shape), x.dtype)).reshape(-1)
 
 
 def _exchange(layout: Layout, parts: Shards) -> Shards:
@@ -109,13 +106,12 @@ def _encode(layout: Layout, x: Shaped[Array, "D ..."]) -> Shaped[Array, "D ..."]
     return x if encode is None else _to_bytes(encode(x.reshape(len(x), -1)))
 
 
-def _decode(
-    layout: Layout, got: UInt8[Array, "D b"], like: Float[Array | jax.ShapeDtypeStruct, "*shape"]
-) -> Float[Array, "*shape"]:
-    flat = jax.ShapeDtypeStruct((len(got), math.prod(like.shape[1:])), like.dtype)
-    sent = jax.eval_shape(layout.codec.encode, flat)  # type: ignore[arg-type]
-    decoded = layout.codec.decode(_from_bytes(got, sent.shape, sent.dtype))  # type: ignore[misc]
-    return decoded.astype(like.dtype).reshape(like.shape)
+def _decode(layout: Layout, got: Shaped[Array, "D b"], like: Array | jax.ShapeDtypeStruct) -> Array:
+    encode, decode = layout.codec
+    if encode is None or decode is None:
+        return got
+    sent = jax.eval_shape(encode, jax.ShapeDtypeStruct((len(got), math.prod(like.shape[1:])), like.dtype))
+    return decode(_from_bytes(got, sent.shape, sent.dtype)).astype(like.dtype).reshape(like.shape)
 
 
 def _to_bytes(x: Shaped[Array, "D ..."]) -> UInt8[Array, "D b"]:

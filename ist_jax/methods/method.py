@@ -19,11 +19,13 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from ist_jax.data import Split
 from ist_jax.exchange import wire
-from ist_jax.exchange.layout import AXIS, Draw, Layout, Shards
+from ist_jax.exchange.layout import AXIS, Layout, Shapes, Shards
 from ist_jax.masking import Params
 from ist_jax.models.sparse import Sparse
+from ist_jax.partition import Draw
 
 Gates = Mapping[str, Bool[Array, "*W n"]]  # False in empty slots, by group
+Losses = tuple[Float[Array, ""], Float[Array, ""]]  # mean loss, mean of the first score
 
 
 class Turn(NamedTuple):
@@ -109,7 +111,7 @@ class Policy(NamedTuple):
     init: Callable[[optax.GradientTransformation, Shards], PyTree]
     start: Callable[[optax.GradientTransformation, Shards, PyTree], PyTree]
     end: Callable[[PyTree], PyTree]
-    fresh: bool
+    fresh: bool = False
 
 
 class Recipe(NamedTuple):
@@ -130,9 +132,7 @@ class Recipe(NamedTuple):
 
     layout: Layout
     tx: optax.GradientTransformation
-    loss_fn: Callable[
-        [Shards, Array | Sparse, Array, Gates | None], tuple[Float[Array, ""], Float[Array, ""]]
-    ]
+    loss_fn: Callable[[Shards, Array | Sparse, Array, Gates | None], Losses]
     batch_fn: Callable[[Split, Int[Array, " B"], Key[Array, ""]], tuple[Array | Sparse, Array]]
     score_fn: Callable[[Shards, Split], Float[Array, "n k"]]
     init_params: Callable[[Key[Array, ""]], Params]
@@ -158,9 +158,7 @@ class TracedPhase(NamedTuple):
     parts: list[wire.Part]
 
 
-def trace_init(
-    method: Method, shards: PyTree[jax.ShapeDtypeStruct], num_devices: int
-) -> tuple[ClosedJaxpr, State]:
+def trace_init(method: Method, shards: Shapes, num_devices: int) -> tuple[ClosedJaxpr, State]:
     """The start of the state on one device, from shapes of the parameters' shards; nothing is compiled."""
     return jax.make_jaxpr(method.init, axis_env=[(AXIS, num_devices)], return_shape=True)(shards)
 
@@ -178,9 +176,7 @@ def trace(method: Method, state: State, turn: Turn, num_devices: int) -> dict[st
       ValueError: there is no phase, one has a name that is taken, or the last one returns something else.
     """
     if taken := RESERVED & method.phases.keys():
-        raise ValueError(
-            f"a phase must not be called {min(taken)!r}: times are recorded under that name already"
-        )
+        raise ValueError(f"a phase must not be called {min(taken)!r}: times are recorded under that name")
     if not method.phases:
         raise ValueError("a method needs at least one phase")
     traced, value = {}, None
@@ -190,11 +186,10 @@ def trace(method: Method, state: State, turn: Turn, num_devices: int) -> dict[st
             jaxpr, result = make(state, value, turn)
         traced[name] = TracedPhase(jaxpr, (state, value, turn), result, parts)
         value = result
-    last = list(traced)[-1]
     pair = value if isinstance(value, tuple) and len(value) == 2 else (None, None)
     if not isinstance(pair[1], Told) or _describe(pair[0]) != _describe(state):
         raise ValueError(
-            f"the last phase, {last!r}, must return (state, Told), the state with the structure, shapes and "
+            f"the last phase, {name!r}, must return (state, Told), the state with the structure, shapes and "
             "dtypes that it had"
         )
     return traced

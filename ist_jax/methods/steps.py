@@ -4,6 +4,7 @@ Everything here is per device. A method puts these together with an exchange.
 """
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +12,21 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
 from ist_jax.exchange.layout import AXIS, Layout, Shards
-from ist_jax.methods.method import Gates, Policy, Recipe, Told, Turn
+from ist_jax.methods.method import Gates, Losses, Policy, Recipe, Told, Turn
+
+Rate = Float[Array, ""]
+Carry = tuple[Shards, PyTree]  # parameters and the optimizer's state
+Step = tuple[Int[Array, ""], Int[Array, " B"], Rate]  # its number, examples and learning rate
+PerWorker: TypeAlias = PyTree[Shaped[Array, "W ..."]]
 
 POLICIES: dict[str, Policy] = {
     # anew in every round, as in the papers
     "reset": Policy(
-        init=lambda tx, params: (),
-        start=lambda tx, params, travels: tx.init(params),
-        end=lambda opt_state: (),
-        fresh=True,
+        init=lambda *_: (), start=lambda tx, params, _: tx.init(params), end=lambda _: (), fresh=True
     ),
     # exchanged with the parameters, and merged like them
     "carry": Policy(
-        init=lambda tx, params: tx.init(params),
-        start=lambda tx, params, travels: travels,
-        end=lambda opt_state: opt_state,
-        fresh=False,
+        init=lambda tx, params: tx.init(params), start=lambda tx, params, kept: kept, end=lambda state: state
     ),
 }
 
@@ -48,16 +48,10 @@ def train_worker(
     """
     key = worker_key(recipe, turn, worker)
 
-    def step(
-        carry: tuple[Shards, PyTree], xs: tuple[Int[Array, ""], Int[Array, " B"], Float[Array, ""]]
-    ) -> tuple[tuple[Shards, PyTree], tuple[Float[Array, ""], Float[Array, ""]]]:
-        params, opt_state = carry
+    def step(carry: Carry, xs: Step) -> tuple[Carry, Losses]:
         number, batch, rate = xs
-        inputs, labels = recipe.batch_fn(turn.data, batch, jax.random.fold_in(key, number))
-        gradient = jax.value_and_grad(recipe.loss_fn, has_aux=True)
-        (loss, accuracy), grads = gradient(params, inputs, labels, turn.gates or None)
-        grads = clear_empty_slots(recipe.layout, grads, turn.gates)
-        return update(recipe, params, opt_state, grads, rate), (loss, accuracy)
+        losses, grads = gradient(recipe, carry[0], turn, batch, jax.random.fold_in(key, number))
+        return update(recipe, *carry, clear_empty_slots(recipe.layout, grads, turn.gates), rate), losses
 
     xs = (jnp.arange(len(turn.rates)), turn.indices, turn.rates)
     (params, opt_state), (losses, accuracies) = lax.scan(step, (params, opt_state), xs, unroll=recipe.unroll)
@@ -65,9 +59,15 @@ def train_worker(
     return params, opt_state, Told(losses.mean(), accuracies.mean(), healthy)
 
 
-def update(
-    recipe: Recipe, params: Shards, opt_state: PyTree, grads: Shards, rate: Float[Array, ""]
-) -> tuple[Shards, PyTree]:
+def gradient(
+    recipe: Recipe, params: Shards, turn: Turn, batch: Int[Array, " B"], key: Key[Array, ""]
+) -> tuple[Losses, Shards]:
+    """((mean loss, mean of the first score), gradient) of a batch of a worker; `key`: of its augmentation."""
+    inputs, labels = recipe.batch_fn(turn.data, batch, key)
+    return jax.value_and_grad(recipe.loss_fn, has_aux=True)(params, inputs, labels, turn.gates or None)
+
+
+def update(recipe: Recipe, params: Shards, opt_state: PyTree, grads: Shards, rate: Rate) -> Carry:
     """(parameters, optimizer state) after one step."""
     updates, opt_state = recipe.tx.update(grads, opt_state, params)
     return jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), params, updates), opt_state
@@ -79,8 +79,7 @@ def clear_empty_slots(layout: Layout, grads: Shards, gates: Gates) -> Shards:
     for path, leaf in layout.leaves.items():
         for axis, group in zip(leaf.unit_axes, leaf.groups, strict=True):
             if group.name in gates:
-                others = [a for a in range(len(leaf.shape)) if a != axis]
-                gate = jnp.expand_dims(gates[group.name], others)
+                gate = jnp.expand_dims(gates[group.name], [a for a in range(len(leaf.shape)) if a != axis])
                 cleared[path] = jnp.where(gate, cleared[path], 0)
     return cleared
 
@@ -96,30 +95,25 @@ def worker_key(recipe: Recipe, turn: Turn, worker: Int[Array, ""]) -> Key[Array,
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(recipe.seed), turn.index), worker)
 
 
-def each_worker(
-    recipe: Recipe, fn: Callable[[PyTree], PyTree], args: PyTree[Shaped[Array, "W ..."]]
-) -> PyTree[Shaped[Array, "W ..."]]:
+def each_worker(recipe: Recipe, fn: Callable[[PyTree], PyTree], args: PerWorker) -> PerWorker:
     """`fn` for each of this device's workers, along the leading axis of `args`."""
     if recipe.layout.workers_per_device == 1:
         return jax.tree.map(lambda x: x[None], fn(jax.tree.map(lambda x: x[0], args)))
     return jax.vmap(fn)(args) if recipe.vmapped else lax.map(fn, args)
 
 
-def sum_over_workers(
-    recipe: Recipe, fn: Callable[[PyTree], tuple[PyTree, ...]], args: PyTree[Shaped[Array, "W ..."]]
-) -> tuple[PyTree, ...]:
+def sum_over_workers(recipe: Recipe, fn: Callable[[PyTree], tuple], args: PerWorker) -> tuple:
     """(sum of fn's first result, its other results stacked); one gradient in memory unless vmapped."""
     if recipe.layout.workers_per_device == 1 or recipe.vmapped:
         grads, *others = each_worker(recipe, fn, args)
         return (jax.tree.map(lambda g: g.sum(0), grads), *others)
 
-    def add(total: PyTree, own: PyTree) -> tuple[PyTree, tuple[PyTree, ...]]:
+    def add(total: PyTree, own: PyTree) -> tuple[PyTree, tuple]:
         grads, *others = fn(own)
         return jax.tree.map(jnp.add, total, grads), tuple(others)
 
     shapes = jax.eval_shape(lambda a: fn(jax.tree.map(lambda x: x[0], a))[0], args)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, others = lax.scan(add, zeros, args)
+    total, others = lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), args)
     return (total, *others)
 
 

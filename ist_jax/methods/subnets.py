@@ -11,13 +11,13 @@ References:
   Stich, Local SGD Converges Fast and Communicates Little, arXiv:1805.09767, 2018.
 """
 
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Int, PyTree
 
-from ist_jax.data import Split
 from ist_jax.exchange import store
 from ist_jax.exchange.layout import Shards, map_trees
-from ist_jax.methods.method import Method, Recipe, State, Told, Turn
-from ist_jax.methods.steps import each_worker, train_worker, worker_numbers
+from ist_jax.exchange.store import Subnets
+from ist_jax.methods.method import Gates, Method, Phase, Recipe, State, Told, Turn
+from ist_jax.methods.steps import Carry, PerWorker, each_worker, train_worker, worker_numbers
 
 
 def make(recipe: Recipe) -> Method:
@@ -27,27 +27,22 @@ def make(recipe: Recipe) -> Method:
     def init(params: Shards) -> State:
         return State(params, travels=policy.init(recipe.tx, params))
 
-    def gather(state: State, _: None, turn: Turn) -> PyTree[Float[Array, "W ..."]]:
+    def gather(state: State, _: None, turn: Turn) -> Subnets:
         """The unit leaves [W, ...] of every tree that goes out."""
-        return map_trees(
-            layout,
-            lambda tree: store.gather(layout, tree, turn.draw),
-            (state.params, state.travels),
-            scalar=lambda x: None,
-        )
 
-    def local(
-        state: State, units: PyTree[Float[Array, "W ..."]], turn: Turn
-    ) -> tuple[PyTree[Shaped[Array, "W ..."]], Told]:
+        def own(tree: Shards) -> Subnets:
+            return store.gather(layout, tree, turn.draw)
+
+        return map_trees(layout, own, (state.params, state.travels), scalar=lambda x: None)
+
+    def local(state: State, units: Subnets, turn: Turn) -> tuple[PerWorker, Told]:
         """This device's trained subnets, (parameters, moments) [W, ...], and what is told of them."""
         kept = (state.params, state.travels)
         if units is None:
             units = map_trees(layout, lambda tree: {}, kept, scalar=lambda x: None)
         shared = map_trees(layout, lambda tree: store.shared_leaves(layout, tree), kept)
 
-        def train(
-            args: tuple[Int[Array, ""], PyTree, dict[str, Bool[Array, " n"]], Int[Array, "l B"]],
-        ) -> tuple[tuple[Shards, PyTree], Told]:
+        def train(args: tuple[Array, PyTree, Gates, Int[Array, "l B"]]) -> tuple[Carry, Told]:
             worker, own_units, own_gates, own_indices = args
             params, travels = map_trees(layout, lambda _, s, u: s | u, kept, shared, own_units)
             own = turn._replace(gates=own_gates, indices=own_indices)
@@ -57,23 +52,17 @@ def make(recipe: Recipe) -> Method:
 
         return each_worker(recipe, train, (worker_numbers(layout), units, dict(turn.gates), turn.indices))
 
-    def merge(
-        state: State, trained: tuple[PyTree[Shaped[Array, "W ..."]], Told], turn: Turn
-    ) -> tuple[State, Told]:
+    def merge(state: State, trained: tuple[PerWorker, Told], turn: Turn) -> tuple[State, Told]:
         """The state after the round."""
         subnets, told = trained
-        heard = told.healthy & turn.present
-        params, travels = map_trees(
-            layout,
-            lambda old, new: store.merge(layout, old, new, turn.draw, heard),
-            (state.params, state.travels),
-            subnets,
-            scalar=lambda old, new: new[0],
-        )
+        heard, kept = told.healthy & turn.present, (state.params, state.travels)
+
+        def own(old: Shards, new: Subnets) -> Shards:
+            return store.merge(layout, old, new, turn.draw, heard)
+
+        params, travels = map_trees(layout, own, kept, subnets, scalar=lambda old, new: new[0])
         return state._replace(params=params, travels=travels), told
 
-    def score(state: State, batches: Split) -> Float[Array, "n k"]:
-        return recipe.score_fn(state.params, batches)
-
-    phases = {"gather": gather} if layout.groups else {}
-    return Method(init, phases | {"local": local, "merge": merge}, score)
+    phases: dict[str, Phase] = {"gather": gather} if layout.groups else {}
+    phases |= {"local": local, "merge": merge}
+    return Method(init, phases, lambda state, batches: recipe.score_fn(state.params, batches))

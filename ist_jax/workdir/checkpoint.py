@@ -83,11 +83,11 @@ class Stored:
         rows = self.shape[0] // num_devices
         return 0, device * rows, (device + 1) * rows
 
-    def to_stored(self, kept: np.ndarray, device: int, num_devices: int) -> np.ndarray | np.generic:
-        """That part, from what the device keeps."""
+    def to_stored(self, kept: np.ndarray, length: int) -> np.ndarray | np.generic:
+        """That part, of such a length, from what the device keeps."""
         if self.leaf is None:
             return kept
-        return kind_of(self.leaf).to_stored(kept, self.leaf, device, num_devices)
+        return kind_of(self.leaf).to_stored(kept, length)
 
     def split(self, whole: np.ndarray, num_devices: int) -> np.ndarray:
         """What each device keeps, [D, ...]."""

@@ -61,7 +61,7 @@ def snapshot(layout: Layout, state: State) -> tuple[list[Piece], list[Stored]]:
             device = shard.index[0].start or 0
             axis, start, stop = stored.piece(device, layout.num_devices)
             if start < stop:
-                part = stored.to_stored(np.asarray(shard.data)[0], device, layout.num_devices)
+                part = stored.to_stored(np.asarray(shard.data)[0], stop - start)
                 pieces.append(Piece(stored.name, axis, start, np.array(part, order="C")))
     return pieces, arrays
 
