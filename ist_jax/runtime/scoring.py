@@ -71,12 +71,7 @@ def make_loss_fn(
 
 
 def score_shards(
-    layout: Layout,
-    model: nn.Module,
-    task: Task,
-    scale: Mapping[str, float],
-    shards: Shards,
-    batches: Split,
+    layout: Layout, model: nn.Module, task: Task, scale: Mapping[str, float], shards: Shards, batches: Split
 ) -> jax.Array:
     """Sums over this device's evaluation batches; a program for `devices.compile_program`.
 
