@@ -162,10 +162,8 @@ class Watch(threading.Thread):
         self._seen = {other: ("", now) for other in range(count()) if other != number()}
 
     def run(self) -> None:
-        beat = 0
         while not self.stopped.wait(_BEAT_SECONDS):
-            beat += 1
-            self._look(beat)
+            self._look()
             now = time.monotonic()
             for other, (_, since) in self._seen.items():
                 if now - since > self.lost_after:
@@ -174,10 +172,10 @@ class Watch(threading.Thread):
             if self.stuck_after and now - since > self.stuck_after:
                 end(f"nothing has happened for {self.stuck_after:.0f} s after {what}")
 
-    def _look(self, beat: int) -> None:
+    def _look(self) -> None:
         client, now = runtime.global_state.client, time.monotonic()
         try:
-            client.key_value_set(f"{_PREFIX}/alive/{number()}", str(beat), allow_overwrite=True)  # type: ignore[union-attr]
+            client.key_value_set(f"{_PREFIX}/alive/{number()}", str(now), allow_overwrite=True)  # type: ignore[union-attr]
             signs = dict(client.key_value_dir_get(f"{_PREFIX}/alive/"))  # type: ignore[union-attr]
         except RuntimeError:  # process 0, which keeps the signs, does not answer: its own sign stays away
             return
@@ -189,8 +187,6 @@ class Watch(threading.Thread):
 
 def end(message: str) -> None:
     """Ends the process at once: collectives that wait for a lost process cannot be interrupted."""
-    print(
-        f"error: {message}; stopped. The same command on all processes goes on from the last checkpoint",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+    advice = "The same command on all processes goes on from the last checkpoint"
+    print(f"error: {message}; stopped. {advice}", file=sys.stderr, flush=True)
     os._exit(LOST)
