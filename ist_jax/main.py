@@ -102,7 +102,7 @@ def connect(config: config_dict.ConfigDict, several: list) -> None:
 
     with cli.errors():
         check(config)
-        processes.start(*several, lost_after=config.lost_after, stuck_after=config.stuck_after)
+        processes.start(several, lost_after=config.lost_after, stuck_after=config.stuck_after)
 
 
 def run_once(config: config_dict.ConfigDict, workdir: Path, *, tensorboard: bool, profile: int) -> None:

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Devices: TypeAlias = Sequence[jax.Device]
+Program: TypeAlias = Callable[..., PyTree]  # of one device
+Arguments: TypeAlias = Sequence[PyTree]
+InAxes: TypeAlias = Sequence[PyTree[int | None]]
 
 # XLA ends the process when virtual CPU devices meet a collective further apart than this (its own
 # default is 40 s); on a loaded machine long evaluations would.
@@ -126,12 +129,7 @@ def check_same(settings: Mapping[str, object], devices: Devices) -> None:
 
 
 def compile_program(
-    fn: Callable[..., PyTree],
-    args: Sequence[PyTree],
-    devices: Devices,
-    *,
-    in_axes: Sequence[PyTree[int | None]],
-    donate: Sequence[int] = (),
+    fn: Program, args: Arguments, devices: Devices, *, in_axes: InAxes, donate: Sequence[int] = ()
 ) -> Executable:
     """Compiles a per-device function for all devices.
 
@@ -161,12 +159,7 @@ class _SpanningProgram:
     """
 
     def __init__(
-        self,
-        fn: Callable[..., PyTree],
-        args: Sequence[PyTree],
-        devices: Devices,
-        in_axes: Sequence[PyTree[int | None]],
-        donate: Sequence[int],
+        self, fn: Program, args: Arguments, devices: Devices, in_axes: InAxes, donate: Sequence[int]
     ):
         sliced = per_leaf(lambda axis: axis == 0, in_axes, args)
 
@@ -188,9 +181,7 @@ class _SpanningProgram:
         return self.compiled(*jax.tree.map(_place, args, self._shardings))
 
 
-def per_leaf(
-    of: Callable[[int | None], T], axes: Sequence[PyTree[int | None]], args: Sequence[PyTree]
-) -> PyTree[T]:
+def per_leaf(of: Callable[[int | None], T], axes: InAxes, args: Arguments) -> PyTree[T]:
     """`of` the axis of every array in some arguments; an axis may stand for a whole tree, as for `pmap`."""
     found = jax.tree.map(of, tuple(axes), is_leaf=lambda axis: axis is None)
     return jax.tree.broadcast(found, tuple(args))

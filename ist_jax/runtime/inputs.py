@@ -132,9 +132,7 @@ def make_transform(wanted: Wanted) -> images.Transform:
       ValueError: a key of `config.data` that cannot work with streamed images.
     """
     if wanted.validation:
-        raise ValueError(
-            f"data.validation={wanted.validation} is not for streamed images; set config.data.validation=0"
-        )
+        raise ValueError(f"data.validation={wanted.validation} is not for streamed images; set it to 0")
     if wanted.pad:
         raise ValueError(f"data.pad={wanted.pad}; streamed images are cropped at random, set it to 0")
     return images.make_transform(wanted.options, flip=wanted.flip)

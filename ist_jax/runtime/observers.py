@@ -28,13 +28,10 @@ def open_observers(workdir: Path, *, tensorboard: bool, profile: int) -> Iterato
       tensorboard: write event files.
       profile: rounds to profile, 0: none.
     """
+    asked = [write_events(workdir / "tensorboard")] if tensorboard else []
+    asked += [profile_rounds(workdir / "profile", profile)] if profile else []
     with ExitStack() as stack:
-        observers = []
-        if tensorboard:
-            observers.append(stack.enter_context(write_events(workdir / "tensorboard")))
-        if profile:
-            observers.append(stack.enter_context(profile_rounds(workdir / "profile", profile)))
-        yield observers
+        yield [stack.enter_context(observer) for observer in asked]
 
 
 @contextmanager
@@ -95,9 +92,8 @@ def profile_rounds(folder: Path, rounds: int) -> Iterator[Observer]:
     """Profiles so many rounds with `jax.profiler`, from the session's second on; for Perfetto or XProf."""
     seen = 0
 
-    def start_or_stop(record: Record) -> None:
+    def start_or_stop(_: Record) -> None:
         nonlocal seen
-        del record
         seen += 1
         if seen == 1:
             jax.profiler.start_trace(folder)

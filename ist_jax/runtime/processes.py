@@ -29,26 +29,19 @@ _PREFIX = "ist_jax"
 _watches: list["Watch"] = []  # at most one, like JAX's own state
 
 
-def start(
-    coordinator: str | None,
-    num_processes: int | None,
-    process_id: int | None,
-    *,
-    lost_after: float,
-    stuck_after: float,
-) -> None:
+def start(meeting: list, *, lost_after: float, stuck_after: float) -> None:
     """Connects this process with the others, before JAX looks for devices, and watches them from then on.
 
     Args:
-      coordinator: host:port of process 0; None for all three: from SLURM, Open MPI, Kubernetes or a TPU pod.
-      num_processes: how many there are.
-      process_id: this one, counted from 0.
+      meeting: host:port of process 0, how many processes there are, and the number of this one, counted from
+        0; None for all three: from SLURM, Open MPI, Kubernetes or a TPU pod.
       lost_after: seconds without a sign of life until a process counts as lost.
       stuck_after: seconds without progress, though all are alive; 0: for ever.
 
     Raises:
       ValueError: they cannot be found.
     """
+    coordinator, num_processes, process_id = meeting
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is handled in `signals`
     patience = round(lost_after) * 2 + 60  # JAX's own, cruder watch comes later than ours

@@ -1,7 +1,7 @@
 """The compiled programs of a run, each compiled once, and the state that they start from."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -22,9 +22,7 @@ from ist_jax.workdir import checkpoint
 _IN_AXES = (0, 0, AXES)  # of (state, value, turn)
 
 
-def compile_phases(
-    method: Method, traced: Mapping[str, TracedPhase], chosen: Devices
-) -> dict[str, Executable]:
+def compile_phases(method: Method, traced: dict[str, TracedPhase], chosen: Devices) -> dict[str, Executable]:
     """The phases of a round, each compiled once for the whole run.
 
     The last one may reuse the memory of the state, the others that of their value where all of it fits what

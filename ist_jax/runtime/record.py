@@ -14,7 +14,7 @@ from ist_jax import __version__
 from ist_jax.costs import formula, ledger
 from ist_jax.methods.method import Told
 from ist_jax.runtime.run import Run, Stage
-from ist_jax.workdir.files import Json, Record
+from ist_jax.workdir.files import Json, Record, Summary
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +79,7 @@ def make_ledger(run: Run) -> dict[str, Json]:
     return ledger.ledger_of(subject)
 
 
-def summarize(
-    run: Run, records: Sequence[Record], custom_model: str | None, params_sha256: str
-) -> dict[str, Json]:
+def summarize(run: Run, records: Sequence[Record], custom_model: str | None, params_sha256: str) -> Summary:
     """The final figures of a run; bytes as its records count them, times in seconds.
 
     Args:
@@ -133,7 +131,7 @@ def write_report(workdir: Path) -> Path:
     return workdir / "report.html"
 
 
-def last_line(summary: dict[str, Json]) -> str:
+def last_line(summary: Summary) -> str:
     """A run's result in a line for people."""
     exchanged, full = summary["bytes_exchanged_per_worker"], summary["bytes_local_sgd_per_worker"]
     reached = f"{summary['method']}: test accuracy {summary['test_accuracy']:.2%}"

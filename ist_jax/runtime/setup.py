@@ -29,7 +29,6 @@ from ist_jax.exchange.layout import Layout, make_layout, regroup
 from ist_jax.masking import Params
 from ist_jax.methods.method import Method, Recipe, State, TracedPhase, Turn, trace, trace_init
 from ist_jax.methods.steps import POLICIES
-from ist_jax.models.sparse import Sparse
 from ist_jax.runtime import devices, inputs, processes, programs, scoring
 from ist_jax.runtime.clock import Clock
 from ist_jax.runtime.devices import Devices
@@ -158,7 +157,10 @@ def make_recipe(config: ConfigDict, model: nn.Module, task: Task, num_devices: i
       ValueError: a setting that cannot work; the message names the key.
     """
     entry = method_of(config)
-    init_params = partial(_init_params, model, task.example)
+
+    def init_params(key: jax.Array) -> Params:
+        return model.init(key, task.example)["params"]
+
     shapes = jax.eval_shape(init_params, jax.random.key(0))
     axes = partition.resolve_axes(shapes, model.unit_axes() if entry.deals_units else {})
     groups = _make_groups(config, model, shapes, axes) if entry.deals_units else {}
@@ -314,10 +316,6 @@ def _make_stage(config: ConfigDict, until: int, recipe: Recipe, feed: Feed, chos
     deal = partition.fingerprint(tuple(layout.groups.values()), extension.identity(config.partition.deal))
     compiled = programs.compile_phases(method, phases, chosen)
     return Stage(until, recipe, method, phases, compiled, here, apart, deal)
-
-
-def _init_params(model: nn.Module, example: jax.Array | Sparse, key: jax.Array) -> Params:
-    return model.init(key, example)["params"]
 
 
 def _make_splits(
