@@ -44,8 +44,6 @@ def prepare(num_cpu_devices: int) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     missing = [f"--{name}={value}" for name, value in _CPU_FLAGS.items() if name not in flags]
     os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
-    if jax.config.values["jax_num_cpu_devices"] == num_cpu_devices:  # by an earlier run of the process
-        return
     try:
         jax.config.update("jax_num_cpu_devices", num_cpu_devices)
     except RuntimeError as error:  # a notebook has used JAX before; several workers per device then
@@ -65,8 +63,7 @@ def choose(num_workers: int, num_devices: int) -> list[jax.Device]:
     process = attrgetter("process_index")
     by_process = [list(own) for _, own in groupby(sorted(jax.devices(), key=process), process)]
     processes, there = len(by_process), min(map(len, by_process))
-    possible = [d for d in range(1, num_workers + 1) if num_workers % d == 0]
-    divisors = [d for d in possible if d % processes == 0 and d // processes <= there]
+    divisors = [d for d in range(processes, processes * there + 1, processes) if num_workers % d == 0]
     if not divisors or (num_devices and num_devices not in divisors):
         owners = f" in each of {processes} processes" if processes > 1 else ""
         remedy = f"config.num_devices to 0 (automatic) or one of {divisors}" if divisors else (

@@ -51,8 +51,7 @@ def show_progress(total: int, desc: str, done: int = 0) -> Iterator[Observer]:
         for split in ("validation", "test"):
             if f"{split}_accuracy" in record:
                 score = f", {split} accuracy {record[f'{split}_accuracy']:.2%} (round {record['round']})"
-        speed = f"{record['examples_per_second']:,.0f} examples/s"
-        text = f"loss {record['train_loss']:.3f}{score}, {speed}"
+        text = f"loss {record['train_loss']:.3f}{score}, {record['examples_per_second']:,.0f} examples/s"
         bar.set_postfix_str(text, refresh=False)
         bar.update()
         if plain and (record["round"] == total or record["round"] % every == 0):

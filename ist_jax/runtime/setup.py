@@ -196,9 +196,8 @@ def _make_groups(
             "(partition.sections, for a ResNet); name some, or set config.method to one that deals out no "
             f"units: {', '.join(repr(name) for name, x in methods.METHODS.items() if not x.deals_units)}"
         )
-    own = config.partition
-    sizes = {"min_units": own.min_units, "shares": tuple(own.shares)}
-    groups = partition.make_groups(shapes, axes, config.num_workers, **sizes)
+    own, workers = config.partition, config.num_workers
+    groups = partition.make_groups(shapes, axes, workers, min_units=own.min_units, shares=tuple(own.shares))
     if check_groups := getattr(model, "check_groups", None):
         check_groups(groups)
     return groups
@@ -247,8 +246,7 @@ def make_schedule(config: ConfigDict, num_train: int, done: Progress = NOTHING_D
             f"the run has {done.rounds} rounds already, more than the {rounds} that config.rounds or "
             "config.epochs ask for"
         )
-    optimizer = config.optimizer
-    rates = Rates(*(optimizer[field] for field in Rates._fields))
+    rates = Rates(*(config.optimizer[field] for field in Rates._fields))
     return Schedule(
         first=done.rounds,
         rounds=rounds,
