@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Devices: TypeAlias = Sequence[jax.Device]
 Program: TypeAlias = Callable[..., PyTree]  # of one device
-Arguments: TypeAlias = Sequence[PyTree]
+Args: TypeAlias = Sequence[PyTree]
 InAxes: TypeAlias = Sequence[PyTree[int | None]]
 
 # XLA ends the process when virtual CPU devices meet a collective further apart than this (its own
@@ -126,7 +126,7 @@ def check_same(settings: Mapping[str, object], devices: Devices) -> None:
 
 
 def compile_program(
-    fn: Program, args: Arguments, devices: Devices, *, in_axes: InAxes, donate: Sequence[int] = ()
+    fn: Program, args: Args, devices: Devices, *, in_axes: InAxes, donate: Sequence[int] = ()
 ) -> Executable:
     """Compiles a per-device function for all devices.
 
@@ -152,12 +152,10 @@ class _SpanningProgram:
     """What `pmap` would compile for several processes, if it could be compiled ahead of time there.
 
     Arrays are global, [D, ...], each process with the slices of its own devices; host arrays are the same in
-    all processes. Arguments as of `compile_program`.
+    all processes. Args as of `compile_program`.
     """
 
-    def __init__(
-        self, fn: Program, args: Arguments, devices: Devices, in_axes: InAxes, donate: Sequence[int]
-    ):
+    def __init__(self, fn: Program, args: Args, devices: Devices, in_axes: InAxes, donate: Sequence[int]):
         sliced = per_leaf(lambda axis: axis == 0, in_axes, args)
 
         def per_device(*slices: PyTree) -> PyTree:
@@ -178,7 +176,7 @@ class _SpanningProgram:
         return self.compiled(*jax.tree.map(_place, args, self._shardings))
 
 
-def per_leaf(of: Callable[[int | None], T], axes: InAxes, args: Arguments) -> PyTree[T]:
+def per_leaf(of: Callable[[int | None], T], axes: InAxes, args: Args) -> PyTree[T]:
     """`of` the axis of every array in some arguments; an axis may stand for a whole tree, as for `pmap`."""
     found = jax.tree.map(of, tuple(axes), is_leaf=lambda axis: axis is None)
     return jax.tree.broadcast(found, tuple(args))

@@ -70,20 +70,17 @@ def write_events(folder: Path) -> Iterator[Observer]:
     from tensorboardX import SummaryWriter  # seldom needed
 
     writers: list[SummaryWriter] = []
+    with ExitStack() as opened:
 
-    def write(record: Record) -> None:
-        step = record["round"]
-        if not writers:
-            writers.append(SummaryWriter(str(folder), purge_step=step))
-        for name, value in record.items():
-            if isinstance(value, int | float):
-                writers[0].add_scalar(name, value, step)
+        def write(record: Record) -> None:
+            step = record["round"]
+            if not writers:
+                writers.append(opened.enter_context(SummaryWriter(str(folder), purge_step=step)))
+            for name, value in record.items():
+                if isinstance(value, int | float):
+                    writers[0].add_scalar(name, value, step)
 
-    try:
         yield write
-    finally:
-        for writer in writers:
-            writer.close()
 
 
 @contextmanager

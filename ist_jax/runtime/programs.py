@@ -66,9 +66,7 @@ def _fits(value: PyTree, result: PyTree) -> bool:
 # --- the state ----------------------------------------------------------------------------------------------
 
 
-def init_shards(
-    layout: Layout, init_params: Callable[[jax.Array], Params], seed: int, chosen: Devices
-) -> Shards:
+def init_shards(layout: Layout, init_params: Callable[..., Params], seed: int, chosen: Devices) -> Shards:
     """Freshly initialised parameters.
 
     Made part by part in the host's memory and placed in shards: no accelerator ever holds more than its

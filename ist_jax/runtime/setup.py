@@ -82,7 +82,7 @@ def set_up(
         state = programs.init_state(method, shards, chosen)
     done = Progress(start.round, start.about["examples"]) if start else NOTHING_DONE
     schedule = make_schedule(config, opened.num_train, done)
-    splits = _make_splits(opened, method, state, chosen)
+    splits = _splits(opened, method, state, chosen)
     feed: Feed = None  # type: ignore[assignment]  # an evaluation has no rounds
     stages = [Stage(schedule.rounds, recipe, method, {}, {}, Traffic({}, {}), Traffic({}, {}), "")]
     if not evaluation_only:
@@ -316,9 +316,7 @@ def _make_stage(config: ConfigDict, until: int, recipe: Recipe, feed: Feed, chos
     return Stage(until, recipe, method, phases, compiled, here, apart, deal)
 
 
-def _make_splits(
-    opened: inputs.Inputs, method: Method, state: State, chosen: Devices
-) -> dict[str, ScoredSplit]:
+def _splits(opened: inputs.Inputs, method: Method, state: State, chosen: Devices) -> dict[str, ScoredSplit]:
     """The test set and, where there is one, the validation split."""
     splits = {}
     for name, examples in (("test", opened.test), ("validation", opened.validation)):
@@ -360,9 +358,8 @@ def _log_set_up(run: Run) -> None:
         f"{formula.subnet_parameters(layout) / layout.num_workers:,.0f} parameters per worker"
     )
     for group in layout.groups.values():
-        log.info(
-            f"units: {group.name} has {group.size}, {min(group.counts)} to {max(group.counts)} per worker"
-        )
+        least, most = min(group.counts), max(group.counts)
+        log.info(f"units: {group.name} has {group.size}, {least} to {most} per worker")
         waste = group.strips * group.strip_slots / group.slots
         if group.strips > 1 and waste > 1:
             log.info(
@@ -370,9 +367,7 @@ def _log_set_up(run: Run) -> None:
                 f"{waste:.2f} times the slots"
             )
     if layout.groups and not scoring.is_streamable(run.model):
-        log.info(
-            "evaluation: the model has no field `fetch`, so every device gathers it whole to evaluate it"
-        )
+        log.info("evaluation: the model has no field `fetch`, so every device gathers it whole")
     log.info(f"compiled in {run.seconds_compile:.1f} s; {rounds} rounds of {local_steps} local steps")
     for stage in run.stages[:-1]:
         log.info(f"warm-up: in the first {stage.until} rounds all workers train the whole model")
