@@ -79,10 +79,6 @@ class Inputs(NamedTuple):
     validation: data.Split | None
     task: Task
 
-    @property
-    def num_train(self) -> int:
-        return count(self.train)
-
 
 def count(examples: Examples) -> int:
     """How many there are."""
@@ -98,7 +94,7 @@ def open_inputs(wanted: Wanted) -> Inputs:
     dataset = data.open_data_set(wanted.name, wanted.directory, wanted.options)
     opened = _open_encoded(wanted, dataset) if dataset.encoded else _open_decoded(wanted, dataset)
     held_out = "" if opened.validation is None else f"{count(opened.validation):,} to stop by, "
-    counts = f"{opened.num_train:,} to train on, {held_out}{count(opened.test):,} to test on"
+    counts = f"{count(opened.train):,} to train on, {held_out}{count(opened.test):,} to test on"
     log.info("data: %s; %s", dataset.description, counts)
     return opened
 
@@ -141,7 +137,7 @@ def make_transform(wanted: Wanted) -> images.Transform:
 def feed_rounds(inputs: Inputs, chosen: Devices, rounds: int) -> Feed:
     """What feeds the rounds: the whole set on every device, or a chunk per round."""
     wanted, encoded = inputs.wanted, inputs.dataset.encoded
-    labels = np.zeros(inputs.num_train, np.int32)  # no sharing but 'skewed' looks at them
+    labels = np.zeros(count(inputs.train), np.int32)  # no sharing but 'skewed' looks at them
     if not encoded or wanted.sharing == "skewed":
         labels = inputs.train.labels if encoded else inputs.train["label"]
     workers, sharing = wanted.num_workers, wanted.sharing
@@ -181,8 +177,8 @@ def deal_batches(split: data.Split, batch_size: int, num_devices: int) -> data.S
 def calibration_batches(inputs: Inputs, most: int) -> Iterator[data.Split]:
     """At most so many batches of training examples, not augmented, each example once."""
     wanted = inputs.wanted
-    size = min(wanted.eval_batch_size, inputs.num_train)
-    order = rng(wanted.seed, Use.CALIBRATION).permutation(inputs.num_train).astype(np.int32)
+    size = min(wanted.eval_batch_size, count(inputs.train))
+    order = rng(wanted.seed, Use.CALIBRATION).permutation(count(inputs.train)).astype(np.int32)
     order = order[: min(most, len(order) // size) * size].reshape(-1, size)
     if not inputs.dataset.encoded:
         chosen = data.select(inputs.train, order)

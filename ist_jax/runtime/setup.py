@@ -81,14 +81,14 @@ def set_up(
         shards = programs.init_shards(layout, recipe.init_params, recipe.seed, chosen)
         state = programs.init_state(method, shards, chosen)
     done = Progress(start.round, start.about["examples"]) if start else NOTHING_DONE
-    schedule = make_schedule(config, opened.num_train, done)
+    schedule = make_schedule(config, inputs.count(opened.train), done)
     splits = _splits(opened, method, state, chosen)
     feed: Feed = None  # type: ignore[assignment]  # an evaluation has no rounds
     stages = [Stage(schedule.rounds, recipe, method, {}, {}, Traffic({}, {}), Traffic({}, {}), "")]
     if not evaluation_only:
         feed = inputs.feed_rounds(opened, chosen, schedule.rounds)
         stages = [_make_stage(config, schedule.rounds, recipe, feed, chosen)]
-        warmup = count_warmup_rounds(config, opened.num_train, done, schedule.rounds)
+        warmup = count_warmup_rounds(config, inputs.count(opened.train), done, schedule.rounds)
         if warmup > schedule.first:
             warm = warmup_recipe(recipe, model, opened.task, scale)
             stages.insert(0, _make_stage(config, warmup, warm, feed, chosen))

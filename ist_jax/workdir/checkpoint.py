@@ -310,10 +310,9 @@ def accuracy(record: Record) -> float | None:
 def _read_index(folder: Path, process: int) -> dict[str, Json]:
     path = folder / ITEM / f"index-{process}.json"
     try:
-        digest, _, content = path.read_text().partition("\n")
+        digest, _, content = path.read_text().removesuffix("\n").partition("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise Damaged(f"{path} cannot be read: {error}") from error
-    content = content.removesuffix("\n")
     if hashlib.sha256(content.encode()).hexdigest() != digest:
         raise Damaged(f"{path} is not what was written")
     return json.loads(content)
