@@ -33,7 +33,7 @@ from ist_jax.runtime import devices, inputs, processes, programs, scoring
 from ist_jax.runtime.clock import Clock
 from ist_jax.runtime.devices import Devices
 from ist_jax.runtime.run import Run, ScoredSplit, Stage
-from ist_jax.runtime.schedule import NOTHING_DONE, Progress, Rates, Schedule, count_rounds, learning_rates
+from ist_jax.runtime.schedule import NOTHING_DONE, Progress, Schedule, count_rounds
 from ist_jax.task import Task
 from ist_jax.workdir import checkpoint, files
 
@@ -236,8 +236,7 @@ def make_schedule(config: ConfigDict, num_train: int, done: Progress = NOTHING_D
     Raises:
       ValueError: it has more rounds already than the config asks for.
     """
-    per_step = config.num_workers * config.batch_size
-    per_round = per_step * config.local_steps
+    per_round = config.num_workers * config.batch_size * config.local_steps
     rounds = config.rounds
     if rounds is None:
         rounds = count_rounds(config.epochs, num_train, per_round, done)
@@ -246,19 +245,44 @@ def make_schedule(config: ConfigDict, num_train: int, done: Progress = NOTHING_D
             f"the run has {done.rounds} rounds already, more than the {rounds} that config.rounds or "
             "config.epochs ask for"
         )
-    rates = Rates(*(config.optimizer[field] for field in Rates._fields))
     return Schedule(
         first=done.rounds,
         rounds=rounds,
         examples_before=done.examples,
         examples_per_round=per_round,
-        learning_rates=learning_rates(rates, (rounds, config.local_steps), per_step, done),
+        learning_rates=learning_rates(config, rounds, done),
         eval_every=config.eval_every,
         patience=config.patience,
         checkpoint_every=config.checkpoint.every,
         checkpoint_keep=config.checkpoint.keep,
         max_left_out=config.max_rounds_left_out,
     )
+
+
+def learning_rates(config: ConfigDict, rounds: int, done: Progress) -> np.ndarray:
+    """Learning rates float32 [rounds, l], by the fraction of all examples that all workers have seen.
+
+    Args:
+      config: of the run.
+      rounds: of the whole run.
+      done: in earlier sessions; their rows are NaN.
+    """
+    optimizer, local_steps = config.optimizer, config.local_steps
+    left = (rounds - done.rounds) * local_steps
+    before = done.examples / (config.num_workers * config.batch_size)  # in steps of today's workers
+    total, step = before + left, before + np.arange(left)
+    warmup = round(optimizer.warmup * total)
+    after = (step - warmup) / max(1, total - warmup)  # progress after the warm-up, 0 to 1
+    decays = sum((step >= at * total).astype(int) for at in optimizer.step_at)
+    factors = {
+        "constant": np.ones(left),
+        "cosine": (1 + np.cos(np.pi * np.clip(after, 0, 1))) / 2,
+        "step": optimizer.step_factor ** np.asarray(decays),
+    }
+    ramp = np.minimum(1, (step + 1) / max(1, warmup))
+    found = optimizer.learning_rate * ramp * factors[optimizer.schedule]
+    past = np.full(rounds * local_steps - left, np.nan)
+    return np.concatenate([past, found]).astype(np.float32).reshape(rounds, local_steps)
 
 
 def count_warmup_rounds(config: ConfigDict, num_train: int, done: Progress, rounds: int) -> int:
