@@ -61,7 +61,7 @@ def main(argv: list[str]) -> int:
             if spans:
                 with cli.errors():
                     check(config)
-                    processes.start(*several, lost_after=config.lost_after, stuck_after=config.stuck_after)
+                    processes.start(several, lost_after=config.lost_after, stuck_after=config.stuck_after)
             run_once(config, workdir, tensorboard=values.tensorboard, profile=values.profile)
         code, agreed = 0, True
     except signals.Interrupted as stop:

@@ -32,6 +32,5 @@ class Clock:
 
     def take(self) -> dict[str, float]:
         """Seconds by name since the last call."""
-        taken = dict(self._seconds)
-        self._seconds.clear()
+        taken, self._seconds = self._seconds, defaultdict(float)
         return taken

@@ -6,7 +6,9 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from itertools import groupby
+from operator import attrgetter
+from typing import TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +22,10 @@ from ist_jax.exchange.layout import AXIS
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Devices: TypeAlias = Sequence[jax.Device]
+Program: TypeAlias = Callable[..., PyTree]  # of one device
+Args: TypeAlias = Sequence[PyTree]
+InAxes: TypeAlias = Sequence[PyTree[int | None]]
 
 # XLA ends the process when virtual CPU devices meet a collective further apart than this (its own
 # default is 40 s); on a loaded machine long evaluations would.
@@ -38,8 +44,6 @@ def prepare(num_cpu_devices: int) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     missing = [f"--{name}={value}" for name, value in _CPU_FLAGS.items() if name not in flags]
     os.environ["XLA_FLAGS"] = " ".join([flags, *missing]).strip()
-    if jax.config.values["jax_num_cpu_devices"] == num_cpu_devices:  # by an earlier run of the process
-        return
     try:
         jax.config.update("jax_num_cpu_devices", num_cpu_devices)
     except RuntimeError as error:  # a notebook has used JAX before; several workers per device then
@@ -56,12 +60,10 @@ def choose(num_workers: int, num_devices: int) -> list[jax.Device]:
     Raises:
       ValueError: D does not divide S, or there are fewer devices.
     """
-    per_process: dict[int, list[jax.Device]] = {}
-    for device in jax.devices():
-        per_process.setdefault(device.process_index, []).append(device)
-    processes, there = len(per_process), min(map(len, per_process.values()))
-    possible = [d for d in range(1, num_workers + 1) if num_workers % d == 0]
-    divisors = [d for d in possible if d % processes == 0 and d // processes <= there]
+    process = attrgetter("process_index")
+    by_process = [list(own) for _, own in groupby(sorted(jax.devices(), key=process), process)]
+    processes, there = len(by_process), min(map(len, by_process))
+    divisors = [d for d in range(processes, processes * there + 1, processes) if num_workers % d == 0]
     if not divisors or (num_devices and num_devices not in divisors):
         owners = f" in each of {processes} processes" if processes > 1 else ""
         remedy = f"config.num_devices to 0 (automatic) or one of {divisors}" if divisors else (
@@ -72,7 +74,7 @@ def choose(num_workers: int, num_devices: int) -> list[jax.Device]:
             f"{there} {jax.devices()[0].platform} device(s){owners}; set {remedy}"
         )
     each = (num_devices or divisors[-1]) // processes
-    return [device for number in sorted(per_process) for device in per_process[number][:each]]
+    return [device for own in by_process for device in own[:each]]
 
 
 def host() -> jax.Device:
@@ -84,7 +86,7 @@ def host() -> jax.Device:
     return jax.local_devices(backend="cpu" if not platforms or "cpu" in platforms else None)[0]
 
 
-def put(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
+def put(tree: PyTree, devices: Devices) -> PyTree:
     """Places host arrays [D, ...] one slice per device, so that calls copy nothing.
 
     Each process places the slices of its own devices; the others' may hold anything.
@@ -95,7 +97,7 @@ def put(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
     return jax.tree.map(lambda x: _place(np.asarray(x), sharding), tree)
 
 
-def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
+def replicate(tree: PyTree, devices: Devices) -> PyTree:
     """Places a copy of host arrays on every device: [D, ...]."""
     return put(jax.tree.map(lambda x: np.broadcast_to(x, (len(devices), *np.shape(x))), tree), devices)
 
@@ -107,14 +109,14 @@ def to_host(tree: PyTree) -> PyTree:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def agree(value: int, devices: Sequence[jax.Device]) -> int:
+def agree(value: int, devices: Devices) -> int:
     """The largest value of all processes."""
     if jax.process_count() == 1:
         return value
     return int(to_host(put(np.full(len(devices), value, np.int32), devices)).max())
 
 
-def check_same(settings: Mapping[str, object], devices: Sequence[jax.Device]) -> None:
+def check_same(settings: Mapping[str, object], devices: Devices) -> None:
     """Raises ValueError where processes of a run differ in their settings or the hashes of files."""
     text = json.dumps(settings, sort_keys=True, default=str)
     mark = int(hashlib.sha256(text.encode()).hexdigest()[:7], 16)
@@ -124,12 +126,7 @@ def check_same(settings: Mapping[str, object], devices: Sequence[jax.Device]) ->
 
 
 def compile_program(
-    fn: Callable[..., PyTree],
-    args: Sequence[PyTree],
-    devices: Sequence[jax.Device],
-    *,
-    in_axes: Sequence[PyTree[int | None]],
-    donate: Sequence[int] = (),
+    fn: Program, args: Args, devices: Devices, *, in_axes: InAxes, donate: Sequence[int] = ()
 ) -> Executable:
     """Compiles a per-device function for all devices.
 
@@ -147,9 +144,7 @@ def compile_program(
     """
     if jax.process_count() > 1:
         return _SpanningProgram(fn, args, devices, in_axes, donate)  # type: ignore[return-value]
-    mapped = jax.pmap(
-        fn, axis_name=AXIS, in_axes=tuple(in_axes), devices=list(devices), donate_argnums=tuple(donate)
-    )
+    mapped = jax.pmap(fn, AXIS, in_axes=tuple(in_axes), devices=devices, donate_argnums=donate)
     return mapped.lower(*args).compile()
 
 
@@ -157,58 +152,43 @@ class _SpanningProgram:
     """What `pmap` would compile for several processes, if it could be compiled ahead of time there.
 
     Arrays are global, [D, ...], each process with the slices of its own devices; host arrays are the same in
-    all processes.
+    all processes. Args as of `compile_program`.
     """
 
-    def __init__(
-        self,
-        fn: Callable[..., PyTree],
-        args: Sequence[PyTree],
-        devices: Sequence[jax.Device],
-        in_axes: Sequence[PyTree[int | None]],
-        donate: Sequence[int],
-    ):
-        def spread(axis: int | None, arg: PyTree, leaf: Callable[[int | None, jax.Array], T]) -> PyTree[T]:
-            return jax.tree.map(lambda x: leaf(axis, x), arg)
-
-        def per_leaf(
-            leaf: Callable[[int | None, jax.Array], T], args: Sequence[PyTree]
-        ) -> tuple[PyTree[T], ...]:
-            each = partial(spread, leaf=leaf)
-            return jax.tree.map(each, tuple(in_axes), tuple(args), is_leaf=lambda axis: axis is None)
+    def __init__(self, fn: Program, args: Args, devices: Devices, in_axes: InAxes, donate: Sequence[int]):
+        sliced = per_leaf(lambda axis: axis == 0, in_axes, args)
 
         def per_device(*slices: PyTree) -> PyTree:
-            own = per_leaf(lambda axis, x: x[0] if axis == 0 else x, slices)
+            own = jax.tree.map(lambda x, one: x[0] if one else x, slices, sliced)
             return jax.tree.map(lambda x: x[None], fn(*own))
 
-        self._shardings = per_leaf(lambda axis, _: _sharding(devices, axis), args)
-        mapped = jax.shard_map(
-            per_device,
-            mesh=_sharding(devices).mesh,
-            in_specs=jax.tree.map(lambda s: s.spec, self._shardings),
-            out_specs=PartitionSpec(AXIS),
-            check_vma=False,
-        )
-        like = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tuple(args), self._shardings
-        )
-        self.compiled = jax.jit(mapped, donate_argnums=tuple(donate)).lower(*like).compile()
+        self._shardings = per_leaf(partial(_sharding, devices), in_axes, args)
+        specs = jax.tree.map(lambda sharding: sharding.spec, self._shardings)
+        mesh, out = _sharding(devices).mesh, PartitionSpec(AXIS)
+        mapped = jax.shard_map(per_device, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+        jitted = jax.jit(mapped, in_shardings=self._shardings, donate_argnums=donate)
+        self.compiled = jitted.lower(*args).compile()
         self.as_text, self.memory_analysis = self.compiled.as_text, self.compiled.memory_analysis
         self.args_info, self.in_tree = self.compiled.args_info, self.compiled.in_tree
         self.input_shardings = self.compiled.input_shardings
 
     def __call__(self, *args: PyTree) -> PyTree:
-        return self.compiled(*jax.tree.map(_place_host, args, self._shardings))
+        return self.compiled(*jax.tree.map(_place, args, self._shardings))
 
 
-def _place_host(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
-    return x if isinstance(x, jax.Array) else _place(np.asarray(x), sharding)
+def per_leaf(of: Callable[[int | None], T], axes: InAxes, args: Args) -> PyTree[T]:
+    """`of` the axis of every array in some arguments; an axis may stand for a whole tree, as for `pmap`."""
+    found = jax.tree.map(of, tuple(axes), is_leaf=lambda axis: axis is None)
+    return jax.tree.broadcast(found, tuple(args))
 
 
-def _place(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+def _place(x: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host array as a global one; of that, each process needs its own slices."""
+    if isinstance(x, jax.Array):
+        return x
+    return jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index])
 
 
-def _sharding(devices: Sequence[jax.Device], axis: int | None = 0) -> NamedSharding:
+def _sharding(devices: Devices, axis: int | None = 0) -> NamedSharding:
     spec = PartitionSpec(AXIS) if axis == 0 else PartitionSpec()
     return NamedSharding(Mesh(np.array(devices), (AXIS,)), spec)

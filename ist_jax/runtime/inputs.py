@@ -1,7 +1,7 @@
 """What the rounds and the evaluation are fed: sets in memory, or streamed from disk."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
@@ -16,6 +16,7 @@ from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
 from ist_jax.data.stream import Evaluation, Feed, StreamingEvaluation, StreamingFeed, check_shared_memory
 from ist_jax.key import Options
 from ist_jax.runtime import devices
+from ist_jax.runtime.devices import Devices
 from ist_jax.streams import Use, rng
 from ist_jax.task import Task, classification, multi_label
 
@@ -78,9 +79,10 @@ class Inputs(NamedTuple):
     validation: data.Split | None
     task: Task
 
-    @property
-    def num_train(self) -> int:
-        return len(self.train if self.dataset.encoded else self.train["label"])
+
+def count(examples: Examples) -> int:
+    """How many there are."""
+    return len(examples["label"] if isinstance(examples, dict) else examples)
 
 
 def open_inputs(wanted: Wanted) -> Inputs:
@@ -91,12 +93,9 @@ def open_inputs(wanted: Wanted) -> Inputs:
     """
     dataset = data.open_data_set(wanted.name, wanted.directory, wanted.options)
     opened = _open_encoded(wanted, dataset) if dataset.encoded else _open_decoded(wanted, dataset)
-    test = opened.test if dataset.encoded else opened.test["label"]
-    held_out = "" if opened.validation is None else f"{len(opened.validation['label']):,} to stop by, "
-    log.info(
-        "data: %s; %s to train on, %s%s to test on",
-        dataset.description, f"{opened.num_train:,}", held_out, f"{len(test):,}",
-    )  # fmt: skip
+    held_out = "" if opened.validation is None else f"{count(opened.validation):,} to stop by, "
+    counts = f"{count(opened.train):,} to train on, {held_out}{count(opened.test):,} to test on"
+    log.info("data: %s; %s", dataset.description, counts)
     return opened
 
 
@@ -116,9 +115,7 @@ def _open_decoded(wanted: Wanted, dataset: data.DataSet) -> Inputs:
         normalize = augment.make_normalize(*augment.channel_statistics(train["image"]))
         task = classification(normalize, train["image"].shape[1:], pad=pad, flip=flip)
     elif pad or flip:
-        raise ValueError(
-            "sparse examples are no images; set config.data.pad to 0 and config.data.flip to False"
-        )
+        raise ValueError("sparse examples are no images; set config.data.pad to 0, config.data.flip to False")
     else:
         task = multi_label(train["feature"].width)
     return Inputs(wanted, dataset, train, data.load(dataset.test), held_out, task)
@@ -131,39 +128,31 @@ def make_transform(wanted: Wanted) -> images.Transform:
       ValueError: a key of `config.data` that cannot work with streamed images.
     """
     if wanted.validation:
-        raise ValueError(
-            f"data.validation={wanted.validation} is not for streamed images; set config.data.validation=0"
-        )
+        raise ValueError(f"data.validation={wanted.validation} is not for streamed images; set it to 0")
     if wanted.pad:
         raise ValueError(f"data.pad={wanted.pad}; streamed images are cropped at random, set it to 0")
     return images.make_transform(wanted.options, flip=wanted.flip)
 
 
-def feed_rounds(inputs: Inputs, chosen: Sequence[jax.Device], rounds: int) -> Feed:
+def feed_rounds(inputs: Inputs, chosen: Devices, rounds: int) -> Feed:
     """What feeds the rounds: the whole set on every device, or a chunk per round."""
     wanted, encoded = inputs.wanted, inputs.dataset.encoded
-    labels = np.zeros(inputs.num_train, np.int32)  # no sharing but 'skewed' looks at them
+    labels = np.zeros(count(inputs.train), np.int32)  # no sharing but 'skewed' looks at them
     if not encoded or wanted.sharing == "skewed":
         labels = inputs.train.labels if encoded else inputs.train["label"]
-    shards = batches.share_examples(
-        wanted.seed, labels, wanted.num_workers, wanted.sharing, wanted.concentration
-    )
+    workers, sharing = wanted.num_workers, wanted.sharing
+    shards = batches.share_examples(wanted.seed, labels, workers, sharing, wanted.concentration)
     steps = {"seed": wanted.seed, "local_steps": wanted.local_steps, "batch_size": wanted.batch_size}
     if not encoded:
         return InMemoryFeed(devices.replicate(inputs.train, chosen), shards, len(chosen), **steps)
-    transform = make_transform(wanted)
-    each = wanted.num_workers // len(chosen)
-    workers = [each * device + i for device in _devices_here(chosen) for i in range(each)]
-    return StreamingFeed(
-        TrainBatches(inputs.train, shards, workers, transform, **steps),
-        len(chosen),
-        rounds,
-        processes=wanted.options["data.processes"],
-        put=partial(devices.put, devices=chosen),
-    )
+    each = workers // len(chosen)
+    here = [each * device + i for device in _devices_here(chosen) for i in range(each)]
+    make = TrainBatches(inputs.train, shards, here, make_transform(wanted), **steps)
+    put = partial(devices.put, devices=chosen)
+    return StreamingFeed(make, len(chosen), rounds, processes=wanted.options["data.processes"], put=put)
 
 
-def feed_evaluation(wanted: Wanted, split: Examples, chosen: Sequence[jax.Device]) -> Evaluation:
+def feed_evaluation(wanted: Wanted, split: Examples, chosen: Devices) -> Evaluation:
     """A split as fixed, class-mixed batches: all on the devices, or read anew by every pass.
 
     Args:
@@ -188,8 +177,8 @@ def deal_batches(split: data.Split, batch_size: int, num_devices: int) -> data.S
 def calibration_batches(inputs: Inputs, most: int) -> Iterator[data.Split]:
     """At most so many batches of training examples, not augmented, each example once."""
     wanted = inputs.wanted
-    size = min(wanted.eval_batch_size, inputs.num_train)
-    order = rng(wanted.seed, Use.CALIBRATION).permutation(inputs.num_train).astype(np.int32)
+    size = min(wanted.eval_batch_size, count(inputs.train))
+    order = rng(wanted.seed, Use.CALIBRATION).permutation(count(inputs.train)).astype(np.int32)
     order = order[: min(most, len(order) // size) * size].reshape(-1, size)
     if not inputs.dataset.encoded:
         chosen = data.select(inputs.train, order)
@@ -200,6 +189,6 @@ def calibration_batches(inputs: Inputs, most: int) -> Iterator[data.Split]:
     return (jax.tree.map(itemgetter((0, 0)), chunk) for chunk in stream)
 
 
-def _devices_here(chosen: Sequence[jax.Device]) -> list[int]:
+def _devices_here(chosen: Devices) -> list[int]:
     """Which of the devices are this process's."""
     return [i for i, device in enumerate(chosen) if device.process_index == jax.process_index()]

@@ -28,13 +28,10 @@ def open_observers(workdir: Path, *, tensorboard: bool, profile: int) -> Iterato
       tensorboard: write event files.
       profile: rounds to profile, 0: none.
     """
+    asked = [write_events(workdir / "tensorboard")] if tensorboard else []
+    asked += [profile_rounds(workdir / "profile", profile)] if profile else []
     with ExitStack() as stack:
-        observers = []
-        if tensorboard:
-            observers.append(stack.enter_context(write_events(workdir / "tensorboard")))
-        if profile:
-            observers.append(stack.enter_context(profile_rounds(workdir / "profile", profile)))
-        yield observers
+        yield [stack.enter_context(observer) for observer in asked]
 
 
 @contextmanager
@@ -54,8 +51,7 @@ def show_progress(total: int, desc: str, done: int = 0) -> Iterator[Observer]:
         for split in ("validation", "test"):
             if f"{split}_accuracy" in record:
                 score = f", {split} accuracy {record[f'{split}_accuracy']:.2%} (round {record['round']})"
-        speed = f"{record['examples_per_second']:,.0f} examples/s"
-        text = f"loss {record['train_loss']:.3f}{score}, {speed}"
+        text = f"loss {record['train_loss']:.3f}{score}, {record['examples_per_second']:,.0f} examples/s"
         bar.set_postfix_str(text, refresh=False)
         bar.update()
         if plain and (record["round"] == total or record["round"] % every == 0):
@@ -74,20 +70,17 @@ def write_events(folder: Path) -> Iterator[Observer]:
     from tensorboardX import SummaryWriter  # seldom needed
 
     writers: list[SummaryWriter] = []
+    with ExitStack() as opened:
 
-    def write(record: Record) -> None:
-        step = record["round"]
-        if not writers:
-            writers.append(SummaryWriter(str(folder), purge_step=step))
-        for name, value in record.items():
-            if isinstance(value, int | float):
-                writers[0].add_scalar(name, value, step)
+        def write(record: Record) -> None:
+            step = record["round"]
+            if not writers:
+                writers.append(opened.enter_context(SummaryWriter(str(folder), purge_step=step)))
+            for name, value in record.items():
+                if isinstance(value, int | float):
+                    writers[0].add_scalar(name, value, step)
 
-    try:
         yield write
-    finally:
-        for writer in writers:
-            writer.close()
 
 
 @contextmanager
@@ -95,9 +88,8 @@ def profile_rounds(folder: Path, rounds: int) -> Iterator[Observer]:
     """Profiles so many rounds with `jax.profiler`, from the session's second on; for Perfetto or XProf."""
     seen = 0
 
-    def start_or_stop(record: Record) -> None:
+    def start_or_stop(_: Record) -> None:
         nonlocal seen
-        del record
         seen += 1
         if seen == 1:
             jax.profiler.start_trace(folder)

@@ -29,26 +29,19 @@ _PREFIX = "ist_jax"
 _watches: list["Watch"] = []  # at most one, like JAX's own state
 
 
-def start(
-    coordinator: str | None,
-    num_processes: int | None,
-    process_id: int | None,
-    *,
-    lost_after: float,
-    stuck_after: float,
-) -> None:
+def start(meeting: list, *, lost_after: float, stuck_after: float) -> None:
     """Connects this process with the others, before JAX looks for devices, and watches them from then on.
 
     Args:
-      coordinator: host:port of process 0; None for all three: from SLURM, Open MPI, Kubernetes or a TPU pod.
-      num_processes: how many there are.
-      process_id: this one, counted from 0.
+      meeting: host:port of process 0, how many processes there are, and the number of this one, counted from
+        0; None for all three: from SLURM, Open MPI, Kubernetes or a TPU pod.
       lost_after: seconds without a sign of life until a process counts as lost.
       stuck_after: seconds without progress, though all are alive; 0: for ever.
 
     Raises:
       ValueError: they cannot be found.
     """
+    coordinator, num_processes, process_id = meeting
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is handled in `signals`
     patience = round(lost_after) * 2 + 60  # JAX's own, cruder watch comes later than ours
@@ -162,10 +155,8 @@ class Watch(threading.Thread):
         self._seen = {other: ("", now) for other in range(count()) if other != number()}
 
     def run(self) -> None:
-        beat = 0
         while not self.stopped.wait(_BEAT_SECONDS):
-            beat += 1
-            self._look(beat)
+            self._look()
             now = time.monotonic()
             for other, (_, since) in self._seen.items():
                 if now - since > self.lost_after:
@@ -174,10 +165,10 @@ class Watch(threading.Thread):
             if self.stuck_after and now - since > self.stuck_after:
                 end(f"nothing has happened for {self.stuck_after:.0f} s after {what}")
 
-    def _look(self, beat: int) -> None:
+    def _look(self) -> None:
         client, now = runtime.global_state.client, time.monotonic()
         try:
-            client.key_value_set(f"{_PREFIX}/alive/{number()}", str(beat), allow_overwrite=True)  # type: ignore[union-attr]
+            client.key_value_set(f"{_PREFIX}/alive/{number()}", str(now), allow_overwrite=True)  # type: ignore[union-attr]
             signs = dict(client.key_value_dir_get(f"{_PREFIX}/alive/"))  # type: ignore[union-attr]
         except RuntimeError:  # process 0, which keeps the signs, does not answer: its own sign stays away
             return
@@ -189,8 +180,6 @@ class Watch(threading.Thread):
 
 def end(message: str) -> None:
     """Ends the process at once: collectives that wait for a lost process cannot be interrupted."""
-    print(
-        f"error: {message}; stopped. The same command on all processes goes on from the last checkpoint",
-        file=sys.stderr, flush=True,
-    )  # fmt: skip
+    advice = "The same command on all processes goes on from the last checkpoint"
+    print(f"error: {message}; stopped. {advice}", file=sys.stderr, flush=True)
     os._exit(LOST)

@@ -1,6 +1,7 @@
 """The compiled programs of a run, each compiled once, and the state that they start from."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -15,14 +16,13 @@ from ist_jax.exchange.layout import Layout, Shards
 from ist_jax.masking import Params
 from ist_jax.methods.method import AXES, Method, State, TracedPhase, Turn, trace_init
 from ist_jax.runtime import devices
+from ist_jax.runtime.devices import Devices
 from ist_jax.workdir import checkpoint
 
 _IN_AXES = (0, 0, AXES)  # of (state, value, turn)
 
 
-def compile_phases(
-    method: Method, traced: Mapping[str, TracedPhase], chosen: Sequence[jax.Device]
-) -> dict[str, Executable]:
+def compile_phases(method: Method, traced: dict[str, TracedPhase], chosen: Devices) -> dict[str, Executable]:
     """The phases of a round, each compiled once for the whole run.
 
     The last one may reuse the memory of the state, the others that of their value where all of it fits what
@@ -33,18 +33,17 @@ def compile_phases(
       traced: from `methods.method.trace`.
       chosen: the devices.
     """
-    programs: dict[str, Executable] = {}
-    for name, phase in traced.items():
-        last = len(programs) + 1 == len(traced)
+
+    def compiled(name: str, phase: TracedPhase) -> Executable:
+        last = name == list(traced)[-1]
         donate = [0] if last else [1] if _fits(phase.inputs[1], phase.result) else []
-        args = with_axes(phase.inputs, len(chosen))
-        programs[name] = devices.compile_program(
-            method.phases[name], args, chosen, in_axes=_IN_AXES, donate=donate
-        )
-    return programs
+        args, fn = with_axes(phase.inputs, len(chosen)), method.phases[name]
+        return devices.compile_program(fn, args, chosen, in_axes=_IN_AXES, donate=donate)
+
+    return {name: compiled(name, phase) for name, phase in traced.items()}
 
 
-def compile_score(method: Method, state: State, batches: Split, chosen: Sequence[jax.Device]) -> Executable:
+def compile_score(method: Method, state: State, batches: Split, chosen: Devices) -> Executable:
     """The evaluation of the state on the batches [D, ...] of one call."""
     return devices.compile_program(method.score, (state, batches), chosen, in_axes=(0, 0))
 
@@ -52,66 +51,53 @@ def compile_score(method: Method, state: State, batches: Split, chosen: Sequence
 def with_axes(inputs: tuple[State, PyTree, Turn], num_devices: int) -> tuple[State, PyTree, Turn]:
     """The shapes of (state, value, turn) on all devices, from those on one."""
 
-    def spread(axis: int | None, arg: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
-        lead = (num_devices,) if axis == 0 else ()
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), arg)
+    def spread(x: jax.ShapeDtypeStruct, sliced: bool) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((num_devices, *x.shape) if sliced else x.shape, x.dtype)
 
-    return jax.tree.map(spread, _IN_AXES, inputs, is_leaf=lambda axis: axis is None)
+    return jax.tree.map(spread, inputs, devices.per_leaf(lambda axis: axis == 0, _IN_AXES, inputs))
 
 
 def _fits(value: PyTree, result: PyTree) -> bool:
     """Whether every array of `value` has one of the same shape and dtype to itself in `result`."""
-    free = [(x.shape, x.dtype) for x in jax.tree.leaves(result)]
-    for x in jax.tree.leaves(value):
-        if (x.shape, x.dtype) not in free:
-            return False
-        free.remove((x.shape, x.dtype))
-    return True
+    needed, free = (Counter((x.shape, x.dtype) for x in jax.tree.leaves(tree)) for tree in (value, result))
+    return needed <= free
 
 
 # --- the state ----------------------------------------------------------------------------------------------
 
 
-def init_shards(
-    layout: Layout, init_params: Callable[[jax.Array], Params], seed: int, chosen: Sequence[jax.Device]
-) -> Shards:
+def init_shards(layout: Layout, init_params: Callable[..., Params], seed: int, chosen: Devices) -> Shards:
     """Freshly initialised parameters.
 
     Made part by part in the host's memory and placed in shards: no accelerator ever holds more than its
     share, and the values do not depend on the devices.
     """
     shards: Shards = {}
+
+    def leaves_of(paths: tuple[str, ...], key: jax.Array) -> Shards:  # under `jit` no others are computed
+        flat = traverse_util.flatten_dict(init_params(key), sep="/")
+        return {path: flat[path] for path in paths}
+
     with jax.default_device(devices.host()):
         key = jax.random.key(seed)
         for paths in init_parts(layout):
-            lowered = jax.jit(partial(_init_leaves, init_params, tuple(paths))).lower(key)
+            lowered = jax.jit(leaves_of, static_argnums=0).lower(tuple(paths), key)
             leaves = lowered.compile({"xla_backend_optimization_level": "0"})(key)  # it runs once
             for path in paths:
                 shards[path] = devices.put(split_leaf(layout, path, np.asarray(leaves.pop(path))), chosen)
     return {path: shards[path] for path in layout.leaves}
 
 
-def _init_leaves(
-    init_params: Callable[[jax.Array], Params], paths: tuple[str, ...], key: jax.Array
-) -> dict[str, jax.Array]:
-    """The leaves asked for; under `jit` the others are not computed."""
-    flat = traverse_util.flatten_dict(init_params(key), sep="/")
-    return {path: flat[path] for path in paths}
-
-
-def init_state(method: Method, shards: Shards, chosen: Sequence[jax.Device]) -> State:
+def init_state(method: Method, shards: Shards, chosen: Devices) -> State:
     """The state before the first round, from the parameters' shards on the devices."""
-    traced, like = trace_init(method, _on_one_device(shards), len(chosen))
+    traced, like = trace_init(method, on_one_device(shards), len(chosen))
     if traced.jaxpr.outvars == traced.jaxpr.invars:  # nothing but the parameters, as they are
         return like._replace(params=shards)
-    return jax.block_until_ready(
-        devices.compile_program(method.init, (shards,), chosen, in_axes=(0,))(shards)
-    )
+    program = devices.compile_program(method.init, (shards,), chosen, in_axes=(0,))
+    return jax.block_until_ready(program(shards))
 
 
-def restore_state(
-    method: Method, layout: Layout, saved: checkpoint.Saved, chosen: Sequence[jax.Device]
-) -> State:
+def restore_state(method: Method, layout: Layout, saved: checkpoint.Saved, chosen: Devices) -> State:
     """The state of a checkpoint, placed array by array: no process ever holds the whole model.
 
     Raises:
@@ -121,6 +107,6 @@ def restore_state(
     return saved.restore(layout, like, partial(devices.put, devices=chosen))
 
 
-def _on_one_device(tree: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
+def on_one_device(tree: PyTree) -> PyTree[jax.ShapeDtypeStruct]:
     """Shapes on one device of arrays [D, ...]."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)

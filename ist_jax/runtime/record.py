@@ -14,7 +14,7 @@ from ist_jax import __version__
 from ist_jax.costs import formula, ledger
 from ist_jax.methods.method import Told
 from ist_jax.runtime.run import Run, Stage
-from ist_jax.workdir.files import Json, Record
+from ist_jax.workdir.files import Json, Record, Summary
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +32,7 @@ def round_record(run: Run, stage: Stage, index: int, told: Told, present: jax.Ar
     schedule, workers = run.schedule, stage.layout.num_workers
     merged, sick = told.healthy & present, np.flatnonzero(~told.healthy & present)
     for worker in sick:
-        log.warning(
-            "round %d: worker %d had a non-finite loss or update, which is left out", index + 1, worker
-        )
+        log.warning(f"round {index + 1}: worker {worker} had a non-finite loss or update, which is left out")
     return {
         "round": index + 1,
         "examples": schedule.examples_after(index),
@@ -58,9 +56,8 @@ def _mean_where(chosen: jax.Array | np.ndarray, values: jax.Array | np.ndarray) 
 
 def about_checkpoint(run: Run, record: Record, custom_model: str | None) -> dict[str, Json]:
     """What a checkpoint says of the run and of its last round, by that round's record."""
-    scores = {key: record.get(key) for key in ("test_accuracy", "validation_accuracy")}
-    about = {key: record[key] for key in ("round", "examples")}
-    return about | scores | {"custom_model": custom_model, "config": run.settings, "version": __version__}
+    about = {key: record.get(key) for key in ("round", "examples", "test_accuracy", "validation_accuracy")}
+    return about | {"custom_model": custom_model, "config": run.settings, "version": __version__}
 
 
 def make_ledger(run: Run) -> dict[str, Json]:
@@ -82,9 +79,7 @@ def make_ledger(run: Run) -> dict[str, Json]:
     return ledger.ledger_of(subject)
 
 
-def summarize(
-    run: Run, records: Sequence[Record], custom_model: str | None, params_sha256: str
-) -> dict[str, Json]:
+def summarize(run: Run, records: Sequence[Record], custom_model: str | None, params_sha256: str) -> Summary:
     """The final figures of a run; bytes as its records count them, times in seconds.
 
     Args:
@@ -123,8 +118,7 @@ def summarize(
         "seed": run.settings["seed"],
         "custom_model": custom_model,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()}
-        | {"ist_jax": __version__}
+        "versions": {"python": platform.python_version(), "ist_jax": __version__}
         | {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
     }
 
@@ -137,11 +131,9 @@ def write_report(workdir: Path) -> Path:
     return workdir / "report.html"
 
 
-def last_line(summary: dict[str, Json]) -> str:
+def last_line(summary: Summary) -> str:
     """A run's result in a line for people."""
     exchanged, full = summary["bytes_exchanged_per_worker"], summary["bytes_local_sgd_per_worker"]
-    return (
-        f"{summary['method']}: test accuracy {summary['test_accuracy']:.2%} "
-        f"in {summary['seconds_total']:.1f} s; each worker exchanged {exchanged / 1e6:,.1f} MB, "
-        f"{exchanged / full:.1%} of the {full / 1e6:,.1f} MB of local SGD"
-    )
+    reached = f"{summary['method']}: test accuracy {summary['test_accuracy']:.2%}"
+    cost = f"{exchanged / 1e6:,.1f} MB, {exchanged / full:.1%} of the {full / 1e6:,.1f} MB of local SGD"
+    return f"{reached} in {summary['seconds_total']:.1f} s; each worker exchanged {cost}"

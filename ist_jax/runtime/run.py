@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 
 from ist_jax.costs.compiled import Executable
 from ist_jax.costs.traffic import Traffic
@@ -13,6 +12,7 @@ from ist_jax.exchange.layout import Layout
 from ist_jax.key import Settings
 from ist_jax.methods.method import Method, Recipe, State, TracedPhase, Turn
 from ist_jax.runtime.clock import Clock
+from ist_jax.runtime.devices import Devices
 from ist_jax.runtime.inputs import Inputs
 from ist_jax.runtime.schedule import Schedule
 
@@ -77,7 +77,7 @@ class Run(NamedTuple):
     inputs: Inputs
     model: nn.Module
     scale: dict[str, float]
-    devices: list[jax.Device]
+    devices: Devices
     stages: tuple[Stage, ...]
     state: State
     feed: Feed

@@ -1,7 +1,8 @@
 """Evaluation of the global model: a split's scores, and statistics to classify single examples by."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, cast
+from functools import partial
+from typing import NamedTuple, TypeAlias, cast
 
 import flax.linen as nn
 import jax
@@ -18,6 +19,10 @@ from ist_jax.masking import Params
 from ist_jax.methods.method import Gates
 from ist_jax.models.sparse import Sparse
 from ist_jax.task import Task
+
+Scale: TypeAlias = Mapping[str, float]  # by group, of its units' branches; {} or None: as they are
+Inputs: TypeAlias = jax.Array | Sparse
+Judge: TypeAlias = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 class Score(NamedTuple):
@@ -46,11 +51,7 @@ def is_streamable(model: nn.Module) -> bool:
     return hasattr(model, "fetch")
 
 
-def make_loss_fn(
-    model: nn.Module,
-    score_fn: Callable[..., tuple[jax.Array, jax.Array]],
-    scale: Mapping[str, float] | None = None,
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def make_loss_fn(model: nn.Module, score_fn: Judge, scale: Scale | None = None) -> Judge:
     """(flat params, inputs, labels, gates) -> (mean loss, mean of the first score) of a subnet.
 
     Args:
@@ -59,9 +60,7 @@ def make_loss_fn(
       scale: of its units' branches; None: as they are.
     """
 
-    def loss_fn(
-        params: Shards, inputs: jax.Array | Sparse, labels: jax.Array, gates: Gates | None
-    ) -> tuple[jax.Array, jax.Array]:
+    def loss_fn(params: Shards, inputs: Inputs, labels: jax.Array, gates: Gates | None) -> tuple:
         variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
         logits = cast(jax.Array, model.apply(variables, inputs, gates=gates, scale=scale))
         losses, scores = score_fn(logits, labels)
@@ -71,12 +70,7 @@ def make_loss_fn(
 
 
 def score_shards(
-    layout: Layout,
-    model: nn.Module,
-    task: Task,
-    scale: Mapping[str, float],
-    shards: Shards,
-    batches: Split,
+    layout: Layout, model: nn.Module, task: Task, scale: Scale, shards: Shards, batches: Split
 ) -> jax.Array:
     """Sums over this device's evaluation batches; a program for `devices.compile_program`.
 
@@ -91,23 +85,15 @@ def score_shards(
     Returns:
       float32 [n, 2 + M]: per batch the weighted sums of the loss and of M scores, and the weights'.
     """
-    fetch = Streamed(layout)
-    if is_streamable(model):
-        params = shards
-        model = model.clone(fetch=fetch)
-    else:
-        params = {path: fetch(path, shard) for path, shard in shards.items()}
+    fetch, streamed = Streamed(layout), is_streamable(model)
+    params = shards if streamed else {path: fetch(path, shard) for path, shard in shards.items()}
+    model = model.clone(fetch=fetch) if streamed else model
     variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
 
-    def score(_: None, batch: Split) -> tuple[None, jax.Array]:
-        return None, score_batch(model, task, scale, variables, batch)
-
-    return lax.scan(score, None, dict(batches))[1]
+    return lax.map(partial(score_batch, model, task, scale, variables), dict(batches))
 
 
-def score_batch(
-    model: nn.Module, task: Task, scale: Mapping[str, float], variables: PyTree, batch: Split
-) -> jax.Array:
+def score_batch(model: nn.Module, task: Task, scale: Scale, variables: PyTree, batch: Split) -> jax.Array:
     """Weighted sums over a batch, float32 [2 + M]: the loss, the scores, and the weights'."""
     inputs, labels = task.eval_fn(batch)
     logits = cast(jax.Array, model.apply(variables, inputs, scale=scale))
@@ -124,9 +110,7 @@ def total_score(task: Task, sums: np.ndarray) -> Score:
     return Score(loss / weight, means, round(weight))
 
 
-def estimate_batch_stats(
-    model: nn.Module, params: Params, batches: Iterable[jax.Array | Sparse], scale: Mapping[str, float]
-) -> PyTree:
+def estimate_batch_stats(model: nn.Module, params: Params, batches: Iterable[Inputs], scale: Scale) -> PyTree:
     """BatchNorm statistics of the merged model over training batches ("precise BN").
 
     Mean and mean square of every norm's input, averaged over the batches: with them a single example
@@ -143,7 +127,7 @@ def estimate_batch_stats(
     """
 
     @jax.jit
-    def statistics(params: Params, inputs: jax.Array | Sparse) -> PyTree:
+    def statistics(params: Params, inputs: Inputs) -> PyTree:
         _, state = model.apply({"params": params}, inputs, scale=scale, mutable=["batch_stats"])
         return state.get("batch_stats", {})
 

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
-from ml_collections import config_dict
+from ml_collections.config_dict import ConfigDict
 
 from ist_jax import data, extension, methods, partition
 from ist_jax.config import build_model, check, options, record
@@ -29,11 +29,11 @@ from ist_jax.exchange.layout import Layout, make_layout, regroup
 from ist_jax.masking import Params
 from ist_jax.methods.method import Method, Recipe, State, TracedPhase, Turn, trace, trace_init
 from ist_jax.methods.steps import POLICIES
-from ist_jax.models.sparse import Sparse
 from ist_jax.runtime import devices, inputs, processes, programs, scoring
 from ist_jax.runtime.clock import Clock
+from ist_jax.runtime.devices import Devices
 from ist_jax.runtime.run import Run, ScoredSplit, Stage
-from ist_jax.runtime.schedule import NOTHING_DONE, Progress, Rates, Schedule, count_rounds, learning_rates
+from ist_jax.runtime.schedule import NOTHING_DONE, Progress, Schedule, count_rounds
 from ist_jax.task import Task
 from ist_jax.workdir import checkpoint, files
 
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 def set_up(
-    config: config_dict.ConfigDict,
+    config: ConfigDict,
     model: nn.Module | None = None,
     params: Params | None = None,
     *,
@@ -67,35 +67,39 @@ def set_up(
     opened = inputs.open_inputs(wanted_data(config))
     model = model or build_model(config, len(opened.dataset.classes))
     chosen = devices.choose(config.num_workers, config.num_devices)
-    devices.check_same(record(config), chosen)
+    settings = record(config)
+    devices.check_same(settings, chosen)
     recipe = make_recipe(config, model, opened.task, len(chosen))
     layout, method = recipe.layout, method_of(config).make(recipe)
     scale = unit_scale(config, layout)
     started = time.perf_counter()
-    state = _first_state(method, recipe, chosen, start, params)
-    done = Progress(start.round, start.about["examples"]) if start else NOTHING_DONE
-    schedule = make_schedule(config, opened.num_train, done)
-    splits = _make_splits(opened, method, state, chosen)
-    stages: tuple[Stage, ...] = ()
-    feed: Feed = None  # type: ignore[assignment]  # an evaluation has no rounds
-    if evaluation_only:
-        nothing = Traffic({}, {})
-        stages = (Stage(schedule.rounds, recipe, method, {}, {}, nothing, nothing, ""),)
+    if start is not None:
+        state = programs.restore_state(method, layout, start, chosen)
+    elif params is not None:
+        state = programs.init_state(method, devices.put(from_params(layout, params), chosen), chosen)
     else:
+        shards = programs.init_shards(layout, recipe.init_params, recipe.seed, chosen)
+        state = programs.init_state(method, shards, chosen)
+    done = Progress(start.round, start.about["examples"]) if start else NOTHING_DONE
+    schedule = make_schedule(config, inputs.count(opened.train), done)
+    splits = _splits(opened, method, state, chosen)
+    feed: Feed = None  # type: ignore[assignment]  # an evaluation has no rounds
+    stages = [Stage(schedule.rounds, recipe, method, {}, {}, Traffic({}, {}), Traffic({}, {}), "")]
+    if not evaluation_only:
         feed = inputs.feed_rounds(opened, chosen, schedule.rounds)
-        recipes = [(schedule.rounds, recipe)]
-        warmup = count_warmup_rounds(config, opened.num_train, done, schedule.rounds)
+        stages = [_make_stage(config, schedule.rounds, recipe, feed, chosen)]
+        warmup = count_warmup_rounds(config, inputs.count(opened.train), done, schedule.rounds)
         if warmup > schedule.first:
-            recipes.insert(0, (warmup, warmup_recipe(recipe, model, opened.task, scale)))
-        stages = tuple(_make_stage(config, until, recipe, feed, chosen) for until, recipe in recipes)
+            warm = warmup_recipe(recipe, model, opened.task, scale)
+            stages.insert(0, _make_stage(config, warmup, warm, feed, chosen))
     run = Run(
         name=config.method,
-        settings=record(config),
+        settings=settings,
         inputs=opened,
         model=model,
         scale=scale,
         devices=chosen,
-        stages=stages,
+        stages=tuple(stages),
         state=state,
         feed=feed,
         splits=splits,
@@ -108,20 +112,14 @@ def set_up(
     return run
 
 
-def wanted_data(config: config_dict.ConfigDict) -> inputs.Wanted:
+def wanted_data(config: ConfigDict) -> inputs.Wanted:
     """What a config asks of its data."""
-    data_keys = ("pad", "flip", "validation", "sharing", "concentration")
-    keys = ("seed", "num_workers", "local_steps", "batch_size", "eval_batch_size")
-    return inputs.Wanted(
-        config.data.name,
-        config.data.dir,
-        options(config, data.options()),
-        **{key: config.data[key] for key in data_keys},
-        **{key: config[key] for key in keys},
-    )
+    own = {"directory": config.data.dir, "options": options(config, data.options())}
+    known = config.to_dict() | config.data.to_dict() | own
+    return inputs.Wanted(**{field: known[field] for field in inputs.Wanted._fields})
 
 
-def method_of(config: config_dict.ConfigDict) -> methods.Entry:
+def method_of(config: ConfigDict) -> methods.Entry:
     """The method that a config names.
 
     Raises:
@@ -131,7 +129,7 @@ def method_of(config: config_dict.ConfigDict) -> methods.Entry:
     return found if isinstance(found, methods.Entry) else methods.Entry(found, deals_units=True)
 
 
-def _load(config: config_dict.ConfigDict, key: str, table: Mapping[str, T]) -> T:
+def _load(config: ConfigDict, key: str, table: Mapping[str, T]) -> T:
     """What a key names: of its table, or of a file of the user's own."""
     name = files.flatten(config.to_dict())[key]
     try:
@@ -146,7 +144,7 @@ def _load(config: config_dict.ConfigDict, key: str, table: Mapping[str, T]) -> T
     return found
 
 
-def make_recipe(config: config_dict.ConfigDict, model: nn.Module, task: Task, num_devices: int) -> Recipe:
+def make_recipe(config: ConfigDict, model: nn.Module, task: Task, num_devices: int) -> Recipe:
     """What a config's method is made from, after a warm-up; shapes alone are looked at.
 
     Args:
@@ -159,7 +157,10 @@ def make_recipe(config: config_dict.ConfigDict, model: nn.Module, task: Task, nu
       ValueError: a setting that cannot work; the message names the key.
     """
     entry = method_of(config)
-    init_params = partial(_init_params, model, task.example)
+
+    def init_params(key: jax.Array) -> Params:
+        return model.init(key, task.example)["params"]
+
     shapes = jax.eval_shape(init_params, jax.random.key(0))
     axes = partition.resolve_axes(shapes, model.unit_axes() if entry.deals_units else {})
     groups = _make_groups(config, model, shapes, axes) if entry.deals_units else {}
@@ -186,7 +187,7 @@ def make_recipe(config: config_dict.ConfigDict, model: nn.Module, task: Task, nu
 
 
 def _make_groups(
-    config: config_dict.ConfigDict, model: nn.Module, shapes: PyTree, axes: partition.Axes
+    config: ConfigDict, model: nn.Module, shapes: PyTree, axes: partition.Axes
 ) -> dict[str, partition.Group]:
     """The unit groups that `config` partitions."""
     if not any(name for names in axes.values() for name in names):
@@ -195,13 +196,8 @@ def _make_groups(
             "(partition.sections, for a ResNet); name some, or set config.method to one that deals out no "
             f"units: {', '.join(repr(name) for name, x in methods.METHODS.items() if not x.deals_units)}"
         )
-    groups = partition.make_groups(
-        shapes,
-        axes,
-        config.num_workers,
-        min_units=config.partition.min_units,
-        shares=tuple(config.partition.shares),
-    )
+    own, workers = config.partition, config.num_workers
+    groups = partition.make_groups(shapes, axes, workers, min_units=own.min_units, shares=tuple(own.shares))
     if check_groups := getattr(model, "check_groups", None):
         check_groups(groups)
     return groups
@@ -213,7 +209,7 @@ def warmup_recipe(recipe: Recipe, model: nn.Module, task: Task, scale: dict[str,
     return recipe._replace(layout=whole, loss_fn=scoring.make_loss_fn(model, task.score_fn, scale))
 
 
-def unit_scale(config: config_dict.ConfigDict, layout: Layout) -> dict[str, float]:
+def unit_scale(config: ConfigDict, layout: Layout) -> dict[str, float]:
     """By group, the factor of the units' branches at evaluation; {}: none.
 
     ResIST's is assigned slots / (workers x units): 1 / S without overlap (arXiv:2107.00961, section 3).
@@ -221,17 +217,15 @@ def unit_scale(config: config_dict.ConfigDict, layout: Layout) -> dict[str, floa
     return {name: g.share for name, g in layout.groups.items() if config.partition.scale_at_evaluation}
 
 
-def make_tx(optimizer: config_dict.ConfigDict) -> optax.GradientTransformation:
+def make_tx(optimizer: ConfigDict) -> optax.GradientTransformation:
     """SGD with weight decay and momentum, before the learning rate."""
-    parts = []
-    if optimizer.weight_decay:
-        parts.append(optax.add_decayed_weights(optimizer.weight_decay))
-    if optimizer.momentum:
-        parts.append(optax.trace(optimizer.momentum, nesterov=optimizer.nesterov))
+    decay, momentum = optimizer.weight_decay, optimizer.momentum
+    parts = [optax.add_decayed_weights(decay)] if decay else []
+    parts += [optax.trace(momentum, nesterov=optimizer.nesterov)] if momentum else []
     return optax.chain(*parts) if parts else optax.identity()
 
 
-def make_schedule(config: config_dict.ConfigDict, num_train: int, done: Progress = NOTHING_DONE) -> Schedule:
+def make_schedule(config: ConfigDict, num_train: int, done: Progress = NOTHING_DONE) -> Schedule:
     """How long a run is.
 
     Args:
@@ -242,8 +236,7 @@ def make_schedule(config: config_dict.ConfigDict, num_train: int, done: Progress
     Raises:
       ValueError: it has more rounds already than the config asks for.
     """
-    per_step = config.num_workers * config.batch_size
-    per_round = per_step * config.local_steps
+    per_round = config.num_workers * config.batch_size * config.local_steps
     rounds = config.rounds
     if rounds is None:
         rounds = count_rounds(config.epochs, num_train, per_round, done)
@@ -252,14 +245,12 @@ def make_schedule(config: config_dict.ConfigDict, num_train: int, done: Progress
             f"the run has {done.rounds} rounds already, more than the {rounds} that config.rounds or "
             "config.epochs ask for"
         )
-    optimizer = config.optimizer
-    rates = Rates(*(optimizer[field] for field in Rates._fields))
     return Schedule(
         first=done.rounds,
         rounds=rounds,
         examples_before=done.examples,
         examples_per_round=per_round,
-        learning_rates=learning_rates(rates, (rounds, config.local_steps), per_step, done),
+        learning_rates=learning_rates(config, rounds, done),
         eval_every=config.eval_every,
         patience=config.patience,
         checkpoint_every=config.checkpoint.every,
@@ -268,7 +259,33 @@ def make_schedule(config: config_dict.ConfigDict, num_train: int, done: Progress
     )
 
 
-def count_warmup_rounds(config: config_dict.ConfigDict, num_train: int, done: Progress, rounds: int) -> int:
+def learning_rates(config: ConfigDict, rounds: int, done: Progress) -> np.ndarray:
+    """Learning rates float32 [rounds, l], by the fraction of all examples that all workers have seen.
+
+    Args:
+      config: of the run.
+      rounds: of the whole run.
+      done: in earlier sessions; their rows are NaN.
+    """
+    optimizer, local_steps = config.optimizer, config.local_steps
+    left = (rounds - done.rounds) * local_steps
+    before = done.examples / (config.num_workers * config.batch_size)  # in steps of today's workers
+    total, step = before + left, before + np.arange(left)
+    warmup = round(optimizer.warmup * total)
+    after = (step - warmup) / max(1, total - warmup)  # progress after the warm-up, 0 to 1
+    decays = sum((step >= at * total).astype(int) for at in optimizer.step_at)
+    factors = {
+        "constant": np.ones(left),
+        "cosine": (1 + np.cos(np.pi * np.clip(after, 0, 1))) / 2,
+        "step": optimizer.step_factor ** np.asarray(decays),
+    }
+    ramp = np.minimum(1, (step + 1) / max(1, warmup))
+    found = optimizer.learning_rate * ramp * factors[optimizer.schedule]
+    past = np.full(rounds * local_steps - left, np.nan)
+    return np.concatenate([past, found]).astype(np.float32).reshape(rounds, local_steps)
+
+
+def count_warmup_rounds(config: ConfigDict, num_train: int, done: Progress, rounds: int) -> int:
     """Rounds, from the run's start, in which all workers train the whole model; at most those of the run.
 
     0 for methods in which they always do. Arguments as of `make_schedule`, and the rounds of the whole run.
@@ -279,53 +296,40 @@ def count_warmup_rounds(config: config_dict.ConfigDict, num_train: int, done: Pr
     return min(rounds, count_rounds(config.partition.warmup_epochs, num_train, per_round, done))
 
 
-def turn_shapes(layout: Layout, data: data.Split, local_steps: int, batch_size: int) -> Turn:
-    """What a round is given on one device.
+def trace_round(
+    method: methods.Entry, recipe: Recipe, data: data.Split, local_steps: int, batch_size: int
+) -> dict[str, TracedPhase]:
+    """The phases of a round on one device, from shapes alone.
 
     Args:
-      layout: of the model.
+      method: of the round.
+      recipe: that it is made from.
       data: shapes of the training data on a device.
       local_steps: l.
       batch_size: B.
     """
-    workers = layout.workers_per_device
+    made, layout = method.make(recipe), recipe.layout
+    groups, workers = layout.groups, layout.workers_per_device
 
     def shape(*sizes: int, dtype: DTypeLike = np.int32) -> jax.Array:
         """It stands for an array."""
         return jax.ShapeDtypeStruct(sizes, dtype)  # type: ignore[return-value]
 
-    def dealt(group: partition.Group) -> partition.Assignment:
-        size = (group.num_workers, group.slots)
-        return partition.Assignment(shape(*size), shape(*size, dtype=bool))
+    def dealt(*sizes: int) -> partition.Assignment:
+        return partition.Assignment(shape(*sizes), shape(*sizes, dtype=bool))
 
-    return Turn(
-        draw={name: dealt(group) for name, group in layout.groups.items()},
-        gates={n: shape(workers, g.slots, dtype=bool) for n, g in layout.groups.items() if not g.even},
-        present=shape(workers, dtype=bool),
-        data=data,
-        indices=shape(workers, local_steps, batch_size),
-        rates=shape(local_steps, dtype=np.float32),
-        index=shape(),
-    )
-
-
-def trace_round(
-    method: methods.Entry, recipe: Recipe, data: data.Split, local_steps: int, batch_size: int
-) -> dict[str, TracedPhase]:
-    """The phases of a round on one device, from shapes alone; arguments as of `turn_shapes`."""
-    made, layout = method.make(recipe), recipe.layout
+    draw = {name: dealt(group.num_workers, group.slots) for name, group in groups.items()}
+    gates = {n: shape(workers, group.slots, dtype=bool) for n, group in groups.items() if not group.even}
+    present, indices = shape(workers, dtype=bool), shape(workers, local_steps, batch_size)
+    turn = Turn(draw, gates, present, data, indices, shape(local_steps, dtype=np.float32), shape())
     _, state = trace_init(made, shard_shapes(layout), layout.num_devices)
-    turn = turn_shapes(layout, data, local_steps, batch_size)
     return trace(made, state, turn, layout.num_devices)
 
 
-def _make_stage(
-    config: config_dict.ConfigDict, until: int, recipe: Recipe, feed: Feed, chosen: list[jax.Device]
-) -> Stage:
+def _make_stage(config: ConfigDict, until: int, recipe: Recipe, feed: Feed, chosen: Devices) -> Stage:
     """Rounds by one recipe: traced, counted and compiled."""
     entry, layout = method_of(config), recipe.layout
-    shown = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), feed.spec)
-    sizes = (shown, config.local_steps, config.batch_size)
+    sizes = (programs.on_one_device(feed.spec), config.local_steps, config.batch_size)
     method, phases = entry.make(recipe), trace_round(entry, recipe, *sizes)
     here = apart = round_traffic(phases, layout)
     if layout.num_devices < layout.num_workers:
@@ -336,29 +340,7 @@ def _make_stage(
     return Stage(until, recipe, method, phases, compiled, here, apart, deal)
 
 
-def _init_params(model: nn.Module, example: jax.Array | Sparse, key: jax.Array) -> Params:
-    return model.init(key, example)["params"]
-
-
-def _first_state(
-    method: Method,
-    recipe: Recipe,
-    chosen: list[jax.Device],
-    start: checkpoint.Saved | None,
-    params: Params | None,
-) -> State:
-    layout = recipe.layout
-    if start is not None:
-        return programs.restore_state(method, layout, start, chosen)
-    if params is not None:
-        return programs.init_state(method, devices.put(from_params(layout, params), chosen), chosen)
-    shards = programs.init_shards(layout, recipe.init_params, recipe.seed, chosen)
-    return programs.init_state(method, shards, chosen)
-
-
-def _make_splits(
-    opened: inputs.Inputs, method: Method, state: State, chosen: list[jax.Device]
-) -> dict[str, ScoredSplit]:
+def _splits(opened: inputs.Inputs, method: Method, state: State, chosen: Devices) -> dict[str, ScoredSplit]:
     """The test set and, where there is one, the validation split."""
     splits = {}
     for name, examples in (("test", opened.test), ("validation", opened.validation)):
@@ -368,9 +350,7 @@ def _make_splits(
     return splits
 
 
-def turn_maker(
-    config: config_dict.ConfigDict, feed: Feed, schedule: Schedule
-) -> Callable[[Stage, int], Turn]:
+def turn_maker(config: ConfigDict, feed: Feed, schedule: Schedule) -> Callable[[Stage, int], Turn]:
     """(stage, round's number) -> the inputs of the round.
 
     Args:
@@ -382,15 +362,11 @@ def turn_maker(
     deal = _load(config, "partition.deal", DEALS)
 
     def turn(stage: Stage, index: int) -> Turn:
-        layout = stage.layout
-        grid = (layout.num_devices, layout.workers_per_device)
+        groups, grid = stage.layout.groups, (stage.layout.num_devices, stage.layout.workers_per_device)
         shown, indices = feed(index)
-        draw = partition.draw(seed, index, layout.groups, deal)
-        gates = {
-            name: np.asarray(dealt.gates).reshape(*grid, -1)
-            for name, dealt in draw.items()
-            if not layout.groups[name].even
-        }
+        draw = partition.draw(seed, index, groups, deal)
+        uneven = {name: dealt.gates for name, dealt in draw.items() if not groups[name].even}
+        gates = {name: np.asarray(own).reshape(*grid, -1) for name, own in uneven.items()}
         present = partition.draw_present(seed, index, workers, participation).reshape(grid)
         rates = schedule.learning_rates[index]
         return Turn(draw, gates, present, shown, indices, rates, np.int32(index))  # type: ignore[arg-type]
@@ -399,31 +375,23 @@ def turn_maker(
 
 
 def _log_set_up(run: Run) -> None:
-    layout, schedule = run.layout, run.schedule
+    layout, (rounds, local_steps) = run.layout, run.schedule.learning_rates.shape
     log.info(
-        "model: %s, %s parameters; %s with %d workers on %d %s device(s), %s parameters per worker",
-        type(run.model).__name__, f"{formula.model_parameters(layout):,}", run.name, layout.num_workers,
-        len(run.devices), run.devices[0].platform,
-        f"{formula.subnet_parameters(layout) / layout.num_workers:,.0f}",
-    )  # fmt: skip
+        f"model: {type(run.model).__name__}, {formula.model_parameters(layout):,} parameters; {run.name} "
+        f"with {layout.num_workers} workers on {len(run.devices)} {run.devices[0].platform} device(s), "
+        f"{formula.subnet_parameters(layout) / layout.num_workers:,.0f} parameters per worker"
+    )
     for group in layout.groups.values():
-        log.info(
-            "units: %s has %d, %d to %d per worker",
-            group.name, group.size, min(group.counts), max(group.counts),
-        )  # fmt: skip
+        least, most = min(group.counts), max(group.counts)
+        log.info(f"units: {group.name} has {group.size}, {least} to {most} per worker")
         waste = group.strips * group.strip_slots / group.slots
         if group.strips > 1 and waste > 1:
             log.info(
-                "units: %s does not fall evenly into %d strips; its exchange carries %.2f times the slots",
-                group.name, group.strips, waste,
-            )  # fmt: skip
+                f"units: {group.name} does not fall evenly into {group.strips} strips; its exchange carries "
+                f"{waste:.2f} times the slots"
+            )
     if layout.groups and not scoring.is_streamable(run.model):
-        log.info(
-            "evaluation: the model has no field `fetch`, so every device gathers it whole to evaluate it"
-        )
-    log.info(
-        "compiled in %.1f s; %d rounds of %d local steps",
-        run.seconds_compile, schedule.rounds, schedule.learning_rates.shape[1],
-    )  # fmt: skip
+        log.info("evaluation: the model has no field `fetch`, so every device gathers it whole")
+    log.info(f"compiled in {run.seconds_compile:.1f} s; {rounds} rounds of {local_steps} local steps")
     for stage in run.stages[:-1]:
-        log.info("warm-up: in the first %d rounds all workers train the whole model", stage.until)
+        log.info(f"warm-up: in the first {stage.until} rounds all workers train the whole model")

@@ -38,16 +38,13 @@ def handled(*, deferred: bool) -> Iterator[Request]:
     """
     request = Request()
 
-    def handle(signum: int, frame: FrameType | None) -> None:
-        del frame
+    def handle(signum: int, _: FrameType | None) -> None:
         if request.signum or not deferred:
             raise Interrupted(signum)
         request.signum = signum
 
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    before = {signum: signal.signal(signum, handle) for signum in _SIGNALS}
+    ours = _SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    before = {signum: signal.signal(signum, handle) for signum in ours}
     try:
         yield request
     finally:

@@ -18,17 +18,15 @@ and one of itself: zarr (and orbax) read flipped bits and missing files without 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
 from flax import traverse_util
-from jaxtyping import PyTree
 
 from ist_jax import errors
 from ist_jax.exchange.kinds import kind_of
@@ -42,26 +40,15 @@ log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 ITEM = "model"
 PARAMS = "params"
-_DAMAGED = "damaged-"
-Like = jax.Array | jax.ShapeDtypeStruct  # an array of one device, or its shape
-
-
-class Entry(TypedDict):
-    """What an index says of an array; `pieces`: [axis, start, stop, SHA-256]."""
-
-    shape: Sequence[int]
-    unit_axes: Sequence[int]
-    dtype: str
-    chunk: NotRequired[Sequence[int]]
-    pieces: NotRequired[list[list[Json]]]
+# what an index says of an array: shape, unit_axes, dtype, chunk, and pieces [axis, start, stop, SHA-256]
+Entry = dict[str, Json]
 
 
 class Damaged(ValueError):
     """A checkpoint that is incomplete or does not have the content that was written."""
 
 
-@dataclass(frozen=True)
-class Stored:
+class Stored(NamedTuple):
     """How an array of a state is stored.
 
     Attributes:
@@ -101,11 +88,11 @@ class Stored:
         entry: Entry = {"shape": self.shape, "unit_axes": axes, "dtype": str(self.dtype)}
         axis, start, stop = self.piece(0, num_devices)
         chunk = tuple(stop - start if a == axis else s for a, s in enumerate(shape_on_disk(entry)))
-        return entry | {"chunk": chunk}
+        return entry | {"chunk": chunk, "pieces": []}
 
 
-def stored_arrays(layout: Layout, like: State) -> State:
-    """A `Stored` for every array of a state, in the state's structure.
+def stored_arrays(layout: Layout, like: State) -> list[Stored]:
+    """A `Stored` for every array of a state, in the order of its leaves.
 
     Args:
       layout: of the model.
@@ -115,41 +102,28 @@ def stored_arrays(layout: Layout, like: State) -> State:
       ValueError: an array of `own` has no axis of workers, or one elsewhere is none that can be stored.
     """
 
-    def tree(name: str, parts: Mapping[str, Like]) -> PyTree[Stored]:
-        return {
-            path: Stored(f"{name}/{path}", leaf.shape, parts[path].dtype, leaf)
-            for path, leaf in layout.leaves.items()
-        }
-
-    def everywhere(name: str, x: Like) -> Stored:
-        if x.ndim:
-            raise ValueError(
-                f"{name} of the state has shape {tuple(x.shape)}: what travels or stays is shaped like the "
-                "parameters or a single number; arrays of a worker's own belong into `own`"
-            )
-        return Stored(name, x.shape, x.dtype, Leaf(x.shape, (), ()))
-
-    def field(name: str, value: PyTree) -> PyTree[Stored]:
-        parts, treedef = jax.tree.flatten(value, is_leaf=layout.is_tree)
-        numbered = [(f"{name}/{i}", x) for i, x in enumerate(parts)]
-        stored = [(tree if layout.is_tree(x) else everywhere)(name, x) for name, x in numbered]
-        return jax.tree.unflatten(treedef, stored)
-
-    def rows(number: int, x: Like) -> Stored:
+    stored: list[Stored] = []
+    for field in State._fields[:-1]:
+        for number, x in enumerate(jax.tree.leaves(getattr(like, field), is_leaf=layout.is_tree)):
+            name = PARAMS if field == PARAMS else f"{field}/{number}"
+            if layout.is_tree(x):
+                leaves = sorted(layout.leaves.items())
+                stored += [Stored(f"{name}/{path}", leaf.shape, x[path].dtype, leaf) for path, leaf in leaves]
+            elif x.ndim:
+                raise ValueError(
+                    f"{name} of the state has shape {tuple(x.shape)}: what travels or stays is shaped like "
+                    "the parameters or a single number; arrays of a worker's own belong into `own`"
+                )
+            else:
+                stored.append(Stored(name, (), x.dtype, Leaf((), (), ())))
+    for number, x in enumerate(jax.tree.leaves(like.own)):
         if x.shape[:1] != (layout.workers_per_device,):
             raise ValueError(
                 f"array {number} of a state's `own` has shape {tuple(x.shape)} on a device; its first axis "
                 f"must be that of the device's {layout.workers_per_device} workers"
             )
-        return Stored(f"own/{number}", (layout.num_workers, *x.shape[1:]), x.dtype, None)
-
-    own, treedef = jax.tree.flatten(like.own)
-    return State(
-        params=tree(PARAMS, like.params),
-        travels=field("travels", like.travels),
-        stays=field("stays", like.stays),
-        own=jax.tree.unflatten(treedef, [rows(i, x) for i, x in enumerate(own)]),
-    )
+        stored.append(Stored(f"own/{number}", (layout.num_workers, *x.shape[1:]), x.dtype, None))
+    return stored
 
 
 class Saved(NamedTuple):
@@ -189,27 +163,26 @@ class Saved(NamedTuple):
           ValueError: it is of another model, method or version, or of other workers where they keep anything.
         """
         stored = stored_arrays(layout, like)
-        self._check(jax.tree.leaves(stored), layout)
-        return jax.tree.map(lambda one: put(one.split(self.read(one.name), layout.num_devices)), stored)
+        self._check(stored, layout.num_workers)
+        placed = [put(one.split(self.read(one.name), layout.num_devices)) for one in stored]
+        return jax.tree.unflatten(jax.tree.structure(like), placed)
 
-    def _check(self, wanted: list[Stored], layout: Layout) -> None:
-        there = {name: (tuple(x["shape"]), x["dtype"]) for name, x in self.arrays.items()}
-        here = {one.name: (tuple(one.shape), str(one.dtype)) for one in wanted}
-        differing = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
-        if not differing:
-            return
-        name = differing[0]
-        if name.startswith("own/") and name in there.keys() & here.keys():
-            (before, *before_rest), (_, *rest) = there[name][0], here[name][0]
-            if before_rest == rest:
+    def _check(self, wanted: list[Stored], workers: int) -> None:
+        there = {name: (x["dtype"], *x["shape"]) for name, x in self.arrays.items()}
+        here = {one.name: (str(one.dtype), *one.shape) for one in wanted}
+        for name in sorted(there.keys() | here.keys()):
+            before, now = there.get(name), here.get(name)
+            if before == now:
+                continue
+            if name.startswith("own/") and before and now and before[0] == now[0] and before[2:] == now[2:]:
                 raise ValueError(
-                    f"{self.folder} holds what each of {before} workers kept for itself, and num_workers="
-                    f"{layout.num_workers}; set config.num_workers to {before}, or choose another --workdir"
+                    f"{self.folder} holds what each of {before[1]} workers kept for itself, and num_workers="
+                    f"{workers}; set config.num_workers to {before[1]}, or choose another --workdir"
                 )
-        raise ValueError(
-            f"{self.folder} is of another model, method or version: {name} is {_text(there.get(name))} there "
-            f"and {_text(here.get(name))} here; choose another --workdir"
-        )
+            raise ValueError(
+                f"{self.folder} is of another model, method or version: {name} is {_text(before)} there and "
+                f"{_text(now)} here; choose another --workdir"
+            )
 
     def read(self, name: str) -> np.ndarray:
         """One whole leaf, verified. Raises Damaged."""
@@ -230,8 +203,8 @@ class Saved(NamedTuple):
         return restore(whole, leaf) if leaf.unit_axes else whole
 
 
-def _text(found: tuple[tuple[int, ...], str] | None) -> str:
-    return "missing" if found is None else f"{found[1]} {list(found[0])}"
+def _text(found: tuple | None) -> str:
+    return "missing" if found is None else f"{found[0]} {list(found[1:])}"
 
 
 def rounds(workdir: Path) -> list[int]:
@@ -284,11 +257,10 @@ def newest_intact(workdir: Path, recorded: int) -> Saved | None:
             verify(saved)
         except Damaged as error:
             log.warning("the checkpoint of round %d cannot be used: %s", round_number, error)
-            damaged.append(round_number)
+            damaged.append(Path(workdir) / FOLDER / str(round_number))
         else:
-            for number in damaged:
-                folder = saved.folder.with_name(str(number))
-                folder.replace(_free(folder.with_name(f"{_DAMAGED}{number}")))
+            for folder in damaged:
+                folder.replace(_free(folder.with_name(f"damaged-{folder.name}")))
             return saved
     if found:
         raise ValueError(
@@ -338,10 +310,9 @@ def accuracy(record: Record) -> float | None:
 def _read_index(folder: Path, process: int) -> dict[str, Json]:
     path = folder / ITEM / f"index-{process}.json"
     try:
-        digest, _, content = path.read_text().partition("\n")
+        digest, _, content = path.read_text().removesuffix("\n").partition("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise Damaged(f"{path} cannot be read: {error}") from error
-    content = content.removesuffix("\n")
     if hashlib.sha256(content.encode()).hexdigest() != digest:
         raise Damaged(f"{path} is not what was written")
     return json.loads(content)

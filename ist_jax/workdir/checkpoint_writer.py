@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -22,18 +22,7 @@ from ist_jax import errors
 from ist_jax.exchange.layout import Layout
 from ist_jax.methods.method import State
 from ist_jax.workdir import checkpoint
-from ist_jax.workdir.checkpoint import (
-    FOLDER,
-    ITEM,
-    Entry,
-    Stored,
-    array_spec,
-    digest_of,
-    region,
-    rounds,
-    shape_on_disk,
-    stored_arrays,
-)
+from ist_jax.workdir.checkpoint import Entry
 from ist_jax.workdir.files import Json, Record
 
 log = logging.getLogger(__name__)
@@ -48,28 +37,22 @@ class Piece(NamedTuple):
     data: np.ndarray
 
 
-def snapshot(layout: Layout, state: State) -> tuple[list[Piece], list[Stored]]:
-    """Copies of what this process's devices keep, for a write in the background; and how arrays are stored.
+def snapshot(layout: Layout, state: State) -> tuple[list[Piece], dict[str, Entry]]:
+    """Copies of what this process's devices keep, for a write in the background; and the index's entries.
 
     What is the same on all devices is taken from device 0 alone.
     """
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
-    arrays = jax.tree.leaves(stored_arrays(layout, like))
+    stored_arrays = checkpoint.stored_arrays(layout, like)
     pieces = []
-    for stored, x in zip(arrays, jax.tree.leaves(state), strict=True):
+    for stored, x in zip(stored_arrays, jax.tree.leaves(state), strict=True):
         for shard in x.addressable_shards:
             device = shard.index[0].start or 0
             axis, start, stop = stored.piece(device, layout.num_devices)
             if start < stop:
                 part = stored.to_stored(np.asarray(shard.data)[0], stop - start)
                 pieces.append(Piece(stored.name, axis, start, np.array(part, order="C")))
-    return pieces, arrays
-
-
-class Kept(Protocol):
-    """What orbax knows of a checkpoint; `step` is its round."""
-
-    step: int
+    return pieces, {stored.name: stored.entry(layout.num_devices) for stored in stored_arrays}
 
 
 class Writer:
@@ -82,15 +65,13 @@ class Writer:
     """
 
     def __init__(self, workdir: Path, layout: Layout, *, keep: int):
-        self.layout = layout
-        self._kept = _KeepLatestAndBest(keep)
-        self._manager = ocp.CheckpointManager(
-            (workdir / FOLDER).resolve(),
-            item_handlers={ITEM: _Handler()},
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._kept, cleanup_tmp_directories=True, save_root_metadata=False
-            ),
+        self.layout, self.keep = layout, keep
+        self._accuracies: dict[int, float] = {}
+        folder, handlers = (workdir / checkpoint.FOLDER).resolve(), {checkpoint.ITEM: _Handler()}
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self, cleanup_tmp_directories=True, save_root_metadata=False
         )
+        self._manager = ocp.CheckpointManager(folder, item_handlers=handlers, options=options)
 
     def save(self, state: State, about: dict[str, Json], records: Sequence[Record] = ()) -> None:
         """Copies the state to the host and starts the write; `wait` (or the next save) ends it.
@@ -102,12 +83,10 @@ class Writer:
         """
         self.wait()
         scored = ((r["round"], checkpoint.accuracy(r)) for r in records)
-        self._kept.accuracies = {number: accuracy for number, accuracy in scored if accuracy is not None}
-        pieces, arrays = snapshot(self.layout, state)
-        entries = {stored.name: stored.entry(self.layout.num_devices) for stored in arrays}
-        item = _Save(pieces, entries, dict(about))
+        self._accuracies = {number: accuracy for number, accuracy in scored if accuracy is not None}
+        item = _Save(*snapshot(self.layout, state), dict(about))
         try:
-            self._manager.save(about["round"], args=ocp.args.Composite(**{ITEM: item}), force=True)
+            self._manager.save(about["round"], args=ocp.args.Composite(**{checkpoint.ITEM: item}), force=True)
         except OSError as error:
             self._failed(error)
 
@@ -122,27 +101,18 @@ class Writer:
         self.wait()
         self._manager.close()
 
-    def _failed(self, error: Exception) -> None:
-        there = rounds(Path(self._manager.directory).parent)
-        last = f"the last one is of round {there[-1]}" if there else "there is none yet"
-        log.warning(
-            "a checkpoint could not be written, training goes on; %s (%s)", last, errors.one_line(error)
-        )
-
-
-class _KeepLatestAndBest:
-    """orbax's preservation policy: the latest ones, and the one with the best accuracy."""
-
-    def __init__(self, latest: int):
-        self.latest = latest
-        self.accuracies: dict[int, float] = {}
-
-    def should_preserve(self, checkpoints: Sequence[Kept], *, context: object) -> list[bool]:
-        del context
-        scored = [c.step for c in checkpoints if c.step in self.accuracies]
-        best = max(scored, key=lambda step: self.accuracies[step], default=None)
-        recent = len(checkpoints) - self.latest
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
+        """orbax asks what is kept: the latest ones, and the one with the best accuracy."""
+        scored = [c.step for c in checkpoints if c.step in self._accuracies]
+        best = max(scored, key=self._accuracies.__getitem__, default=None)
+        recent = len(checkpoints) - self.keep
         return [i >= recent or c.step == best for i, c in enumerate(checkpoints)]
+
+    def _failed(self, error: Exception) -> None:
+        there = checkpoint.rounds(Path(self._manager.directory).parent)
+        last = f"the last one is of round {there[-1]}" if there else "there is none yet"
+        why = errors.one_line(error)
+        log.warning("a checkpoint could not be written, training goes on; %s (%s)", last, why)
 
 
 class _Handler(ocp.AsyncCheckpointHandler):
@@ -168,9 +138,8 @@ class _Save(ocp.args.CheckpointArgs):
 
 
 async def _write(folder: Path, save: _Save) -> None:
-    arrays = {name: entry | {"pieces": []} for name, entry in save.arrays.items()}
-    await asyncio.gather(*(_write_piece(folder, piece, arrays[piece.array]) for piece in save.pieces))
-    content = json.dumps({"about": save.about, "arrays": arrays, "processes": jax.process_count()})
+    await asyncio.gather(*(_write_piece(folder, piece, save.arrays[piece.array]) for piece in save.pieces))
+    content = json.dumps({"about": save.about, "arrays": save.arrays, "processes": jax.process_count()})
     index = folder / f"index-{jax.process_index()}.json"
     index.write_text(f"{hashlib.sha256(content.encode()).hexdigest()}\n{content}\n")
 
@@ -178,8 +147,8 @@ async def _write(folder: Path, save: _Save) -> None:
 async def _write_piece(folder: Path, piece: Piece, entry: Entry) -> None:
     name, axis, start, data = piece
     stop = start + (data.shape[axis] if data.ndim else 1)
-    entry["pieces"].append([axis, start, stop, digest_of(data)])
-    metadata = {"shape": shape_on_disk(entry), "chunks": entry["chunk"], "compressor": None}
-    spec = array_spec(folder, name) | {"dtype": entry["dtype"], "metadata": metadata}
+    entry["pieces"].append([axis, start, stop, checkpoint.digest_of(data)])
+    metadata = {"shape": checkpoint.shape_on_disk(entry), "chunks": entry["chunk"], "compressor": None}
+    spec = checkpoint.array_spec(folder, name) | {"dtype": entry["dtype"], "metadata": metadata}
     store = await tensorstore.open(spec | {"create": True, "open": True})
-    await store[region(data.ndim, axis, start, stop)].write(data)
+    await store[checkpoint.region(data.ndim, axis, start, stop)].write(data)

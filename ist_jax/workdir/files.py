@@ -13,6 +13,7 @@ from ist_jax.key import Options, Settings
 
 Json: TypeAlias = Any  # what a JSON file holds, or part of it
 Record = dict[str, Json]  # of a round: a line of metrics.jsonl
+Summary = dict[str, Json]  # of a run: summary.json
 
 
 def append_record(workdir: Path, record: Record) -> None:
@@ -53,10 +54,7 @@ def read_config(workdir: Path) -> Settings:
     Raises:
       ValueError: there is none.
     """
-    path = workdir / "config.json"
-    if not is_file(path):
-        raise ValueError(f"--workdir={workdir} holds no config.json, so no run")
-    return read_json(path)
+    return _read(workdir, "config.json", "run")
 
 
 def flatten(config: Options) -> Settings:
@@ -64,15 +62,19 @@ def flatten(config: Options) -> Settings:
     return traverse_util.flatten_dict(config, sep=".")
 
 
-def read_summary(workdir: Path) -> dict[str, Json]:
+def read_summary(workdir: Path) -> Summary:
     """What summary.json holds.
 
     Raises:
       ValueError: there is none, so the run is not finished.
     """
-    if not is_file(workdir / "summary.json"):
-        raise ValueError(f"--workdir={workdir} holds no summary.json, so no finished run")
-    return read_json(workdir / "summary.json")
+    return _read(workdir, "summary.json", "finished run")
+
+
+def _read(workdir: Path, name: str, whose: str) -> Json:
+    if not is_file(workdir / name):
+        raise ValueError(f"--workdir={workdir} holds no {name}, so no {whose}")
+    return read_json(workdir / name)
 
 
 def is_file(path: Path) -> bool:

@@ -50,8 +50,7 @@ def check_writable(workdir: Path) -> list[Path]:
     try:
         missing += [path for path in (workdir, *workdir.parents) if not path.exists()]
         workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=workdir):
-            pass
+        tempfile.NamedTemporaryFile(dir=workdir).close()
     except OSError as error:
         kind = OSError if error.errno in (errno.ENOSPC, errno.EDQUOT) else ValueError
         raise kind(f"cannot write to --workdir={workdir}: {error.strerror}") from None

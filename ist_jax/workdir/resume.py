@@ -10,14 +10,12 @@ import flax.linen as nn
 from ist_jax import __version__, config
 from ist_jax.key import Settings
 from ist_jax.workdir import checkpoint, files
-from ist_jax.workdir.files import Json
+from ist_jax.workdir.files import Summary
 
 log = logging.getLogger(__name__)
 
 
-def find_finished(
-    settings: Settings, workdir: Path, model: nn.Module | None = None
-) -> dict[str, Json] | None:
+def find_finished(settings: Settings, workdir: Path, model: nn.Module | None = None) -> Summary | None:
     """The summary of the finished run of this config, length and model in the folder; None: there is none.
 
     Args:
@@ -33,13 +31,9 @@ def find_finished(
     recorded = config.complete(files.read_config(workdir))
     before, now = (files.flatten(x) for x in (recorded, json.loads(json.dumps(settings))))
     differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
-    refused = [k for k in differing if not config.may_change(k)]
-    if refused:
-        raise ValueError(
-            f"{workdir} holds a run with other settings: "
-            + ", ".join(_difference(k, before, now) for k in refused)
-            + "; choose another --workdir"
-        )
+    if refused := [_difference(k, before, now) for k in differing if not config.may_change(k)]:
+        other = ", ".join(refused)
+        raise ValueError(f"{workdir} holds a run with other settings: {other}; choose another --workdir")
     if not files.is_file(workdir / "summary.json"):
         return None
     summary = files.read_summary(workdir)
@@ -87,17 +81,11 @@ def find_start(workdir: Path, model: nn.Module | None = None) -> checkpoint.Save
         return None
     check_model(workdir, saved.about["custom_model"], model)
     if (version := saved.about.get("version", "an earlier version")) != __version__:
-        log.warning(
-            "%s was begun by ist_jax %s, this is %s; what may differ since stands in CHANGELOG.md",
-            workdir, version, __version__,
-        )  # fmt: skip
+        since = f"this is {__version__}; what may differ since stands in CHANGELOG.md"
+        log.warning("%s was begun by ist_jax %s, %s", workdir, version, since)
     lost = len(records) - saved.round
-    log.info(
-        "resuming %s after round %d%s",
-        workdir,
-        saved.round,
-        f"; {lost} later ones are trained again" if lost else "",
-    )
+    again = f"; {lost} later ones are trained again" if lost else ""
+    log.info("resuming %s after round %d%s", workdir, saved.round, again)
     return saved
 
 
