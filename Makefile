@@ -15,10 +15,10 @@ run: setup
 	@$(BIN)/python -m ist_jax.main --config=configs/resnet.py --workdir=runs/digits
 
 test: setup
-	@$(BIN)/python -m pytest --numprocesses=2
+	@$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
 
 test-all: test
-	@$(BIN)/python -m pytest --numprocesses=2 -m slow
+	@$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m slow
 
 lint: setup
 	@$(BIN)/ruff check .

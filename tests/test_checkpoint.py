@@ -162,26 +162,24 @@ def test_the_schedule_goes_on_by_examples_when_the_workers_change(tmp_path):
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """The same run on 1, 2 and 3 devices: neither divides all of the leaves' sizes."""
+    """The same run on 2 and 3 devices: neither divides all of the leaves' sizes."""
     folder = tmp_path_factory.mktemp("stored")
-    for devices in (1, 2, 3):
+    for devices in (2, 3):
         config = get_config("mlp", num_workers=6, num_devices=devices, optimizer_state="carry")
         train.train(config, folder / str(devices))
     return folder
 
 
 def test_what_is_stored_does_not_depend_on_devices(stored):
-    first = checkpoint.open_round(stored / "1", 3)
+    first, saved = (checkpoint.open_round(stored / number, 3) for number in ("2", "3"))
     paths = {name.removeprefix("params/") for name in first.arrays if name.startswith("params/")}
     assert first.arrays.keys() == {f"{tree}/{path}" for tree in ("params", "travels/0") for path in paths}
-    for number in ("2", "3"):
-        saved = checkpoint.open_round(stored / number, 3)
-        assert saved.arrays.keys() == first.arrays.keys()
-        for name, entry in saved.arrays.items():
-            assert entry["shape"] == first.arrays[name]["shape"]
-            assert (saved.read(name) == first.read(name)).all()
-            metadata = json.loads((saved.folder / "model" / name / ".zarray").read_text())
-            assert np.prod(metadata["shape"]) == np.prod(entry["shape"])  # no padding
+    assert saved.arrays.keys() == first.arrays.keys()
+    for name, entry in saved.arrays.items():
+        assert entry["shape"] == first.arrays[name]["shape"]
+        assert (saved.read(name) == first.read(name)).all()
+        metadata = json.loads((saved.folder / "model" / name / ".zarray").read_text())
+        assert np.prod(metadata["shape"]) == np.prod(entry["shape"])  # no padding
 
 
 def everything(num_devices, num_workers=4):
@@ -459,7 +457,8 @@ def test_a_worker_that_stays_sick_stops_the_run(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "method", ["ist", pytest.param("local_sgd", marks=pytest.mark.slow), "data_parallel"]
+    "method",
+    ["ist", *(pytest.param(name, marks=pytest.mark.slow) for name in ("local_sgd", "data_parallel"))],
 )
 def test_absent_workers_change_nothing(method, tmp_path):
     none = train.train(get_config("mlp", method=method, participation=0.0), tmp_path / "none")

@@ -173,7 +173,7 @@ def test_examples_that_are_held_out_are_not_trained_on(validation):
     config = get_config("mlp", local_steps=1, batch_size=1, num_workers=1, rounds=None, epochs=1.0)
     config.data.validation = validation
     planned = plan.plan(config, data.facts("digits"), bandwidths=[1e9], flops=1e9)
-    assert planned["setting"]["rounds"] == inputs.open_inputs(setup.wanted_data(config)).num_train
+    assert planned["setting"]["rounds"] == inputs.count(inputs.open_inputs(setup.wanted_data(config)).train)
 
 
 def test_what_is_known_of_a_set_is_what_it_holds():

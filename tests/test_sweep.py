@@ -84,6 +84,13 @@ CASES = {
     ),
 }  # fmt: skip
 
+SLOW = (
+    "resnet",
+    "resnet strided",
+    "data_parallel map",
+    "local_sgd bfloat16",
+)  # another covers what they cover
+
 
 @pytest.fixture(autouse=True)
 def _rolling(monkeypatch):
@@ -160,10 +167,7 @@ def with_bad_batch(run, turn, ill):
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=name, marks=[pytest.mark.slow] * (name == "resnet strided"))
-        for name, case in CASES.items()
-    ],
+    [pytest.param(case, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, case in CASES.items()],
 )
 def test_a_round_is_what_it_means(case, tmp_path):
     with jax.enable_x64(case.dtype is np.float64):

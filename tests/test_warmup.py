@@ -48,12 +48,13 @@ def test_a_warmup_scales_branches_as_an_evaluation_does():
     assert scale == {"section1": 0.5}
     warm = setup.warmup_recipe(recipe, model, opened.task, scale)
     params = recipe.init_params(jax.random.key(0))
-    inputs, labels = opened.task.eval_fn(opened.test)
+    test = {name: x[:32] for name, x in opened.test.items()}
+    inputs, labels = opened.task.eval_fn(test)
     loss, _ = reference.plainly(warm.loss_fn)(reference.flat(params), inputs, labels, None)
 
     @reference.plainly
     def score(params, factor):
-        batch = dict(opened.test) | {"weight": np.ones(len(labels))}
+        batch = test | {"weight": np.ones(len(labels))}
         return scoring.score_batch(model, opened.task, {"section1": factor}, {"params": params}, batch)
 
     scaled, plain = (float(score(params, factor)[0]) / len(labels) for factor in (0.5, 1.0))
