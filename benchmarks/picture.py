@@ -2,9 +2,9 @@
 
     python benchmarks/picture.py
 
-Writes benchmarks/picture-light.svg and picture-dark.svg, and prints the table. Every panel has the same axes: 20
-points of accuracy, and the bytes that a worker exchanges in a run by the papers' count, on a log axis. The pale
-bar around a point is two standard errors each way, from the number of test examples.
+Writes benchmarks/picture-light.svg and picture-dark.svg, and prints the table. Every panel has the same axes:
+20 points of accuracy, and the bytes that a worker exchanges in a run by the papers' count, on a log axis. The
+pale bar around a point is two standard errors each way, from the number of test examples.
 """
 
 import json
@@ -19,13 +19,14 @@ THEMES = {
              "ist": "#58b4f0", "local_sgd": "#f4975a", "data_parallel": "#3ccb9c"},
 }  # fmt: skip
 NAMES = {"ist": "{subnets}", "local_sgd": "local SGD", "data_parallel": "data-parallel"}
-# result: lowest accuracy shown, and for every method where its label stands: above (-1) or below (1), and how aligned
+# result: lowest accuracy shown; where a method's label stands, above (-1) or below (1), and how aligned
 PANELS = {
     "cifar10": (60, {"ist": (1, "start"), "local_sgd": (-1, "start"), "data_parallel": (1, "end")}),
     "delicious": (55, {"ist": (-1, "start"), "local_sgd": (1, "middle"), "data_parallel": (-1, "end")}),
     "speech": (45, {"ist": (-1, "middle"), "local_sgd": (-1, "start"), "data_parallel": (1, "end")}),
     "digits_mlp": (83, {"ist": (1, "start"), "local_sgd": (-1, "middle"), "data_parallel": (1, "end")}),
 }
+FONTS = "system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif"
 SPAN = 20  # points of accuracy
 MEGABYTES = (15, 60_000)
 TICKS = {100: "100 MB", 1_000: "1 GB", 10_000: "10 GB"}
@@ -50,7 +51,9 @@ def panel(result: dict, lowest: float, sides: dict, theme: dict[str, str]) -> li
 
     def text(at_x: float, at_y: float, words: str, color: str, anchor: str = "middle", more: str = "") -> str:
         color = theme[color]
-        return f'<text x="{at_x:.1f}" y="{at_y:.1f}" fill="{color}" text-anchor="{anchor}"{more}>{words}</text>'
+        return (
+            f'<text x="{at_x:.1f}" y="{at_y:.1f}" fill="{color}" text-anchor="{anchor}"{more}>{words}</text>'
+        )
 
     runs = max(figures["runs"] for figures in result["methods"].values())
     about = f"{result['measure']} %, {runs} run{'s' * (runs > 1)} each"
@@ -90,12 +93,13 @@ def draw(results: dict[str, dict], theme: dict[str, str]) -> str:
     head = 40
     width, height = 2 * WIDTH, head + HEIGHT * math.ceil(len(PANELS) / 2)
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif" font-size="19">',
-        "<style>.title { font-size: 21px; font-weight: 600 } .label { font-size: 20px; font-weight: 600 }</style>",
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" font-family="{FONTS}" font-size="19">',
         "<title>Accuracy against the bytes that a worker exchanges in a run</title>",
-        f'<text x="{LEFT}" y="24" fill="{theme["faint"]}">accuracy against what a worker exchanges in a run '
-        "(log axis)</text>",
+        "<style>.title, .label { font-weight: 600 } "
+        ".title { font-size: 21px } .label { font-size: 20px }</style>",
+        f'<text x="{LEFT}" y="24" fill="{theme["faint"]}">'
+        "accuracy against what a worker exchanges in a run (log axis)</text>",
     ]
     for place, (name, (lowest, sides)) in enumerate(PANELS.items()):
         lines += [
@@ -115,7 +119,9 @@ def table(results: dict[str, dict]) -> str:
             each = f" ({', '.join(map(str, figures['each']))})" if figures["runs"] > 1 else ""
             accuracy = f"{figures['accuracy']:.{2 if each else 1}f}{each}"
             name = f"`{method}`" + f" ({result['subnets']})" * (method == "ist")
-            lines.append(f"| {config} | {name} | {accuracy} | {figures['megabytes']:,} | {figures['seconds']} |")
+            lines.append(
+                f"| {config} | {name} | {accuracy} | {figures['megabytes']:,} | {figures['seconds']} |"
+            )
             config = ""
     return "\n".join(lines).replace("|  |", "| |")
 

@@ -294,7 +294,7 @@ def test_a_model_never_seen_before_trains(num_workers, tmp_path, caplog):
 def test_the_readmes_own_model_runs(tmp_path, monkeypatch):
     readme = (ROOT / "README.md").read_text()
     example = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "unit_axes" in b)
-    assert len(example.strip().splitlines()) <= 20
+    assert len(example.strip().splitlines()) <= 12
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.syspath_prepend(str(ROOT))
