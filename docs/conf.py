@@ -7,6 +7,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import jax
+
+jax.Array.__module__ = "jax"  # the name that users know, and not that of a private module
+
 import generate
 
 import ist_jax
@@ -54,6 +58,12 @@ def to_rst(app, what, name, obj, options, lines):
     lines[:] = text
 
 
+def skips(app, what, name, obj, skip, options):
+    """Leaves out the fields of tuples that have no docstring of their own; those of the class name them."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def setup(app):
     app.connect("builder-inited", lambda _: generate.write(HERE / "generated"))
     app.connect("autodoc-process-docstring", to_rst, priority=400)  # before napoleon
+    app.connect("autodoc-skip-member", skips)
