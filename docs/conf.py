@@ -7,10 +7,6 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import jax
-
-jax.Array.__module__ = "jax"  # the name that users know, and not that of a private module
-
 import generate
 
 import ist_jax
@@ -21,6 +17,7 @@ copyright = "the authors of ist_jax"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "generated/*.md"]  # the latter are parts of pages
 default_role = "code"  # `names` of docstrings
+smartquotes = False  # 'names' of settings stay as they are typed
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -42,6 +39,12 @@ html_css_files = ["docs.css"]
 html_show_sphinx = html_copy_source = False
 
 
+def _escape(line):
+    line = re.sub(r"(\*\w+\*)|\*", lambda found: found[1] or r"\*", line)  # *emphasis* alone
+    line = re.sub(r": ([A-Z]\.)$", r": \\\1", line)  # 'S.' would begin a list
+    return re.sub(r"(`[^`]+`)(?=\w)", r"\1\ ", line)
+
+
 def to_rst(app, what, name, obj, options, lines):
     """Makes reStructuredText of a docstring; what is indented, and commands, are shown as they stand."""
     text, section, literal = [], False, False
@@ -54,7 +57,7 @@ def to_rst(app, what, name, obj, options, lines):
         if literal and line.strip() and not shown:
             text.append("")
         literal = shown or (literal and not line.strip())
-        text.append(f"  {line}" if shown else re.sub(r"(`[^`]+`)(?=\w)", r"\1\ ", line.replace("*", r"\*")))
+        text.append(f"  {line}" if shown else _escape(line))
     lines[:] = text
 
 
@@ -63,7 +66,13 @@ def skips(app, what, name, obj, skip, options):
     return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
+def shorten(app, what, name, obj, options, signature, returns):
+    """Arrays by the name that users know, instead of that in a private module."""
+    return tuple(text and text.replace("jaxlib._jax.", "") for text in (signature, returns))
+
+
 def setup(app):
     app.connect("builder-inited", lambda _: generate.write(HERE / "generated"))
     app.connect("autodoc-process-docstring", to_rst, priority=400)  # before napoleon
+    app.connect("autodoc-process-signature", shorten)
     app.connect("autodoc-skip-member", skips)

@@ -214,7 +214,7 @@ def _gather() -> str:
     y = 34 + DEVICES * 34 + 10
     parts += _arrow(y, "gather: one all-to-all")
     y += 62
-    parts.append(_text(0, y + 10, "each worker's subnet, whole; no communication while it trains", bold=True))
+    parts.append(_text(0, y + 10, "each worker's subnet, of whole units", bold=True))
     for worker, units in enumerate(held(drawn(APART, 0))):
         top = y + 24 + worker * 42
         row = [_text(0, top + 24, f"worker {worker}"), _cell(LEFT, top, 84, 34, "shared", [])]
@@ -293,8 +293,8 @@ def _line(x: float, y: float, to_x: float, to_y: float) -> str:
 
 
 def _arrow(y: float, text: str) -> list[str]:
-    """Downwards, in the middle of the units."""
-    x = LEFT + 3 * (CELL + 6)
+    """Downwards, among the units."""
+    x = LEFT + 2 * (CELL + 6)
     head = f'<path d="M{x - 6} {y + 26}h12l-6 10z" fill="currentColor"/>'
     return [_line(x, y, x, y + 28), head, _text(x + 16, y + 24, text)]
 
