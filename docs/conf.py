@@ -17,7 +17,7 @@ copyright = "the authors of ist_jax"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "generated/*.md"]  # the latter are parts of pages
 default_role = "code"  # `names` of docstrings
-smartquotes = False  # 'names' of settings stay as they are typed
+smartquotes_action = "D"  # dashes alone: 'names' of settings stay as they are typed
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3

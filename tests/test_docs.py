@@ -23,9 +23,6 @@ generate = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(generate)
 
 DOCS = {path.name: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
-PAGES = DOCS | {
-    name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md") if (ROOT / name).exists()
-}
 KEYS = (
     config.COMMON | data.options() | {n: key for m in models.MODELS.values() for n, key in m.options.items()}
 )
@@ -171,9 +168,9 @@ EVERY = {
 }
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", DOCS)
 def test_commands_name_programs_flags_keys_and_modes_that_are_there(page):
-    for command in commands(PAGES[page]):
+    for command in commands(DOCS[page]):
         path = program(command)
         known = EVERY if path is None else flags_of(path)
         own = path is not None or command.startswith("--")
@@ -184,7 +181,7 @@ def test_commands_name_programs_flags_keys_and_modes_that_are_there(page):
                 assert flag in known, command
         for target in re.findall(r"^make ([a-z-]+)", command):
             assert f"\n{target}:" in (ROOT / "Makefile").read_text(), command
-    for name, mode in re.findall(r"configs/(\w+)\.py(?::(\w+))?", PAGES[page]):
+    for name, mode in re.findall(r"configs/(\w+)\.py(?::(\w+))?", DOCS[page]):
         assert mode == "" or mode in generate.load(ROOT / "configs" / f"{name}.py").MODES, f"{name}:{mode}"
 
 
