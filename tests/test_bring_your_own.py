@@ -16,9 +16,9 @@ from ist_jax.report.__main__ import main as report
 from ist_jax.runtime.setup import set_up
 from ist_jax.workdir import files
 
-# The examples of the README, by what they define.
+# The examples of the docs, by what they define.
 NAMES = {"own_method.py": "def slowmo", "own_deal.py": "def rolling", "own_codec.py": "half = Codec"}
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "bring_your_own.md").read_text(), re.S)
 FILES = {file: next(block for block in BLOCKS if name in block) for file, name in NAMES.items()}
 OWN = {
     "method": "own_method.py:slowmo",

@@ -304,22 +304,6 @@ def test_the_readmes_own_model_runs(tmp_path, monkeypatch):
     assert json.loads(summaries[0].read_text())["test_accuracy"] > 0.5
 
 
-def test_the_readmes_own_data_are_trained_on(tmp_path, monkeypatch):
-    readme = (ROOT / "README.md").read_text()
-    example = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "data.SETS" in b)
-    example = example.replace("mlp.get_config()", 'mlp.get_config("smoke")')
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT))
-    monkeypatch.setattr(data, "SETS", dict(data.SETS))
-    images = np.random.default_rng(0).integers(0, 256, (2, 60, 5, 5, 1), dtype=np.uint8)
-    labels = np.arange(60) % 2
-    sets = {"x_train": images[0], "y_train": labels, "x_test": images[1], "y_test": labels}
-    exec(compile(example, "README.md", "exec"), sets)
-    summary = json.loads(Path("runs/mine/summary.json").read_text())
-    assert summary["data"] == "mine"
-    assert summary["rounds"] == 3
-
-
 def test_loaded_parameters_go_into_apply(trained):
     params = checkpoint.load_params(trained()[0])
     logits = MLP((32, 32), 10).apply({"params": params}, jnp.zeros((4, 8, 8, 1)))
