@@ -2,6 +2,7 @@
 # make test   sets up, then runs the tests
 # make test-all   the slow ones too, after the others
 # make lint   style and types
+# make notebooks   runs the notebooks and stores them with their outputs, minutes
 # Another interpreter: make PYTHON=python3.13 run
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := test$(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda12)
 
-.PHONY: run test test-all lint setup clean
+.PHONY: run test test-all lint notebooks setup clean
 
 run: setup
 	@$(BIN)/python -m ist_jax.main --config=configs/resnet.py --workdir=runs/digits
@@ -24,6 +25,9 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+notebooks: setup
+	@$(BIN)/python notebooks/renew.py
 
 setup: $(VENV)/.installed
 
