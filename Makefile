@@ -3,6 +3,7 @@
 # make test-all   the slow ones too, after the others
 # make lint   style and types
 # make docs   builds docs/ to docs/_build/html; warnings are errors
+# make notebooks   runs the notebooks and stores them with their outputs, minutes
 # Another interpreter: make PYTHON=python3.13 run
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := test$(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda12)
 
-.PHONY: run test test-all lint docs setup clean
+.PHONY: run test test-all lint docs notebooks setup clean
 
 run: setup
 	@$(BIN)/python -m ist_jax.main --config=configs/resnet.py --workdir=runs/digits
@@ -29,6 +30,9 @@ lint: setup
 docs: $(VENV)/.docs
 	@$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --nitpicky docs docs/_build/html
 	@echo "docs: docs/_build/html/index.html"
+
+notebooks: setup
+	@$(BIN)/python notebooks/renew.py
 
 setup: $(VENV)/.installed
 
