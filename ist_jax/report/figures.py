@@ -20,7 +20,7 @@ from ist_jax.report.runs import Curve, RunFiles, Series, UnitMap, modelled_secon
 Columns = dict[str, np.ndarray]
 Styles = dict[str, tuple[str, str]]  # colour and hatching, by phase
 METHODS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-WORKERS = tuple(Light9[i] for i in (0, 6, 5, 2, 7, 3, 1, 4))  # neighbours differ
+WORKERS = tuple(Light9[i] for i in (0, 1, 2, 5, 3, 7, 4, 6))  # neighbours differ
 PHASES = (("#6e7781", "/"), ("#c3c9cf", " "), ("#8c959f", "\\"), ("#aab2ba", "-"), ("#7d8690", "|"))
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "12 4", "4 2 1 2 1 2")
 _MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "hex")

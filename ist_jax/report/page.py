@@ -205,9 +205,10 @@ def _targets(series: Sequence[Series]) -> list[tuple[int, list[Row]]]:
     rows: list[tuple[int, list[Row]]] = []
     before = None
     for target in wanted:
-        if (costs := [mean.first(target) for mean in means]) == before:
-            continue  # reached by the same evaluations
-        before = costs
+        costs = [mean.first(target) for mean in means]
+        if (rounds := [cost and cost["round"] for cost in costs]) == before:
+            continue
+        before = rounds
         exchanged = [None if cost is None else cost["exchanged"] / 1e6 for cost in costs]
         measured = [None if cost is None else cost["seconds"] for cost in costs]
         rows.append((target, [

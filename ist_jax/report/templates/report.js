@@ -36,8 +36,7 @@ function showAxis(figures, kind) {
   const make = (name, values) => new (Bokeh.Models.get(name))(values);
   const log = kind === "Log";
   for (const figure of [figures.exchanged, figures.time]) {
-    figure.x_range = make("DataRange1d", log ? {} : { start: 0 });
-    figure.x_scale = make(log ? "LogScale" : "LinearScale");
+    figure.setv({ x_range: make("DataRange1d", log ? {} : { start: 0 }), x_scale: make(`${kind}Scale`) });
     figure.below[0].ticker = make(log ? "LogTicker" : "BasicTicker", { desired_num_ticks: 5 });
     for (const source of sources(figure)) source.change.emit();
   }
