@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bokeh.document import Document
-from bokeh.models import Legend
+from bokeh.models import Legend, Segment
 from conftest import get_config
 
 from ist_jax import BANDWIDTHS, data, partition, plan, train
@@ -151,6 +151,11 @@ def test_a_band_is_one_standard_error_of_an_accuracy_on_the_test_set(runs):
     np.testing.assert_allclose(band["upper"] - band["y"], error)
     np.testing.assert_allclose(band["y"] - band["lower"], error)
     assert f"{100 * p[-1]:.2f} ± {error[-1]:.2f}" in text
+    once = trained._replace(
+        records=[r | {"test_accuracy": None} for r in trained.records[:-1]] + trained.records[-1:]
+    )
+    glyphs = [renderer.glyph for renderer in read_models(render([once]))["exchanged"].renderers]
+    assert isinstance(glyphs[0], Segment)  # a band of one point would not be seen
     earlier = trained._replace(summary={k: v for k, v in trained.summary.items() if k != "test_examples"})
     text = render([earlier])
     assert "lower" not in read_figures(text)["exchanged"][0]
@@ -669,7 +674,7 @@ def test_the_reader_chooses_a_log_or_a_linear_axis(page, browser):
     assert pictures[0] != pictures[1]
     lower, upper, start, end = browser.execute_script(
         "const all = [...sources(figures.exchanged)], { start, end } = figures.exchanged.y_range;"
-        "const column = (name) => all.flatMap((s) => Array.from(s.data[name]));"
+        "const column = (name) => all.flatMap((s) => Array.from(s.data[name] ?? []));"
         "return [Math.min(...column('lower')), Math.max(...column('upper')), start, end]"
     )
     assert start <= lower < upper <= end

@@ -1,7 +1,7 @@
 """The figures of a report, with Bokeh: each an independent item that the page embeds.
 
-A colour means one thing: Okabe and Ito's strong ones are methods, greys are phases, Paul Tol's pale ones are
-workers; colour-blind readers can tell each set apart. Curves differ in dash and marker too, stacked phases in
+A colour means one thing: Okabe and Ito's are methods, greys are phases, purples and yellows are workers;
+colour-blind readers can tell each set apart. Curves differ in dash and marker too, stacked phases in
 hatching. Colours of the frame are left to the page's style sheet (light and dark).
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from bokeh.models import BasicTicker, CDSView, ColumnDataSource, HoverTool, IndexFilter, LinearAxis
 from bokeh.models import NumeralTickFormatter as Numerals
-from bokeh.palettes import Light9, viridis
+from bokeh.palettes import interp_palette
 from bokeh.plotting import figure
 
 from ist_jax.report.runs import Curve, RunFiles, Series, UnitMap, modelled_seconds
@@ -20,7 +20,7 @@ from ist_jax.report.runs import Curve, RunFiles, Series, UnitMap, modelled_secon
 Columns = dict[str, np.ndarray]
 Styles = dict[str, tuple[str, str]]  # colour and hatching, by phase
 METHODS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-WORKERS = tuple(Light9[i] for i in (0, 1, 2, 5, 3, 7, 4, 6))  # neighbours differ
+WORKERS = ("#7b4fa3", "#e3d26f", "#b89bd0", "#8a8420", "#dcd0ea", "#b5ad3b", "#5a3280", "#f1eab8")
 PHASES = (("#6e7781", "/"), ("#c3c9cf", " "), ("#8c959f", "\\"), ("#aab2ba", "-"), ("#7d8690", "|"))
 _DASHES = ("", "6 3", "2 3", "8 3 2 3", "12 4", "4 2 1 2 1 2")
 _MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "hex")
@@ -58,7 +58,8 @@ def accuracy_figures(series: Sequence[Series], bits_per_second: float) -> dict[s
             time = modelled_seconds(curve.seconds_local, curve.bytes_sent, bits_per_second)
             places = {"exchanged": curve.exchanged / 1e6, "time": time, "examples": curve.examples / number}
             for name, x in places.items():
-                columns = {"x": x, "y": curve.accuracy, "round": curve.round} | _band(curve)
+                columns = {"x": x, "y": curve.accuracy, "round": curve.round}
+                columns |= {} if seed else _band(curve)
                 if name == "time":  # made of these, for the page's script
                     columns |= {"seconds_local": curve.seconds_local, "bytes_sent": curve.bytes_sent}
                 _add_curve(figures[name], columns, index, one.label, seed)
@@ -107,11 +108,11 @@ def _band(curve: Curve) -> Columns:
 
 
 def _add_curve(fig: figure, columns: Columns, index: int, label: str, seed: str) -> None:
-    """A line, thin where it is of a seed; else, or where it is one point, markers; a mean's band."""
+    """A line, thin where it is of a seed; else, or where it is one point, markers; and its band."""
     size, color = len(columns["x"]), METHODS[index % len(METHODS)]
     source = ColumnDataSource(columns | {"label": [label + seed] * size})
     looks: dict[str, Any] = {"source": source, "color": color, "legend_label": label}
-    if not seed and "lower" in columns:
+    if "lower" in columns:
         if size > 1:
             fig.varea("x", "lower", "upper", alpha=0.15, **looks)
         else:
@@ -222,9 +223,9 @@ def map_figures(units: UnitMap) -> dict[str, figure]:
 
 def worker_colors(num_workers: int) -> list[str]:
     """A colour per worker."""
-    return (
-        list(WORKERS[:num_workers]) if num_workers <= len(WORKERS) else list(viridis(min(256, num_workers)))
-    )
+    if num_workers <= len(WORKERS):
+        return list(WORKERS[:num_workers])
+    return list(interp_palette(("#5a3280", "#dcd0ea", "#f1eab8", "#8a8420"), min(256, num_workers)))
 
 
 def _map_figure(units: UnitMap) -> figure:
