@@ -78,7 +78,7 @@ def compare(
     named = f"seed {config.seed}" if seeds == 1 else f"seeds {config.seed} to {last}"
     log.info("%s, %s: %d runs in %s", ", ".join(methods), named, len(methods) * seeds, workdir)
     with show_runs(len(methods) * seeds) as show:
-        place = Place(show)
+        place = Place(show, len(methods) * seeds)
         for seed in range(config.seed, last + 1):
             for method in methods:
                 own = config.copy_and_resolve_references()
@@ -107,15 +107,15 @@ def compare(
 class Place:
     """Where a comparison is: tells `show`, of `observers.show_runs`, of every round of every run."""
 
-    def __init__(self, show: Callable[[float, float, str], None]):
-        self._show, self._text = show, ""
+    def __init__(self, show: Callable[[float, float, str], None], total: int):
+        self._show, self._total, self._text = show, total, ""
         self._done, self._skipped = 0, 0.0  # runs
         self._rounds = 0  # of the run that is going on, if any of it is left
 
     def enter(self, text: str) -> None:
         """A run comes next; it may be finished already."""
-        self._text, self._rounds = text, 0
-        self._show(self._done, self._skipped, text)
+        self._text, self._rounds = f"run {self._done + 1} of {self._total}: {text}", 0
+        self._show(self._done, self._skipped, self._text)
 
     def start(self, run: "Run") -> None:
         """It is set up."""

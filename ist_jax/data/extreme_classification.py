@@ -53,11 +53,11 @@ def _find(directory: str, split: str) -> Path:
     found = [path for name in names for path in Path(directory).glob(name)] if directory else []
     if len(found) != 1:
         there = errors.contents(Path(directory)) if directory and not found else ""
-        holds = f", but {there}" if there else ""
+        holds = f"{directory!r} has {len(found) or 'no'} files named {split}.txt or *_{split}.txt"
+        holds += f", but holds {there}" if there else ""
         raise ValueError(
-            f"data.dir={directory!r} has {len(found) or 'no'} files named {split}.txt or *_{split}.txt{holds}; "
-            "set config.data.dir to a folder with one of them, in the text format of the Extreme Classification "
-            "Repository"
+            f"data.dir={holds}; set config.data.dir to a folder with one of them, in the text format of the "
+            "Extreme Classification Repository"
         )
     return found[0]
 

@@ -38,6 +38,8 @@ def prepare(name: str, directory: str) -> str:
     builder = tfds_images.make_builder(name, directory)
     _do_without_tensorflow(builder)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # every try of a download again
+    if not sys.stderr.isatty():
+        tfds_images.hide_progress()
     root = Path(builder.data_dir).parents[1]
     try:
         with _undone_on_failure([root / name, root / "downloads"]), contextlib.redirect_stdout(None):

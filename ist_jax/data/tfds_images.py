@@ -93,6 +93,13 @@ def make_builder(name: str, directory: str) -> Builder:
     return tfds.builder(name, data_dir=directory or None, file_format="array_record")
 
 
+def hide_progress() -> None:
+    """No bars of TFDS from here on."""
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+
+
 def _unprepared(builder: Builder, name: str, directory: str) -> ValueError:
     folder = directory or str(Path(builder.data_dir).parents[1])
     there = errors.contents(Path(folder), (name, "downloads"))

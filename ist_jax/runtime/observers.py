@@ -80,7 +80,6 @@ def show_runs(total: int) -> Iterator[Callable[[float, float, str], None]]:
         elapsed, fresh = time.monotonic() - started, done - skipped
         if fresh > 0 and done < total:
             text += f", about {_duration((total - done) * elapsed / fresh)} left"
-        text = f"run {min(int(done) + 1, total)} of {total}: {text}"
         bar.n = done
         bar.set_postfix_str(text)
         if plain and (done - said) * 20 >= total:
