@@ -111,8 +111,9 @@ def main(argv: list[str]) -> int:
         hint = errors.did_you_mean(names[0], tfds_images.SETS) if names else ""
         raise errors.fail(f"{wrong}; {hint}usage: {USAGE}")
     there = errors.contents(Path(values.dir)) if values.dir else ""
-    beside = f" in {values.dir}, beside {there}" if there else ""
-    print(f"preparing {names[0]}{beside}", file=sys.stderr)
+    beside = f", beside {there}" if there else ""
+    place = f" in {values.dir}{beside}" if values.dir else ""
+    print(f"preparing {names[0]}{place}", file=sys.stderr)
     try:
         folder = prepare(names[0], values.dir)
     except KeyboardInterrupt:

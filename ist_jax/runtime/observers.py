@@ -81,12 +81,12 @@ def show_runs(total: int) -> Iterator[Callable[[float, float, str], None]]:
         if fresh > 0 and done < total:
             text += f", about {_duration((total - done) * elapsed / fresh)} left"
         bar.n = done
-        bar.set_postfix_str(text)
+        bar.set_description_str(text)
         if plain and (done - said) * 20 >= total:
             said = done
             print(text, file=sys.stderr, flush=True)
 
-    form = "{percentage:3.0f}%|{bar:20}| {postfix}"
+    form = "{percentage:3.0f}%|{bar:20}| {desc}"
     with tqdm(total=total, bar_format=form, leave=False, disable=plain) as bar:
         yield show
 
