@@ -383,8 +383,8 @@ def test_one_run_at_a_time_writes_to_a_folder(tmp_path):
     with lock.claimed(tmp_path / "new" / "run"):
         with pytest.raises(ValueError, match="another run is writing to"):
             train.train(get_config("mlp"), tmp_path / "new" / "run")
-        (tmp_path / "new" / "run" / "file").touch()
-    assert (tmp_path / "new" / "run" / "file").is_file()
+        (tmp_path / "new" / "run" / "metrics.jsonl").touch()
+    assert (tmp_path / "new" / "run" / "metrics.jsonl").is_file()
     with lock.claimed(tmp_path / "other" / "run"):
         assert (tmp_path / "other" / "run").is_dir()  # made, and nothing came of it
     assert not (tmp_path / "other").exists()

@@ -19,7 +19,8 @@ from ist_jax.config import build_model
 from ist_jax.data.sparse import Rows
 from ist_jax.exchange.kinds import iter_leaves
 from ist_jax.models.mlp import MLP
-from ist_jax.runtime import inputs, record, setup
+from ist_jax.runtime import inputs, setup
+from ist_jax.runtime.record import doubts, last_line
 from ist_jax.task import classification
 from ist_jax.workdir import checkpoint, files, resume
 
@@ -132,18 +133,17 @@ def test_a_run_that_has_learnt_nothing_says_so_again_and_again(tmp_path, caplog)
 def test_what_a_run_is_doubted_for(trained):
     folder, run, _ = trained()
 
-    def doubts(accuracy, *losses):
-        return record.doubts(run.inputs, [{"train_loss": x, "test_accuracy": accuracy} for x in losses])
+    def found(accuracy, *losses):
+        return doubts(run.inputs, [{"train_loss": x, "test_accuracy": accuracy} for x in losses])
 
     assert files.read_summary(folder)["doubts"] == []
     chance = 37 / 360  # of the 360 test images, at most 37 show the same digit
     error = (chance * (1 - chance) / 360) ** 0.5
-    assert (
-        doubts(chance + 2.1 * error, 2.0, 3.0, 1.9) == doubts(1.0, 2.0, None, 1.0) == doubts(1.0, 2.0) == []
-    )
-    assert len(doubts(chance + 1.9 * error, 2.0)) == 1
-    assert doubts(1.0, 2.0, 2.5, None) == ["the training loss rose from 2.000 in the first round to 2.500"]
-    assert doubts(1.0, None, float("nan")) == ["no round has a finite training loss"]
+    for nothing in (found(chance + 2.1 * error, 2.0, 3.0, 1.9), found(1.0, 2.0, None, 1.0), found(1.0, 2.0)):
+        assert nothing == []
+    assert len(found(chance + 1.9 * error, 2.0)) == 1
+    assert found(1.0, 2.0, 2.5, None) == ["the training loss rose from 2.000 in the first round to 2.500"]
+    assert found(1.0, None, float("nan")) == ["no round has a finite training loss"]
 
 
 def test_the_chance_of_several_labels_is_that_of_the_most_frequent():
@@ -177,7 +177,7 @@ def test_the_line_that_matters(exchanged, sent, devices, text):
     summary = {"method": "ist", "test_accuracy": 0.5, "seconds_total": 1.0, "num_workers": 4}
     summary |= {"bytes_exchanged_per_worker": exchanged, "bytes_local_sgd_per_worker": 406.2e6}
     summary |= {"num_devices": devices} | ({} if sent is None else {"bytes_sent_per_worker": sent})
-    line = record.last_line(summary)
+    line = last_line(summary)
     assert line.startswith("ist: test accuracy 50.00% in 1.0 s; each worker ")
     assert text in line
     assert line.endswith(text) or devices == 1
