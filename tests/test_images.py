@@ -58,9 +58,7 @@ def test_the_prepared_fashion_mnist_of_tfds_comes_first(debian, tmp_path, monkey
 
 
 def test_other_sets_do_not_look_at_fashion_mnist(debian, tmp_path, monkeypatch):
-    with pytest.raises(
-        ValueError, match=r"no mnist in .*, which holds debian; .*prepare mnist"
-    ):
+    with pytest.raises(ValueError, match=r"no mnist in .*, which holds debian; .*prepare mnist"):
         data.open_data_set("mnist", str(tmp_path))
     monkeypatch.setattr(tfds_images, "DEBIAN_FASHION_MNIST", tmp_path / "not-installed")
     with pytest.raises(ValueError, match=r"no fashion_mnist in .*install Debian's dataset"):
