@@ -161,6 +161,7 @@ def test_a_codec_is_refused_where_nothing_is_exchanged(folder, capsys):
     assert "set config.exchange.codec to 'none'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_in_a_warmup_no_deal_is_asked(folder):
     overrides = {"partition.deal": OWN["partition.deal"], "partition.warmup_epochs": 0.02}
     run = set_up(get_config("mlp", **overrides))

@@ -52,7 +52,8 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        ("mlp", "ist"), ("mlp", "local_sgd"), ("mlp", "data_parallel"), ("resnet", "ist"),
+        ("mlp", "ist"), ("mlp", "local_sgd"), ("mlp", "data_parallel"),
+        pytest.param("resnet", "ist", marks=slow),
         pytest.param("resnet", "local_sgd", marks=slow), pytest.param("resnet", "data_parallel", marks=slow),
     ],
 )  # fmt: skip
