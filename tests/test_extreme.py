@@ -230,7 +230,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param("uneven", marks=pytest.mark.slow), "two layers, overlap"])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["uneven", "two layers, overlap"])
 def test_rounds_on_sparse_data_equal_the_plain_loop_of_masking(case, folder):
     run = setup.set_up(tiny(folder, **CASES[case]))
     stage = run.stages[-1]

@@ -189,6 +189,7 @@ def memory(program):
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_per_device_is_the_share_of_the_store_and_a_subnet():
     # wide layers, so that parameters outweigh activations
     overrides = {"num_workers": 4, "model.hidden": (1024, 1024)}

@@ -291,6 +291,7 @@ def run_script(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=60, start_new_session=True)
 
 
+@pytest.mark.slow
 def test_processes_read_on_after_a_signal_to_all_and_leave_nothing_behind(folder):
     done = run_script(folder)
     shape = "(1, 6, 8, 8, 3)"

@@ -85,6 +85,7 @@ CASES = {
 }  # fmt: skip
 
 SLOW = (
+    "ist uneven",
     "ist overlap",
     "resnet",
     "resnet strided",

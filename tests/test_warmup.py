@@ -29,12 +29,14 @@ def warm():
     return run, state, run_all(run, rounds=3, state=state, first=2)
 
 
+@pytest.mark.slow
 def test_the_rounds_of_a_warmup_are_those_of_local_sgd_bit_for_bit(warm):
     plain = set_up("mlp", method="local_sgd", **UNEVEN)
     assert len(plain.stages) == 1
     assert_same_bits(whole(warm[0], warm[1]), whole(plain, run_all(plain)))
 
 
+@pytest.mark.slow
 def test_after_the_warmup_the_rounds_are_those_of_ist(warm):
     fresh = set_up("mlp", **UNEVEN)
     assert len(fresh.stages) == 1
