@@ -24,7 +24,7 @@ def errors(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except caught as error:
-        raise fail(str(error)) from error
+        raise fail(str(error), getattr(error, "__notes__", ())) from error
 
 
 def define_config(values: flags.FlagValues, argv: Sequence[str], default: str | None) -> None:

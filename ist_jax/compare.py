@@ -5,16 +5,15 @@ python -m ist_jax.compare --config=configs/resnet.py [--methods=ist,local_sgd,da
 
 Every run has a folder of its own, DIR/METHOD-SEED, as by `ist_jax.main`; those that are finished are not
 repeated, one that was stopped goes on. DIR/compare.json holds, by method, mean and spread of accuracy (of the
-last evaluation), seconds (of all rounds, evaluation included) and bytes (of a worker, by the papers' count),
-and the runs' folders; DIR/report.html draws them.
+last evaluation), seconds (of all rounds, evaluation included) and bytes (of a worker: exchanged, by the
+papers' count, and sent on the wire), and the runs' folders; DIR/report.html draws them.
 """
 
 import json
 import logging
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,13 +27,20 @@ if TYPE_CHECKING:
     import flax.linen as nn
 
     from ist_jax.runtime.setup import Run
-    from ist_jax.workdir.files import Json
+    from ist_jax.workdir.files import Json, Record
 
 log = logging.getLogger("ist_jax.compare")  # also where this file is the command
 
 USAGE = "python -m ist_jax.compare --config=FILE[:MODE] [--methods=LIST] [--seeds=N] [--workdir=DIR]"
 # Keys of compare.json and of the summary that they come from.
-_FIGURES = {"accuracy": "test_accuracy", "seconds": "seconds_total", "bytes": "bytes_exchanged_per_worker"}
+_FIGURES = {
+    "accuracy": "test_accuracy",
+    "seconds": "seconds_total",
+    "bytes": "bytes_exchanged_per_worker",
+    "bytes_local_sgd": "bytes_local_sgd_per_worker",
+    "bytes_sent": "bytes_sent_per_worker",
+}
+_PAGE, _RESULT = "report.html", "compare.json"
 
 
 def compare(
@@ -50,8 +56,10 @@ def compare(
       model: as for `train.train`.
 
     Returns:
-      'methods': by method 'accuracy', 'seconds' and 'bytes', each with 'mean', 'min' and 'max' over the
-      seeds, and 'runs', the folders; 'start': by seed the hashes of what all methods began with.
+      'methods': by method 'accuracy', 'seconds', 'bytes' (exchanged by a worker), 'bytes_local_sgd' (what
+      local SGD would have exchanged) and 'bytes_sent' (by a worker, on the wire; None for runs of earlier
+      versions), each with 'mean', 'min' and 'max' over the seeds, and 'runs', the folders; 'start': by seed
+      the hashes of what all methods began with.
 
     Raises:
       ValueError: a setting that cannot work, or runs that did not begin alike.
@@ -59,31 +67,77 @@ def compare(
     """
     from ist_jax import train
     from ist_jax.report import page
+    from ist_jax.runtime.observers import show_runs
     from ist_jax.workdir import files
 
     if len({_folder_name(method) for method in methods}) < len(methods):
         raise ValueError(f"two of the methods {', '.join(methods)} have one name; give one of them another")
+    _check_folder(workdir, [f"{_folder_name(m)}-{config.seed + n}" for m in methods for n in range(seeds)])
     runs: dict[str, dict[Path, dict[str, Json]]] = {method: {} for method in methods}
-    starts = {}
-    for seed in range(config.seed, config.seed + seeds):
-        for method in methods:
-            own = config.copy_and_resolve_references()
-            own.method, own.seed = method, seed
-            folder = workdir / f"{_folder_name(method)}-{seed}"
-            log.info("compare: %s, seed %d", method, seed)
-            runs[method][folder] = train.train(own, folder, model, started=partial(_note_start, folder))
-        starts[str(seed)] = _common_start([list(folders)[-1] for folders in runs.values()])
-    figures = {
-        method: {
-            name: _spread([summary[key] for summary in folders.values()]) for name, key in _FIGURES.items()
-        }
-        | {"runs": [folder.name for folder in folders]}
-        for method, folders in runs.items()
-    }
+    starts, last = {}, config.seed + seeds - 1
+    named = f"seed {config.seed}" if seeds == 1 else f"seeds {config.seed} to {last}"
+    log.info("%s, %s: %d runs in %s", ", ".join(methods), named, len(methods) * seeds, workdir)
+    with show_runs(len(methods) * seeds) as show:
+        place = Place(show, len(methods) * seeds)
+        for seed in range(config.seed, last + 1):
+            for method in methods:
+                own = config.copy_and_resolve_references()
+                own.method, own.seed = method, seed
+                folder = workdir / f"{_folder_name(method)}-{seed}"
+                place.enter(f"{method}, seed {seed}")
+
+                def started(run: "Run", folder: Path = folder) -> None:
+                    place.start(run)
+                    if run.schedule.first == 0:
+                        _note_start(folder, run)
+
+                runs[method][folder] = train.train(own, folder, model, started=started, progress=place.go_on)
+                place.leave()
+            starts[str(seed)] = _common_start([list(folders)[-1] for folders in runs.values()])
+    figures = {}
+    for method, folders in runs.items():
+        found = {name: _spread([x.get(key) for x in folders.values()]) for name, key in _FIGURES.items()}
+        figures[method] = found | {"runs": [folder.name for folder in folders]}
     result = {"methods": figures, "start": starts}
-    files.write_json(workdir / "compare.json", result)
-    page.write_report([folder for folders in runs.values() for folder in folders], workdir / "report.html")
+    files.write_json(workdir / _RESULT, result)
+    page.write_report([folder for folders in runs.values() for folder in folders], workdir / _PAGE)
     return result
+
+
+class Place:
+    """Where a comparison is: tells `show`, of `observers.show_runs`, of every round of every run."""
+
+    def __init__(self, show: Callable[[float, float, str], None], total: int):
+        self._show, self._total, self._text = show, total, ""
+        self._done, self._skipped = 0, 0.0  # runs
+        self._rounds = 0  # of the run that is going on, if any of it is left
+
+    def enter(self, text: str) -> None:
+        """A run comes next; it may be finished already."""
+        self._text, self._rounds = f"run {self._done + 1} of {self._total}: {text}", 0
+        self._show(self._done, self._skipped, self._text)
+
+    def start(self, run: "Run") -> None:
+        """It is set up."""
+        self._rounds = run.schedule.rounds
+        self._skipped += run.schedule.first / self._rounds
+
+    def go_on(self, record: "Record") -> None:
+        """A round of it is done."""
+        text = f"{self._text}, round {record['round']} of {self._rounds}"
+        self._show(self._done + record["round"] / self._rounds, self._skipped, text)
+
+    def leave(self) -> None:
+        """It is finished."""
+        self._done += 1
+        self._skipped += not self._rounds
+
+
+def _check_folder(workdir: Path, planned: Sequence[str]) -> None:
+    """Raises ValueError where a folder holds anything but runs, begun or planned, and what compares them."""
+    runs = {path.parent.name for path in workdir.glob("*/config.json")}
+    if foreign := errors.contents(workdir, {*runs, *planned, _PAGE, _RESULT}):
+        raise ValueError(f"{workdir} holds {foreign}, but no comparison; choose a new or empty --workdir")
 
 
 def _folder_name(method: str) -> str:
@@ -110,20 +164,36 @@ def _note_start(folder: Path, run: "Run") -> None:
 
 def table(result: "Mapping[str, Json]") -> str:
     """The comparison for people: means, and the least and most over the seeds."""
-    lines = [f"{'':14}{'test accuracy %':>26}{'seconds':>26}{'MB per worker':>16}"]
+    from ist_jax.costs.traffic import megabytes
+    from ist_jax.runtime.record import share
+
+    first = max(14, *(len(method) + 1 for method in result["methods"]))
+    heads = f"{'test accuracy %':>24}{'seconds':>24}{'MB exchanged':>14}{'share of':>11}{'MB sent on':>12}"
+    lines = [
+        f"{'':{first}}{heads}",
+        f"{'':{first}}{'':48}{'by a worker':>14}{'local SGD':>11}{'the wire':>12}",
+    ]
     for method, figures in result["methods"].items():
         accuracy, seconds = _text(figures["accuracy"], 100, 2), _text(figures["seconds"], 1, 1)
-        lines.append(f"{method:14}{accuracy:>26}{seconds:>26}{figures['bytes']['mean'] / 1e6:16,.2f}")
+        exchanged, full = figures["bytes"]["mean"], figures["bytes_local_sgd"]["mean"]
+        part = "" if exchanged == full else share(exchanged, full).removesuffix(" of")
+        sent = "-" if figures["bytes_sent"] is None else megabytes(figures["bytes_sent"]["mean"])
+        sizes = f"{megabytes(exchanged):>14}{part:>11}{sent:>12}"
+        lines.append(f"{method:{first}}{accuracy:>24}{seconds:>24}{sizes}")
     return "\n".join(lines)
 
 
 def _text(figure: Mapping[str, float], factor: float, digits: int) -> str:
     mean, least, most = (f"{factor * figure[name]:,.{digits}f}" for name in ("mean", "min", "max"))
-    return f"{mean} ({least} to {most})"
+    return mean if figure["min"] == figure["max"] else f"{mean} ({least} to {most})"
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
+def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
+    """None where one of them is not known."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    return {"mean": statistics.mean(known), "min": min(known), "max": max(known)}
 
 
 def _common_start(folders: Sequence[Path]) -> dict[str, str]:
@@ -154,7 +224,7 @@ def main(argv: list[str]) -> int:
         known = ", ".join(METHODS)
         raise errors.fail(f"--methods={','.join(methods)}; give some of {known}, or FILE.py:NAME")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("ist_jax").setLevel(logging.INFO)
+    log.setLevel(logging.INFO)  # of the runs themselves, warnings alone
 
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -174,6 +244,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(table(result))
+    print(f"report: {workdir / _PAGE}")
     return 0
 
 

@@ -1,14 +1,18 @@
-"""Errors in the words of people: one line each."""
+"""Errors in the words of people: one line each, and another for each of its notes."""
 
 import contextlib
 import difflib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+
+_NAMED = 5  # of a folder's contents
 
 
-def fail(message: str) -> SystemExit:
-    """The exit of a user's mistake: one line on stderr, code 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+def fail(message: str, notes: Iterable[str] = ()) -> SystemExit:
+    """The exit of a user's mistake: one line on stderr, an indented one for each note, code 2."""
+    lines = [" ".join(text.split()) for text in (message, *notes)]
+    print("error: " + "\n  ".join(lines), file=sys.stderr)
     return SystemExit(2)
 
 
@@ -29,6 +33,17 @@ def one_line(error: BaseException) -> str:
 def last_line(error: BaseException) -> str:
     """The last line of what an error in the user's own file says; its type, where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+def contents(folder: Path, known: Collection[str] = ()) -> str:
+    """The first names in a folder, such as 'a, b and 3 more', the known and the hidden ones left out.
+
+    '' where there are no others, or no such folder.
+    """
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    others = sorted(name for name in names if name not in known and not name.startswith("."))
+    more = f" and {len(others) - _NAMED:,} more" if len(others) > _NAMED else ""
+    return ", ".join(others[:_NAMED]) + more
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

@@ -32,7 +32,10 @@ def read_image(path: str) -> "Image.Image":
 
     try:
         with Image.open(path) as image:
-            return image.copy()
+            if not image.has_transparency_data:
+                return image.copy()
+            paper = Image.new("RGBA", image.size, "white")  # what is seen through it
+            return Image.alpha_composite(paper, image.convert("RGBA")).convert("RGB")
     except OSError as error:
         raise ValueError(f"cannot read {path} as an image: {error}") from None
 
@@ -44,6 +47,26 @@ def to_example(image: "Image.Image", shape: tuple[int, ...]) -> "np.ndarray":
     height, width, channels = shape
     resized = image.convert("L" if channels == 1 else "RGB").resize((width, height))
     return np.asarray(resized, np.uint8).reshape(shape)
+
+
+def is_inverted(picture: "Image.Image", images: "np.ndarray") -> bool:
+    """Whether a picture has dark ink on a bright ground, and a set of grey images the reverse.
+
+    Told by the borders.
+
+    Args:
+      picture: to classify.
+      images: uint8 [N, H, W, C], of the set.
+    """
+    import numpy as np
+
+    def border(x: "np.ndarray") -> float:
+        """The median of [..., H, W]; ink may reach it."""
+        return float(np.median(np.concatenate([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], axis=-1)))
+
+    if images.shape[-1] != 1:
+        return False
+    return border(images[..., 0]) < 64 and border(np.asarray(picture.convert("L"))) > 128
 
 
 def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = None) -> None:
@@ -113,6 +136,8 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
         batch = {"image": fit(picture)[None], "label": np.zeros(1, np.int32)}
         probabilities = np.asarray(predict(variables, batch))[0]
         best, classes = probabilities.argsort()[::-1][:3], run.inputs.dataset.classes
+        if not encoded and is_inverted(picture, run.inputs.test["image"]):
+            print(f"{name}: it has bright borders, and {config.data.name} has bright ink on dark: invert it")
         print(f"{name}: " + ", ".join(f"{classes[k]} {probabilities[k]:.1%}" for k in best))
 
 

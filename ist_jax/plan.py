@@ -3,15 +3,16 @@
 python -m ist_jax.plan --config=configs/resnet.py:cifar100 [--json] [--bandwidth=1e8,1e9,1e10] [--flops=1e13]
                        [--config.num_workers=8 ...]
 
-Only shapes are traced, so the largest nets fit a laptop. The costs are those of a round after a warm-up.
-`--json` prints an object: by method, the fields of `Cost`; beside the methods, 'seconds_per_round' (by
-method, one per bandwidth) and 'setting'.
+Only shapes are traced, so the largest nets fit a laptop. The costs of a round are those after a warm-up;
+those of a run have the warm-up in them. `--json` prints an object: by method, the fields of `Cost`; beside
+the methods, 'seconds_per_round' (by method, one per bandwidth), 'run' (by method, the fields of `Total`;
+null where its length is not known), 'setting', and 'notes', on settings that make no sense.
 """
 
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from absl import flags
@@ -21,12 +22,15 @@ from ist_jax import BANDWIDTHS, cli
 
 if TYPE_CHECKING:
     from ist_jax import data, task
+    from ist_jax.methods.method import Recipe
+    from ist_jax.partition import Group
     from ist_jax.workdir.files import Json
 
 USAGE = (
     "python -m ist_jax.plan --config=FILE[:MODE] [--json] [--bandwidth=LIST] [--flops=NUMBER] "
     "[--example=SHAPE --classes=N] [--config.KEY=VALUE ...]"
 )
+_FEW = 5  # rounds, in which hardly anything is dealt anew
 _FLOPS = 1e13  # per second: about what a large accelerator sustains in float32
 
 
@@ -35,7 +39,8 @@ class Cost(NamedTuple):
 
     Attributes:
       params_per_worker: parameters of the largest subnet that a worker can be dealt.
-      paper_gigabytes_per_round: by the papers' count, of all workers together, in 10^9 bytes.
+      exchanged_bytes_per_worker_per_round: by the papers' count, a mean over the workers.
+      paper_gigabytes_per_round: the same of all workers together, in 10^9 bytes.
       wire_bytes_per_worker_per_round: bytes that leave a device, shared out among its workers; as many
         arrive. Empty slots and padding included, evaluation not.
       state_bytes_per_worker: parameters and optimizer state that a device keeps while its workers train,
@@ -44,10 +49,27 @@ class Cost(NamedTuple):
     """
 
     params_per_worker: int
+    exchanged_bytes_per_worker_per_round: float
     paper_gigabytes_per_round: float
     wire_bytes_per_worker_per_round: float
     state_bytes_per_worker: float
     flops_per_worker_per_step: float
+
+
+class Total(NamedTuple):
+    """What one method costs in a whole run.
+
+    Attributes:
+      exchanged_bytes_per_worker: by the papers' count, a mean over the workers.
+      paper_gigabytes: the same of all workers together, in 10^9 bytes.
+      wire_bytes_per_worker: bytes that leave a device, shared out among its workers.
+      hours: one per bandwidth; without start and evaluation.
+    """
+
+    exchanged_bytes_per_worker: float
+    paper_gigabytes: float
+    wire_bytes_per_worker: float
+    hours: list[float]
 
 
 def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
@@ -60,21 +82,36 @@ def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
     Raises:
       ValueError: a setting that cannot work, or facts that lack; the message names the key.
     """
+    recipe, _ = _recipes(config, facts)
+    return _cost(config, facts, recipe)
+
+
+def _recipes(config: config_dict.ConfigDict, facts: "data.Facts") -> "tuple[Recipe, Recipe]":
+    """What the method is made from, after the warm-up and during it; shapes alone are looked at."""
     from ist_jax.config import build_model, check
-    from ist_jax.costs import formula, traffic
     from ist_jax.runtime import setup
 
     check(config)
     if facts.example is None or facts.num_classes is None:
         raise ValueError(f"what data.name={config.data.name!r} holds is not known before it is opened")
-    (shown, data), entry = _shown(facts), setup.method_of(config)
-    model = build_model(config, facts.num_classes)
+    (shown, _), model = _shown(facts), build_model(config, facts.num_classes)
     recipe = setup.make_recipe(config, model, shown, config.num_devices or config.num_workers)
+    return recipe, setup.warmup_recipe(recipe, model, shown, setup.unit_scale(config, recipe.layout))
+
+
+def _cost(config: config_dict.ConfigDict, facts: "data.Facts", recipe: "Recipe") -> Cost:
+    from ist_jax.costs import formula, traffic
+    from ist_jax.runtime import setup
+
+    shown, data = _shown(facts)
+    entry = setup.method_of(config)
     phases = setup.trace_round(entry, recipe, data, config.local_steps, config.batch_size)
     moved, workers = traffic.round_traffic(phases, recipe.layout), recipe.layout.workers_per_device
+    paper = sum(moved.paper.values())
     return Cost(
         params_per_worker=formula.largest_subnet(recipe.layout),
-        paper_gigabytes_per_round=sum(moved.paper.values()) / 1e9,
+        exchanged_bytes_per_worker_per_round=paper / config.num_workers,
+        paper_gigabytes_per_round=paper / 1e9,
         wire_bytes_per_worker_per_round=sum(moved.sent.values()) / workers,
         state_bytes_per_worker=sum(formula.memory(recipe, phases)) / workers,
         flops_per_worker_per_step=formula.step_flops(recipe, shown.example, config.batch_size),
@@ -115,59 +152,152 @@ def plan(
     from ist_jax.data import batches
     from ist_jax.methods import METHODS
     from ist_jax.runtime import setup
+    from ist_jax.runtime.schedule import NOTHING_DONE
 
-    costs = {}
-    for method in dict.fromkeys([*METHODS, config.method]):
-        own = config.copy_and_resolve_references()
-        own.method = method
-        if not setup.method_of(own).exchanges:
-            own.exchange.codec = "none"
-        costs[method] = predict(own, facts)
-    workers, rounds = config.num_workers, config.rounds
+    workers, rounds, num_train = config.num_workers, config.rounds, facts.num_train
     devices = config.num_devices or workers
-    if facts.num_train is not None:
-        held_out = batches.count_held_out(facts.num_train, config.data.validation)
-        rounds = setup.make_schedule(config, facts.num_train - held_out).rounds
+    if num_train is not None:
+        num_train -= batches.count_held_out(num_train, config.data.validation)
+        rounds = setup.make_schedule(config, num_train).rounds
 
     def seconds(cost: Cost, bandwidth: float) -> float:
         computing = config.local_steps * cost.flops_per_worker_per_step / flops
         sending = 8 * cost.wire_bytes_per_worker_per_round / bandwidth
         return workers // devices * (computing + sending)
 
+    def total(parts: Sequence[tuple[int, Cost]]) -> Total:
+        return Total(
+            exchanged_bytes_per_worker=sum(
+                n * cost.exchanged_bytes_per_worker_per_round for n, cost in parts
+            ),
+            paper_gigabytes=sum(n * cost.paper_gigabytes_per_round for n, cost in parts),
+            wire_bytes_per_worker=sum(n * cost.wire_bytes_per_worker_per_round for n, cost in parts),
+            hours=[sum(n * seconds(cost, b) for n, cost in parts) / 3600 for b in bandwidths],
+        )
+
+    costs, totals, notes = {}, {}, []
+    for method in dict.fromkeys([*METHODS, config.method]):
+        own = config.copy_and_resolve_references()
+        own.method = method
+        if not setup.method_of(own).exchanges:
+            own.exchange.codec = "none"
+        recipe, warm = _recipes(own, facts)
+        costs[method], warmup = _cost(own, facts, recipe), 0
+        if rounds is not None and (num_train is not None or not config.partition.warmup_epochs):
+            warmup = setup.count_warmup_rounds(own, num_train or 1, NOTHING_DONE, rounds)
+            first = [(warmup, _cost(own, facts, warm))] if warmup else []
+            totals[method] = total([*first, (rounds - warmup, costs[method])])
+        if method == config.method:
+            notes = _notes(workers, recipe.layout.groups, rounds, warmup)
     times = {method: [seconds(cost, b) for b in bandwidths] for method, cost in costs.items()}
     setting = {"num_workers": workers, "num_devices": devices, "local_steps": config.local_steps}
     setting |= {"batch_size": config.batch_size, "rounds": rounds}
     setting |= {"bits_per_second": list(bandwidths), "flops_per_second": flops}
     planned = {method: _whole(cost) for method, cost in costs.items()}
-    return planned | {"seconds_per_round": times, "setting": setting}
+    run = {method: _whole(found) for method, found in totals.items()} or None
+    return planned | {"seconds_per_round": times, "run": run, "setting": setting, "notes": notes}
 
 
-def _whole(cost: Cost) -> dict[str, float]:
+def _whole(figures: Cost | Total) -> "dict[str, Json]":
     """The fields by name, whole numbers as such."""
-    return {name: int(x) if x % 1 == 0 else x for name, x in cost._asdict().items()}
+    named = figures._asdict().items()
+    return {name: int(x) if isinstance(x, float) and x % 1 == 0 else x for name, x in named}
+
+
+def _notes(workers: int, groups: "Mapping[str, Group]", rounds: int | None, warmup: int) -> list[str]:
+    """What makes no sense in a setting, a line each; usually there are none.
+
+    Args:
+      workers: S.
+      groups: of units, as the method deals them; {}: it deals none.
+      rounds: of the run; None: not known.
+      warmup: of them, in which nothing is dealt.
+    """
+    found = []
+    for name, group in groups.items():
+        least = min(group.counts)
+        if workers == 1:
+            found.append(f"one worker holds all units of {name}: nothing is dealt; raise num_workers")
+        elif least == group.size:
+            found.append(
+                f"every worker holds all {group.size:,} units of {name}: nothing is dealt; lower min_units"
+            )
+        elif least == 0:
+            idle = sum(count == 0 for count in group.counts)
+            found.append(f"{idle:,} of {workers:,} workers get none of the {group.size:,} units of {name}")
+        elif workers > group.size:
+            held = f"each of them is trained by about {sum(group.counts) / group.size:,.0f} workers at a time"
+            found.append(f"{workers:,} workers for the {group.size:,} units of {name}: {held}")
+    if warmup and warmup == rounds:
+        found.append("the warm-up is the whole run: nothing is dealt; lower partition.warmup_epochs")
+    if rounds is not None and rounds < _FEW:
+        length = "one round" if rounds == 1 else f"{rounds} rounds"
+        remedy = "take fewer workers or local steps, or more epochs"
+        found.append(
+            f"the whole run is {length}: units hardly change hands; {remedy}"
+            if groups
+            else f"the whole run is {length}; {remedy}"
+        )
+    return found
 
 
 def table(planned: "dict[str, Json]") -> str:
     """The plan for people, at most 100 columns wide with up to 6 bandwidths."""
-    setting, times = planned["setting"], planned["seconds_per_round"]
-    rounds = f"{setting['rounds']:,} rounds" if setting["rounds"] else "rounds"
+    setting, times, run = planned["setting"], planned["seconds_per_round"], planned["run"]
+    count = setting["rounds"]
+    rounds = "rounds" if count is None else "one round" if count == 1 else f"{count:,} rounds"
+    first = max(14, *(len(method) + 1 for method in times))
+    heads: list[tuple[str, ...]] = [  # of what a round takes
+        ("a round", "parameters", "MB exchanged", "MB sent on", "GB exchanged", "MB of state", "GFLOP"),
+        ("", "a worker", "a worker", "the wire", "by all", "a worker", "a worker"),
+        ("", "(largest)", "", "a worker", "(papers)", "", "and step"),
+    ]
     lines = [
-        f"{setting['num_workers']} workers on {setting['num_devices']} devices, "
+        f"{setting['num_workers']:,} workers on {setting['num_devices']:,} devices, "
         f"{rounds} of {setting['local_steps']} local steps on {setting['batch_size']} examples each",
+        *(f"note: {note}" for note in planned["notes"]),
         "",
-        f"{'':14}{'parameters':>16}{'GB of all':>14}{'MB sent':>14}{'MB of state':>14}{'GFLOP':>14}",
-        f"{'':14}{'a worker':>16}{'a round':>14}{'a worker':>14}{'a worker':>14}{'a worker':>14}",
-        f"{'':14}{'(largest)':>16}{'(papers)':>14}{'and round':>14}{'':>14}{'and step':>14}",
+        *(_row(name, first, *cells) for name, *cells in heads),
     ]
     for method in times:
-        params, paper, wire, state, step = Cost(**planned[method])
-        sizes = f"{params:16,}{paper:14,.3f}{wire / 1e6:14,.2f}{state / 1e6:14,.1f}{step / 1e9:14,.3f}"
-        lines.append(f"{method:14}{sizes}")
+        params, exchanged, paper, wire, state, step = Cost(**planned[method])
+        sizes = [f"{params:,}", _size(exchanged, 1e6), _size(wire, 1e6), f"{paper:,.3f}"]
+        lines.append(_row(method, first, *sizes, f"{state / 1e6:,.1f}", f"{step / 1e9:,.3f}"))
+    if run:
+        most = max(total["exchanged_bytes_per_worker"] for total in run.values())
+        unit, name = (1e9, "GB") if most >= 1e11 else (1e6, "MB")
+        heads = [
+            ("the whole run", f"{name} exchanged", f"{name} sent on", "GB exchanged"),
+            ("", "a worker", "the wire", "by all"),
+            ("", "", "a worker", "(papers)"),
+        ]
+        lines += ["", *(_row(name, first, *cells) for name, *cells in heads)]
+        for method, total in run.items():
+            exchanged, paper, wire, _ = Total(**total)
+            lines.append(_row(method, first, _size(exchanged, unit), _size(wire, unit), f"{paper:,.3f}"))
     rate = f"{setting['flops_per_second'] / 1e12:g} TFLOP/s"
-    lines += ["", f"seconds a round of a device that computes at {rate} and whose link carries"]
-    lines.append(f"{'':14}" + "".join(f"{b / 1e9:9g} Gb/s" for b in setting["bits_per_second"]))
-    lines += [f"{method:14}" + "".join(f"{s:14,.3f}" for s in times[method]) for method in times]
+    links = _row("", first, *(f"{b / 1e9:g} Gb/s" for b in setting["bits_per_second"]))
+    lines += ["", f"seconds a round of a device that computes at {rate} and whose link carries", links]
+    lines += [_row(method, first, *(f"{s:,.3f}" for s in times[method])) for method in times]
+    if run:
+        shortest = min(min(total["hours"]) for total in run.values())
+        seconds, name = (1, "hours") if shortest >= 0.05 else (3600, "seconds")
+        lines += ["", f"{name} the whole run, without start and evaluation", links]
+        for method, total in run.items():
+            lines.append(_row(method, first, *(f"{hours * seconds:,.3f}" for hours in total["hours"])))
+    else:
+        lines += ["", "how long the whole run is, the data set tells when it is opened; or set config.rounds"]
     return "\n".join(lines)
+
+
+def _row(name: str, width: int, *cells: str) -> str:
+    return f"{name:{width}}{''.join(f'{cell:>14}' for cell in cells)}".rstrip()
+
+
+def _size(size: float, unit: float) -> str:
+    from ist_jax.costs.traffic import megabytes
+
+    return megabytes(size / unit * 1e6)
 
 
 def main(argv: list[str]) -> int:

@@ -23,7 +23,7 @@ from ist_jax.runtime.run import Run
 from ist_jax.runtime.setup import set_up
 from ist_jax.runtime.stopping import diverged, has_stopped
 from ist_jax.workdir import checkpoint, checkpoint_writer, files, lock, resume
-from ist_jax.workdir.files import Json, Record
+from ist_jax.workdir.files import Json, Record, Summary
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,12 @@ Started = Callable[[Run], None]
 
 
 def train(
-    config: ConfigDict, workdir: str | Path, model: nn.Module | None = None, *, started: Started | None = None
+    config: ConfigDict,
+    workdir: str | Path,
+    model: nn.Module | None = None,
+    *,
+    started: Started | None = None,
+    progress: Observer | None = None,
 ) -> dict[str, Json]:
     """Trains a model and writes its results.
 
@@ -40,7 +45,8 @@ def train(
       config: as from `configs/`.
       workdir: folder for config.json, metrics.jsonl, summary.json and the parameters.
       model: any Flax model that follows `ist_jax.models`; None: the one that the config describes.
-      started: called before the first round of a run that does not go on from a checkpoint.
+      started: called before the first round of this session, if there is one.
+      progress: called with every record, in place of the bar.
 
     Returns:
       What summary.json holds.
@@ -54,9 +60,9 @@ def train(
         run = begin(config, workdir, claim, model)
         if run is None:
             return files.read_summary(workdir)
-        if started is not None and run.schedule.first == 0:
+        if started is not None:
             started(run)
-        return run_rounds(run, workdir, custom_model=model)
+        return run_rounds(run, workdir, custom_model=model, progress=progress)
 
 
 def begin(config: ConfigDict, workdir: Path, claim: ExitStack, model: nn.Module | None = None) -> Run | None:
@@ -73,7 +79,7 @@ def begin(config: ConfigDict, workdir: Path, claim: ExitStack, model: nn.Module 
       OSError: the folder could not be written to.
     """
     if (summary := resume.find_finished(configs.record(config), workdir, model)) is not None:
-        log.info(record.last_line(summary))
+        _say_result(workdir, summary)
         return None
     leads = processes.number() == 0
     if leads:
@@ -92,7 +98,11 @@ class Diverged(RuntimeError):
 
 
 def run_rounds(
-    run: Run, workdir: Path, custom_model: nn.Module | None = None, observers: Sequence[Observer] = ()
+    run: Run,
+    workdir: Path,
+    custom_model: nn.Module | None = None,
+    observers: Sequence[Observer] = (),
+    progress: Observer | None = None,
 ) -> dict[str, Json]:
     """Trains for the rounds that remain, writing metrics and checkpoints as they come, then the summary.
 
@@ -101,6 +111,7 @@ def run_rounds(
       workdir: from `open_workdir`.
       custom_model: the model, where it is not the config's; recorded.
       observers: called with every record.
+      progress: the same, in place of the bar.
 
     Returns:
       What summary.json holds.
@@ -123,8 +134,10 @@ def run_rounds(
         stack.enter_context(closing(writer))
         stack.enter_context(closing(run.feed))
         if leads:
-            bar = show_progress(schedule.rounds, run.name, done=schedule.first)
-            observers = [stack.enter_context(bar), *observers]
+            if progress is None:
+                bar = show_progress(schedule.rounds, run.name, done=schedule.first)
+                progress = stack.enter_context(bar)
+            observers = [progress, *observers]
         for index in range(schedule.first, schedule.rounds):
             if has_stopped(records, schedule.patience):  # in an earlier session
                 break
@@ -158,11 +171,21 @@ def run_rounds(
         files.write_records(workdir, records)
         digest = files.params_sha256(checkpoint.open_round(workdir, len(records)).params())
         files.write_json(workdir / "summary.json", record.summarize(run, records, model, digest))
-        log.info("report: %s", record.write_report(workdir))
+        record.write_report(workdir)
     processes.meet("the summary")
     summary = files.read_summary(workdir)
-    log.info(record.last_line(summary))
+    _say_result(workdir, summary)
     return summary
+
+
+def _say_result(workdir: Path, summary: Summary) -> None:
+    """The end of a run in words: what is to be doubted, the path of its report, and the line that matters."""
+    if processes.number():
+        return
+    for doubt in summary.get("doubts", ()):  # earlier versions had none
+        log.warning("warning: %s: %s", workdir, doubt)
+    log.info("report: %s", workdir / "report.html")
+    log.info(record.last_line(summary))
 
 
 def train_round(run: Run, state: State, index: int) -> tuple[State, Record]:

@@ -22,9 +22,10 @@ CHECKED = [  # with what is below them
 ]
 install_import_hook(CHECKED, "beartype.beartype")  # before any of them is imported
 
-from ist_jax.runtime import devices
+from ist_jax.runtime import devices, record
 
 ROOT = Path(__file__).parent.parent
+REPORTING = {"test_bring_your_own", "test_cli", "test_compare", "test_report", "test_train"}
 
 devices.prepare(8)
 hypothesis.settings.register_profile("ist_jax", deadline=None)  # the first example compiles
@@ -45,6 +46,15 @@ def _programs_of_one_module_at_a_time():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _reports_where_they_are_looked_at(request):
+    """Drawing a run's report takes a fifth of the time of a short run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem not in REPORTING:
+            patch.setattr(record, "write_report", lambda workdir: workdir / "report.html")
+        yield
 
 
 def get_config(name, mode="smoke", **overrides):

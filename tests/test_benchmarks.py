@@ -33,6 +33,7 @@ def test_the_input_is_measured_against_a_constant_batch(capsys):
     assert len(re.findall(r"round / constant, \w+ +time +\d+\.\d+", out)) == 2
 
 
+@pytest.mark.slow
 def test_a_constant_batch_is_all_that_is_seen():
     import input_cost
 

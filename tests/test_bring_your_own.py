@@ -16,9 +16,9 @@ from ist_jax.report.__main__ import main as report
 from ist_jax.runtime.setup import set_up
 from ist_jax.workdir import files
 
-# The examples of the README, by what they define.
+# The examples of the docs, by what they define.
 NAMES = {"own_method.py": "def slowmo", "own_deal.py": "def rolling", "own_codec.py": "half = Codec"}
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "bring_your_own.md").read_text(), re.S)
 FILES = {file: next(block for block in BLOCKS if name in block) for file, name in NAMES.items()}
 OWN = {
     "method": "own_method.py:slowmo",
@@ -161,6 +161,7 @@ def test_a_codec_is_refused_where_nothing_is_exchanged(folder, capsys):
     assert "set config.exchange.codec to 'none'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_in_a_warmup_no_deal_is_asked(folder):
     overrides = {"partition.deal": OWN["partition.deal"], "partition.warmup_epochs": 0.02}
     run = set_up(get_config("mlp", **overrides))

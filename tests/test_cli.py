@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, get_config
+from PIL import Image
 
 from ist_jax import compare, evaluate, main, plan, train
 from ist_jax.config import keys_of
@@ -74,6 +76,8 @@ MLP = f"--config={ROOT}/configs/mlp.py:smoke"
         ([MLP, "--distributed"], "several processes need a --workdir"),
         ([MLP, "--distributed", "--workdir=run"], "--distributed found no other processes"),
         ([MLP, "--workdir=/proc/nowhere/run"], "cannot write to --workdir=/proc/nowhere/run"),
+        ([MLP, f"--workdir={ROOT}/README.md"], "README.md is a file; a folder is needed"),
+        ([MLP, f"--workdir={ROOT}/configs"], "but no run; choose a new or empty --workdir"),
         ([RESNET, "--config.model.sections=(1,1)"], "no partitionable block"),
         ([RESNET, "--config.partition.sections=(4,)"], "section 4"),
         ([RESNET, "--config.partition.sections=()"], "partition.sections"),
@@ -114,7 +118,9 @@ def folders(tmp_path_factory):
     ("flags", "message"),
     [
         ([], "--workdir is missing"),
-        (["--workdir=nowhere"], "holds no config.json"),
+        (["--workdir=nowhere"], "holds no config.json, so no run; it is empty or not there"),
+        (["--workdir=run/config.json"], "so no run; it is a file"),
+        (["--workdir=."], "so no run; it holds broken, own, run"),
         (["--workdir=run", "nothing.png"], "cannot read nothing.png as an image"),
         (["--workdir=run", "run/config.json"], "cannot read run/config.json as an image"),
         (["--workdir=own"], "holds a model of your own, Own"),
@@ -137,10 +143,55 @@ def test_the_command_trains_and_says_its_result_last(tmp_path):
     assert lines[0].startswith("data: digits: 1,797 real 8x8 images")
     assert "2 workers on 2 cpu device(s)" in lines[1]
     assert lines[-1].startswith("ist: test accuracy ")
-    assert " of local SGD" in lines[-1]
+    assert ", 42.7% of the 0.0845 MB of local SGD; " in lines[-1]
+    assert lines[-2] == f"report: {tmp_path}/run/report.html"
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0
     assert "finished already" in again.stderr
+    assert again.stderr.splitlines()[-2:] == lines[-2:]
+
+
+def test_settings_that_differ_are_told_one_a_line(folders, capsys):
+    before = [f"--workdir={folders}/run", "--config.rounds=1", "--config.local_steps=7", "--config.seed=3"]
+    with pytest.raises(SystemExit) as stop:
+        main.main(["main", MLP, *before])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-3:] == [
+        f"error: {folders}/run holds a run with other settings; choose another --workdir",
+        "  config.local_steps is 2 there and 7 here",
+        "  config.seed is 0 there and 3 here",
+    ]
+
+
+def test_a_picture_of_dark_ink_is_told_where_the_set_has_bright_ink(folders, tmp_path, capsys):
+    ink = np.zeros((40, 40), np.uint8)
+    ink[:, 15:25] = 255  # it reaches the border
+    Image.fromarray(ink).save(tmp_path / "bright.png")
+    Image.fromarray(255 - ink).save(tmp_path / "dark.png")
+    clear = np.stack([0 * ink, 0 * ink, 0 * ink, ink], -1)  # black on nothing
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    files = [str(tmp_path / f"{name}.png") for name in ("bright", "dark", "clear")]
+    assert evaluate.main(["evaluate", f"--workdir={folders}/run", *files]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "invert it" in line]
+    told = "it has bright borders, and digits has bright ink on dark: invert it"
+    assert lines == [f"{file}: {told}" for file in files[1:]]
+    colours = np.zeros((3, 32, 32, 3), np.uint8)  # of a set in colour nothing is known
+    assert not evaluate.is_inverted(Image.fromarray(255 - ink), colours)
+
+
+def test_what_pip_says_is_shown_where_it_fails_alone(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("setup.cfg", "pyproject.toml"):
+        (tmp_path / name).touch()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    for code in (0, 3):
+        python.write_text(f"#!/bin/sh\necho a warning of pip >&2\nexit {code}\n")
+        python.chmod(0o755)
+        (tmp_path / ".venv" / ".installed").unlink(missing_ok=True)
+        done = subprocess.run(["make", "setup"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert (done.returncode > 0) == (code > 0)
+        assert ("a warning of pip" in done.stdout + done.stderr) == (code > 0)
 
 
 @pytest.mark.parametrize("command", [main, plan, compare])

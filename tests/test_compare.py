@@ -5,16 +5,18 @@ import json
 import logging
 import os
 import struct
+from collections import namedtuple
 
 import jax
 import pytest
 from conftest import ROOT, get_config
 from tensorboardX.proto.event_pb2 import Event
 
-from ist_jax import compare, data, main
+from ist_jax import compare, data, main, train
 from ist_jax.runtime import observers
 from ist_jax.workdir import files
 
+Run, Length = namedtuple("Run", "schedule"), namedtuple("Length", "first rounds")
 MLP = f"--config={ROOT}/configs/mlp.py:smoke"
 
 
@@ -31,13 +33,15 @@ def test_a_comparison_leaves_a_folder_for_each_run_and_its_figures(compared):
     assert result.keys() == {"methods", "start"}
     for method in ("ist", "local_sgd"):
         figures = result["methods"][method]
-        assert figures.keys() == {"accuracy", "seconds", "bytes", "runs"}
+        assert figures.keys() == {"accuracy", "seconds", "bytes", "bytes_local_sgd", "bytes_sent", "runs"}
         assert figures["runs"] == [f"{method}-0"]
         summary = json.loads((workdir / f"{method}-0" / "summary.json").read_text())
         assert summary["method"] == method
         for name, key in (("accuracy", "test_accuracy"), ("seconds", "seconds_total")):
             assert figures[name] == dict.fromkeys(("mean", "min", "max"), summary[key])
         assert figures["bytes"]["mean"] == summary["bytes_exchanged_per_worker"]
+        records = files.read_records(workdir / f"{method}-0")
+        assert figures["bytes_sent"]["mean"] == sum(record["bytes_sent"] for record in records)
 
 
 def test_finished_runs_are_not_repeated_and_seeds_give_a_spread(compared, capsys):
@@ -53,8 +57,61 @@ def test_finished_runs_are_not_repeated_and_seeds_give_a_spread(compared, capsys
     assert result["start"]["0"] == first["start"]["0"]
     assert len({start["params_sha256"] for start in result["start"].values()}) == 2
     assert len({start["examples_sha256"] for start in result["start"].values()}) == 2
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ist "))
-    assert f"({100 * low:.2f} to {100 * high:.2f})" in line
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert f"({100 * low:.2f} to {100 * high:.2f})" in next(line for line in lines if line.startswith("ist "))
+    assert lines[-1] == f"report: {workdir}/report.html"
+
+
+def test_the_table_has_one_headline_and_no_share_of_local_sgd_in_itself(compared):
+    _, result = compared
+    rows = {line.split()[0]: line.split()[1:] for line in compare.table(result).splitlines()[2:]}
+    # accuracy, seconds, MB exchanged, share, MB sent; one seed has no spread
+    assert [len(rows[method]) for method in ("ist", "local_sgd")] == [5, 4]
+    whole = 3 * 2 * 4 * (64 * 32 + 32 * 32 + 32 * 10 + 4 * 32)  # 3 rounds, both ways
+    part = 3 * 2 * 4 * (64 * 16 + 16 * 16 + 16 * 10 + 4 * 16)
+    assert rows["ist"][2:4] == [f"{part / 1e6:.3g}", f"{part / whole:.1%}"]
+    assert rows["local_sgd"][2] == f"{whole / 1e6:.3g}"
+    old = dict(result["methods"]["ist"], bytes_sent=None)
+    assert compare.table({"methods": {"ist": old}}).endswith(" -")
+
+
+def test_one_line_of_progress_over_all_runs_with_the_time_left(compared, capsys, monkeypatch, tmp_path):
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(observers.time, "monotonic", lambda: next(clock))
+    with observers.show_runs(2) as show:
+        place = compare.Place(show, 2)
+        place.enter("ist, seed 0")  # after 10 s
+        place.start(Run(Length(first=2, rounds=4)))
+        place.go_on({"round": 3})  # a quarter of a run in 20 s; 1 1/4 are left
+        place.go_on({"round": 4})
+        place.leave()
+        place.enter("local_sgd, seed 0")
+        place.leave()
+    assert capsys.readouterr().err.splitlines() == [
+        "run 1 of 2: ist, seed 0",
+        "run 1 of 2: ist, seed 0, round 3 of 4, about 100 s left",
+        "run 1 of 2: ist, seed 0, round 4 of 4, about 60 s left",
+    ]
+    with observers.show_runs(400) as show:
+        for done in range(1, 401):
+            show(done, 0, "text")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 20
+    assert lines[0].endswith("min left")
+
+
+def test_a_folder_with_anything_else_is_no_comparisons(compared, capsys, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "ist-0").mkdir()  # of a comparison that was killed early
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["compare", MLP, "--methods=ist", f"--workdir={tmp_path}"])
+    assert stop.value.code == 2
+    assert f"error: {tmp_path} holds notes.txt, but no comparison" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"config.json, .* but no comparison"):
+        compare.compare(get_config("mlp"), compared[0] / "ist-0", methods=["ist"], seeds=1)
+    with pytest.raises(ValueError, match=r"holds compare.json, ist-0, .* but no run"):
+        train.train(get_config("mlp"), compared[0])
 
 
 @pytest.mark.parametrize("key", ["params_sha256", "examples_sha256"])

@@ -124,7 +124,7 @@ def test_a_folder_of_before_a_key_was_added_goes_on_and_refuses_another_value_of
     recorded = json.loads(file.read_text())
     del recorded["exchange"], recorded["data"]["size"]
     file.write_text(json.dumps(recorded))
-    with pytest.raises(ValueError, match=r"other settings: data.size is 224 there and 8 here"):
+    with pytest.raises(ValueError, match=r"config.data.size is 224 there and 8 here"):
         train.train(get_config("mlp", rounds=2, **{"data.size": 8}), tmp_path)
     assert train.train(get_config("mlp", rounds=2), tmp_path)["rounds"] == 2
 

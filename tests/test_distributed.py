@@ -143,6 +143,7 @@ sys.exit(main.main(["main", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_alone_is_missed_at_once(tmp_path):
     size = {"lost_after": 4.0, "model.hidden": (32, 32), "num_workers": 2}
     processes = launch(tmp_path, 2, programs={1: ("-c", SIGNALLED_TWICE)}, **size)

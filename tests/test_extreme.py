@@ -288,14 +288,8 @@ def test_logits_without_norm_are_scaled_to_the_subnets():
     assert np.abs(np.asarray(logits).mean(0)).max() > 1e-3  # not normalised
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param("ist", marks=pytest.mark.slow),
-        pytest.param("local_sgd", marks=pytest.mark.slow),
-        "data_parallel",
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ist", "local_sgd", "data_parallel"])
 def test_every_method_learns_and_reports_precisions(method, folder, tmp_path, capsys):
     config = tiny(folder, method=method, rounds=30, local_steps=5, batch_size=16, eval_every=0)
     summary = train.train(config, tmp_path / "run")
@@ -314,6 +308,7 @@ def test_every_method_learns_and_reports_precisions(method, folder, tmp_path, ca
     assert abs(estimated - 100 * summary["test_p1"]) < 10
 
 
+@pytest.mark.slow
 def test_images_cannot_be_classified_by_such_a_run(folder, tmp_path, capsys):
     from PIL import Image
 

@@ -58,10 +58,10 @@ def test_the_prepared_fashion_mnist_of_tfds_comes_first(debian, tmp_path, monkey
 
 
 def test_other_sets_do_not_look_at_fashion_mnist(debian, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"'mnist' is not prepared"):
+    with pytest.raises(ValueError, match=r"no mnist in .*, which holds debian; .*prepare mnist"):
         data.open_data_set("mnist", str(tmp_path))
     monkeypatch.setattr(tfds_images, "DEBIAN_FASHION_MNIST", tmp_path / "not-installed")
-    with pytest.raises(ValueError, match=r"'fashion_mnist' is not prepared.*install Debian's dataset"):
+    with pytest.raises(ValueError, match=r"no fashion_mnist in .*install Debian's dataset"):
         data.open_data_set("fashion_mnist", str(tmp_path))
 
 
@@ -123,7 +123,7 @@ def prepared(name, extracted, monkeypatch, tmp_path):
     return data.open_data_set(name, folder)
 
 
-def test_cifar100_is_prepared_with_a_progress_bar_and_found_again(tmp_path, monkeypatch, capsys):
+def test_cifar100_is_prepared_and_found_again(tmp_path, monkeypatch, capsys):
     raw = tmp_path / "cifar-100-binary"
     raw.mkdir()
     for kind, classes in (("coarse", 20), ("fine", 100)):
@@ -132,9 +132,11 @@ def test_cifar100_is_prepared_with_a_progress_bar_and_found_again(tmp_path, monk
     records[:, 0], records[:, 1] = 0, np.arange(9)  # coarse and fine label, then the planes
     records.tofile(raw / "train.bin")
     records[:4].tofile(raw / "test.bin")
-    for again in (False, True):
+    beside = ""
+    for _ in range(2):  # the second time it is there already
         dataset = prepared("cifar100", str(tmp_path), monkeypatch, tmp_path)
-        assert ("Generating train examples" in capsys.readouterr().err) == (not again)
+        assert capsys.readouterr().err.splitlines() == [f"preparing cifar100 in {tmp_path / 'tfds'}" + beside]
+        beside = ", beside cifar100, downloads"
         assert dataset.classes[:2] == ("fine0", "fine1")
         train, test = data.load(dataset.train), data.load(dataset.test)
         order = np.argsort(train["label"])  # TFDS shuffles when it writes
@@ -176,9 +178,9 @@ def test_preparation_that_fails_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", no_network)
     monkeypatch.setattr(mnist, "tf", mnist.tf)
     assert prepare.main(["prepare", "mnist", f"--dir={tmp_path}"]) == 1
-    assert re.fullmatch(
-        r"error: mnist cannot .*\(ConnectionError: no route to host\)\n", capsys.readouterr().err
-    )
+    first, line = capsys.readouterr().err.splitlines()
+    assert first == f"preparing mnist in {tmp_path}"
+    assert re.fullmatch(r"error: mnist cannot .*\(ConnectionError: no route to host\)", line)
 
 
 @pytest.mark.parametrize(

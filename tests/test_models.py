@@ -224,6 +224,7 @@ def test_scale_multiplies_the_residual_branches():
         np.testing.assert_allclose(apply(params, scale), apply(scaled, 1.0), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [ResNet((1, 3), 4, 10, (2,)), MLP((6, 5), 10)])
 def test_bfloat16_is_of_the_layers_alone(model):
     x = jax.random.normal(jax.random.key(1), (16, 8, 8, 1))

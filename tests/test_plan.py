@@ -6,8 +6,8 @@ import time
 import pytest
 from conftest import ROOT, get_config
 
-from ist_jax import data, plan
-from ist_jax.runtime import inputs, setup
+from ist_jax import data, plan, train
+from ist_jax.runtime import inputs, record, setup
 
 RESNET = f"--config={ROOT}/configs/resnet.py:cifar100"
 MLP = f"--config={ROOT}/configs/mlp.py:smoke"
@@ -57,13 +57,17 @@ def run(capsys, *flags):
 
 def test_json_has_the_documented_keys(capsys):
     planned = json.loads(run(capsys, MLP, "--json", "--bandwidth=1e9,2e9", "--flops=1e6"))
-    assert planned.keys() == {"ist", "local_sgd", "data_parallel", "seconds_per_round", "setting"}
+    others = {"seconds_per_round", "run", "setting", "notes"}
+    assert planned.keys() == {"ist", "local_sgd", "data_parallel", *others}
     for method in ("ist", "local_sgd", "data_parallel"):
         assert planned[method].keys() == set(plan.Cost._fields)
         cost, (slow, fast) = plan.Cost(**planned[method]), planned["seconds_per_round"][method]
         computing = 2 * cost.flops_per_worker_per_step / 1e6  # l = 2
         assert slow == pytest.approx(computing + 8 * cost.wire_bytes_per_worker_per_round / 1e9)
         assert fast == pytest.approx(computing + 8 * cost.wire_bytes_per_worker_per_round / 2e9)
+        total = plan.Total(**planned["run"][method])
+        assert total.hours == pytest.approx([3 * slow / 3600, 3 * fast / 3600])
+        assert total.paper_gigabytes == pytest.approx(3 * cost.paper_gigabytes_per_round)
     assert planned["setting"]["rounds"] == 3
 
 
@@ -83,8 +87,61 @@ def test_the_table_is_legible_at_100_columns(capsys):
     assert lines[1] == "4 workers on 4 devices, 313 rounds of 50 local steps on 128 examples each"
     # 16 of the 22 blocks of section 3 are elsewhere: two 3x3x256x256 kernels and two norms each
     assert 41_396_900 - 16 * 2 * (9 * 256 * 256 + 2 * 256) == 22_506_148
-    assert any(line.split()[:3] == ["ist", "22,506,148", "0.720"] for line in lines)  # arXiv:2107.00961
-    assert any(line.split()[:3] == ["local_sgd", "41,396,900", "1.325"] for line in lines)
+    rows = {(line.split() or [""])[0]: line.split() for line in reversed(lines)}  # the first table's
+    assert (rows["ist"][1], rows["ist"][4]) == ("22,506,148", "0.720")  # arXiv:2107.00961
+    assert (rows["local_sgd"][1], rows["local_sgd"][4]) == ("41,396,900", "1.325")
+    assert rows["ist"][2] == f"{2 * 4 * 22_506_148 / 1e6:.1f}"
+    whole = lines[next(i for i, line in enumerate(lines) if line.startswith("the whole run")) :]
+    assert "GB exchanged" in whole[0]
+    assert whole[3].split()[:2] == ["ist", f"{313 * 2 * 4 * 22_506_148 / 1e9:.1f}"]
+    assert any(line.startswith("hours the whole run") for line in whole)
+    assert "note: " not in "".join(lines)
+
+
+@pytest.mark.parametrize(  # 1,437 examples, 32 a round: a warm-up of 2 of the 3 rounds
+    ("method", "warmup"), [("ist", 0.03), ("local_sgd", 0.0), ("data_parallel", 0.0)]
+)
+def test_the_plan_and_the_run_have_one_headline(method, warmup, tmp_path, capsys):
+    flags = [MLP, f"--config.method={method}", f"--config.partition.warmup_epochs={warmup}"]
+    total = plan.Total(**json.loads(run(capsys, *flags, "--json"))["run"][method])
+    config = get_config("mlp", method=method, **{"partition.warmup_epochs": warmup})
+    summary = train.train(config, tmp_path)
+    assert total.exchanged_bytes_per_worker == summary["bytes_exchanged_per_worker"]
+    assert total.wire_bytes_per_worker == summary["bytes_sent_per_worker"]
+    headline = f"{total.exchanged_bytes_per_worker / 1e6:.3g}"
+    assert f"each worker exchanged {headline} MB" in record.last_line(summary)
+    lines = run(capsys, *flags).splitlines()
+    whole = lines[next(i for i, line in enumerate(lines) if line.startswith("the whole run")) :]
+    assert [headline] == [line.split()[1] for line in whole[:6] if line.startswith(f"{method} ")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "notes"),
+    [
+        (
+            [RESNET, "--config.num_workers=1024", "--config.rounds=1"],
+            ["1,024 workers for the 22 units of section3: each", "the whole run is one round: units hardly"],
+        ),
+        ([RESNET, "--config.num_workers=1"], ["one worker holds all units of section3"]),
+        ([RESNET, "--config.partition.min_units=22"], ["every worker holds all 22 units of section3"]),
+        (
+            [RESNET, "--config.num_workers=32", "--config.partition.min_units=0"],
+            ["10 of 32 workers get none of the 22 units of section3"],
+        ),
+        ([RESNET, "--config.partition.warmup_epochs=999"], ["the warm-up is the whole run"]),
+        (
+            [RESNET, "--config.method=local_sgd", "--config.rounds=4"],
+            ["the whole run is 4 rounds; take fewer"],
+        ),
+        ([RESNET, "--config.rounds=5"], []),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_told(flags, notes, capsys):
+    small = ["--config.model.width=4", "--config.model.sections=(1,1,23,1)"]
+    lines = [line for line in run(capsys, *flags, *small).splitlines() if line.startswith("note: ")]
+    assert len(lines) == len(notes)
+    for line, note in zip(lines, notes, strict=True):
+        assert line.startswith(f"note: {note}")
 
 
 def test_a_thousand_workers_take_less_than_ten_seconds(capsys):
@@ -110,6 +167,10 @@ def test_a_set_of_ones_own(capsys):
     planned = json.loads(run(capsys, f"--config={ROOT}/configs/mlp.py", *own, "--json"))
     assert planned["local_sgd"]["params_per_worker"] == 48 * 1024 + 1024**2 + 1024 * 7 + 4 * 1024
     assert planned["setting"]["rounds"] is None  # 400 epochs of nobody knows how many examples
+    assert planned["run"] is None
+    assert "how long the whole run is, the data set tells" in run(
+        capsys, f"--config={ROOT}/configs/mlp.py", *own
+    )
 
 
 @pytest.mark.parametrize(

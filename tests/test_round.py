@@ -207,6 +207,7 @@ def test_memory_per_device_is_the_share_of_the_store_and_a_subnet():
         assert memory(ist[phase]) < memory(sgd[phase]) / 3
 
 
+@pytest.mark.slow
 def test_memory_of_resist_is_below_local_sgd():
     overrides = {"num_workers": 4, "model.sections": (9,), "partition.sections": (1,)}
     ist, _, _ = compile_round("resnet", **overrides)
@@ -245,6 +246,7 @@ def test_scale_is_the_share_of_the_workers_that_held_a_unit(num_workers, least, 
     assert setup.unit_scale(config, describe(config)[0].layout) == {"section2": scale}
 
 
+@pytest.mark.slow
 def test_the_scale_at_evaluation_can_be_switched_off():
     losses = {}
     for enabled, scale in ((True, 0.5), (False, 1.0)):

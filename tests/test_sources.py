@@ -2,6 +2,7 @@
 
 import logging
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from conftest import ROOT, get_config
 from scipy.io import wavfile
 
 from ist_jax import data, train
-from ist_jax.data import batches, speech_commands
+from ist_jax.data import batches, prepare, speech_commands
 from ist_jax.runtime import inputs
 from ist_jax.runtime.setup import wanted_data
 
@@ -173,10 +174,52 @@ def test_an_unprepared_set_says_what_to_run_and_downloads_nothing(name, tmp_path
         raise AssertionError("a set is being prepared")
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", prepare)
-    command = f"run python -m ist_jax.data.prepare {name} --dir={tmp_path}, "
-    with pytest.raises(ValueError, match=f"{name}' is not prepared in .*{re.escape(command)}"):
+    command = re.escape(f"python -m ist_jax.data.prepare {name} --dir={tmp_path} fetches it")
+    with pytest.raises(ValueError, match=f"no {name} in {tmp_path}; {command}"):
         data.open_data_set(name, str(tmp_path))
     assert not list(tmp_path.iterdir())
+    for other in ("delicious", "bibtex", ".hidden"):
+        (tmp_path / other).mkdir()
+    with pytest.raises(
+        ValueError, match=f"no {name} in {tmp_path}, which holds bibtex, delicious; {command}"
+    ):
+        data.open_data_set(name, str(tmp_path))
+    with pytest.raises(ValueError, match=r"no files named train.txt .*, but holds bibtex, delicious; set"):
+        data.open_data_set("delicious", str(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("failure", [ConnectionError("no network"), KeyboardInterrupt()])
+def test_a_download_that_fails_leaves_the_folder_as_it_was(failure, tmp_path, monkeypatch, capfd):
+    import tensorflow_datasets as tfds
+
+    for name in ("bibtex/train.txt", "tfds/downloads/manual/mine.tar", "tfds/cifar10/1.0.0/old"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    before = set(tmp_path.rglob("*"))
+
+    def fail(builder, *_, **__):
+        print("Downloading and preparing dataset")
+        made = Path(builder.data_dir)
+        for path in (made, *(made.parents[1] / "downloads" / name for name in ("a", "extracted/b"))):
+            path.mkdir(parents=True)
+            (path / "part.tmp").touch()
+        raise failure
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
+    for folder, beside in (("tfds", ", beside cifar10, downloads"), ("new/tfds", "")):
+        code = prepare.main(["prepare", "cifar10", f"--dir={tmp_path / folder}"])
+        out, err = capfd.readouterr()
+        first, last = err.splitlines()
+        assert out == ""
+        assert first == f"preparing cifar10 in {tmp_path / folder}{beside}"
+        if isinstance(failure, KeyboardInterrupt):
+            assert (code, last) == (130, "stopped; nothing is left of it")
+        else:
+            assert code == 1
+            assert last.startswith("error: cifar10 cannot be prepared in")
+            assert last.endswith("(ConnectionError: no network)")
+        assert set(tmp_path.rglob("*")) == before
 
 
 @needs_shared

@@ -460,6 +460,7 @@ def test_a_mistake_is_one_line_and_exit_2(flags, message, folder, capsys, tmp_pa
     assert message in lines[0]
 
 
+@pytest.mark.slow
 def test_any_config_streams(folder):
     config = get_config("mlp", **{"data.name": "image_folder", "data.dir": str(folder), "data.size": 8})
     config.data.processes = 0

@@ -85,6 +85,7 @@ CASES = {
 }  # fmt: skip
 
 SLOW = (
+    "ist overlap",
     "resnet",
     "resnet strided",
     "data_parallel map",

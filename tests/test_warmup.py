@@ -41,6 +41,7 @@ def test_after_the_warmup_the_rounds_are_those_of_ist(warm):
     assert_same_bits(run_all(fresh, rounds=3, state=warm[1], first=2), warm[2])
 
 
+@pytest.mark.slow
 def test_a_warmup_scales_branches_as_an_evaluation_does():
     config = get_config("resnet", **{"model.sections": (3,), "partition.sections": (1,)})
     recipe, model, opened = describe(config)

@@ -2,11 +2,11 @@
 
 Two counts of bytes, which must not be mixed up:
 
-  paper  as the papers count: 4 bytes (the dtype's) x 2 directions x the parameters of all subnets; the
-         slots that are assigned, whoever's memory they already are in.
-  sent   bytes that leave a device in the collectives that stand in the trace: n slots per worker, empty ones
-         included, rows padded to the devices; a worker's own part does not move, one device sends nothing.
-         A device receives as many.
+  paper  'exchanged', the headline of every table: as the papers count, 4 bytes (the dtype's) x 2 directions
+         x the parameters of all subnets; the slots that are assigned, whoever's memory they already are in.
+  sent   'sent on the wire', beside it: bytes that leave a device in the collectives that stand in the trace:
+         n slots per worker, empty ones included, rows padded to the devices; a worker's own part does not
+         move, one device sends nothing. A device receives as many.
 """
 
 from collections import defaultdict
@@ -50,6 +50,11 @@ def round_traffic(phases: Mapping[str, TracedPhase], layout: Layout) -> Traffic:
             if other.kind not in exchanges:
                 paper[_CAUSES.get(other.kind, other.kind)] += 2 * layout.num_workers * other.floats
     return Traffic(dict(paper), dict(leaving))
+
+
+def megabytes(size: float) -> str:
+    """Bytes in 10^6 for people, without the unit: one decimal, or three digits where that shows too few."""
+    return f"{size / 1e6:,.1f}" if size >= 1e7 or not size else f"{size / 1e6:.3g}"
 
 
 def by_cause(parts: Sequence[Part], found: Mapping[tuple[str, float], float]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from typing import NoReturn
 import numpy as np
 from tqdm import tqdm
 
+from ist_jax import errors
 from ist_jax.data.source import DataSet, Entry, Facts, SparseSource
 from ist_jax.data.sparse import Rows
 from ist_jax.key import Options
@@ -51,10 +52,12 @@ def _find(directory: str, split: str) -> Path:
     names = (f"{split}.txt", f"*_{split}.txt")
     found = [path for name in names for path in Path(directory).glob(name)] if directory else []
     if len(found) != 1:
+        there = errors.contents(Path(directory)) if directory and not found else ""
+        holds = f"{directory!r} has {len(found) or 'no'} files named {split}.txt or *_{split}.txt"
+        holds += f", but holds {there}" if there else ""
         raise ValueError(
-            f"data.dir={directory!r} has {len(found) or 'no'} files named {split}.txt or *_{split}.txt; set "
-            "config.data.dir to a folder with one of them, in the text format of the Extreme Classification "
-            "Repository"
+            f"data.dir={holds}; set config.data.dir to a folder with one of them, in the text format of the "
+            "Extreme Classification Repository"
         )
     return found[0]
 

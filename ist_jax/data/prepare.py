@@ -5,10 +5,13 @@ python -m ist_jax.data.prepare NAME [--dir=DIR]
 DIR is what `--config.data.dir` will be; without it, TFDS's own folder. Progress bars are TFDS's.
 """
 
+import contextlib
 import importlib.util
 import io
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,16 +33,41 @@ def prepare(name: str, directory: str) -> str:
       directory: TFDS's data_dir; '' for its default.
 
     Raises:
-      OSError: the set could not be downloaded or prepared; nothing else is changed.
+      OSError: the set could not be downloaded or prepared; the folder is as it was.
     """
     builder = tfds_images.make_builder(name, directory)
     _do_without_tensorflow(builder)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # every try of a download again
+    if not sys.stderr.isatty():
+        tfds_images.hide_progress()
+    root = Path(builder.data_dir).parents[1]
     try:
-        builder.download_and_prepare()
+        with _undone_on_failure([root / name, root / "downloads"]), contextlib.redirect_stdout(None):
+            builder.download_and_prepare()
     except Exception as error:  # whatever a download can fail by: no network, a mirror's error, a full disk
         text = f"{type(error).__name__}: {errors.one_line(error)}"
         raise OSError(f"{name} cannot be prepared in {builder.data_dir} ({text})") from error
     return str(builder.data_dir)
+
+
+@contextlib.contextmanager
+def _undone_on_failure(folders: Sequence[Path]) -> Iterator[None]:
+    """Removes what has come to the folders, and those that were made for them, if it ends in an exception."""
+
+    def paths() -> list[Path]:
+        """The innermost first."""
+        inside = [path for folder in folders for path in (folder, *folder.rglob("*"))]
+        around = {path for folder in folders for path in folder.parents}
+        return sorted((p for p in {*inside, *around} if p.exists()), key=lambda p: len(p.parts), reverse=True)
+
+    before = set(paths())
+    try:
+        yield
+    except BaseException:
+        for path in paths():
+            if path not in before:
+                path.rmdir() if path.is_dir() else path.unlink()
+        raise
 
 
 def _do_without_tensorflow(builder: tfds_images.Builder) -> None:
@@ -82,8 +110,15 @@ def main(argv: list[str]) -> int:
         wrong = f"{' '.join(names)!r} is no set that can be prepared" if names else "NAME is missing"
         hint = errors.did_you_mean(names[0], tfds_images.SETS) if names else ""
         raise errors.fail(f"{wrong}; {hint}usage: {USAGE}")
+    there = errors.contents(Path(values.dir)) if values.dir else ""
+    beside = f", beside {there}" if there else ""
+    place = f" in {values.dir}{beside}" if values.dir else ""
+    print(f"preparing {names[0]}{place}", file=sys.stderr)
     try:
         folder = prepare(names[0], values.dir)
+    except KeyboardInterrupt:
+        print("stopped; nothing is left of it", file=sys.stderr)
+        return 130
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ist_jax import errors
 from ist_jax.data import idx, images
 from ist_jax.data.source import ArraySource, DataSet, Entry, Example, Facts, Source
 from ist_jax.key import Options
@@ -92,12 +93,22 @@ def make_builder(name: str, directory: str) -> Builder:
     return tfds.builder(name, data_dir=directory or None, file_format="array_record")
 
 
+def hide_progress() -> None:
+    """No bars of TFDS from here on."""
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+
+
 def _unprepared(builder: Builder, name: str, directory: str) -> ValueError:
+    folder = directory or str(Path(builder.data_dir).parents[1])
+    there = errors.contents(Path(folder), (name, "downloads"))
+    holds = f", which holds {there}" if there else ""
     command = f"python -m ist_jax.data.prepare {name}" + f" --dir={shlex.quote(directory)}" * bool(directory)
     package = ", or install Debian's dataset-fashion-mnist" if name == "fashion_mnist" else ""
     return ValueError(
-        f"data.name={name!r} is not prepared in {builder.data_dir}; run {command}, here or on a machine "
-        f"with a network, from which the folder is copied{package}"
+        f"no {name} in {folder}{holds}; {command} fetches it, here or on a machine with a network, from "
+        f"which the folder is copied{package}; config.data.dir says where it is"
     )
 
 

@@ -1,7 +1,7 @@
 """One self-contained HTML page about a finished run, or a comparison of several; needs no network."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -13,14 +13,22 @@ from bokeh.resources import Resources
 
 from ist_jax import BANDWIDTHS
 from ist_jax.report import figures
-from ist_jax.report.runs import RunFiles, Series, draw_maps, group_by_config, modelled_seconds, read_run
+from ist_jax.report.runs import (
+    RunFiles,
+    Series,
+    UnitMap,
+    draw_maps,
+    group_by_config,
+    modelled_seconds,
+    read_run,
+)
 from ist_jax.workdir.files import Json
 
+Row = tuple[str, list[dict[str, Json]]]  # of a table: its name, and by series what the template fills in
 _BANDWIDTH = 1e9  # chosen when the page opens
-_COLUMNS, _UNITS = 64, 48  # of a partition map
+_COLUMNS = 64  # of a partition map
 DRAWN = 10_000_000  # workers x units x rounds to draw again; about 0.3 s
-_COLORS_SHOWN = 16  # of workers, in the legend
-_GROUPS = 4  # partition maps on a page
+_MOST = 4  # groups of units, and histories of rounds, on a page
 
 
 def write_report(folders: Sequence[Path], out: Path) -> None:
@@ -43,12 +51,15 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
 
 def render(runs: Sequence[RunFiles]) -> str:
     """The page as text."""
-    series = group_by_config(runs)
-    charts = figures.accuracy_figures(series, _BANDWIDTH) | {"phases": figures.phase_figure(series)}
-    if len(runs) == 1:
-        charts["history"] = figures.phase_history_figure(runs[0])
+    series, styles = group_by_config(runs), figures.phase_styles(runs)
+    charts = figures.accuracy_figures(series, _BANDWIDTH) | figures.training_figures(series)
+    charts["phases"] = figures.phase_figure(series)
+    for index, one in enumerate(series[:_MOST]):
+        label = f"{one.label}, seed {one.runs[0].config['seed']}"
+        charts[f"history{index}"] = figures.phase_history_figure(one.runs[0], label, styles)
     partition, maps = _partition(series)
-    items = {name: json_item(chart, ID(name)) for name, chart in (charts | maps).items()}
+    charts |= maps
+    items = {name: json_item(chart, ID(name)) for name, chart in charts.items()}
     settings = _settings(series)
     loader = jinja2.PackageLoader("ist_jax.report")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
@@ -57,14 +68,16 @@ def render(runs: Sequence[RunFiles]) -> str:
         title=f"ist_jax: {', '.join(s.label for s in series)} on {runs[0].config['data.name']}",
         data=runs[0].summary["data"],
         workers=", ".join(sorted({_workers(run) for run in runs})),
+        charts=charts,
         several=any(len(s.runs) > 1 for s in series),
-        history="history" in charts,
-        phases=figures.phase_styles(runs),
-        legend=[{"label": s.label, **figures.style(index)} for index, s in enumerate(series)],
+        labels=[s.label for s in series],
+        base=series[_base(series)].label,
+        logarithmic=len(series) > 1 and all(s.runs[0].column("bytes_per_worker").any() for s in series),
+        test_examples=runs[0].summary.get("test_examples"),
         bandwidth=_BANDWIDTH,
         bandwidths=BANDWIDTHS,
         results=_results(series),
-        modelled=[_modelled(s) for s in series],
+        targets=_targets(series),
         ledgers=[_ledger(s) for s in series if s.runs[0].ledger],
         differing=[row for row in settings if len(set(row[1])) > 1],
         common=[(key, values[:1]) for key, values in settings if len(set(values)) == 1],
@@ -81,25 +94,24 @@ def render(runs: Sequence[RunFiles]) -> str:
 def _partition(series: Sequence[Series]) -> tuple[dict[str, object], dict[str, figure]]:
     """What the template needs for the maps of the first run that was partitioned, and their figures."""
     parted = [s for s in series if s.runs[0].summary["units"]]
-    draws = ((s, draw_maps(s.runs[0], columns=_COLUMNS, rows=_UNITS, budget=DRAWN)) for s in parted)
+    draws = ((s, draw_maps(s.runs[0], columns=_COLUMNS, budget=DRAWN)) for s in parted)
     drawn = next(((s, maps) for s, maps in draws if maps), None)
     if drawn is None:
         return {"maps": [], "never_dealt": bool(parted)}, {}
     shown, maps = drawn
     first = shown.runs[0]
     charts: dict[str, figure] = {}
-    for index, units in enumerate(maps[:_GROUPS]):
+    for index, units in enumerate(maps[:_MOST]):
         charts |= {f"{kind}{index}": chart for kind, chart in figures.map_figures(units).items()}
-    others = [f"the groups {', '.join(m.group.name for m in maps[_GROUPS:])}"] if maps[_GROUPS:] else []
+    others = [f"the groups {', '.join(m.group.name for m in maps[_MOST:])}"] if maps[_MOST:] else []
     others += [f"the partitions of {s.label}" for s in parted if s is not shown]
     context = {
-        "maps": [f"{units.group.name}: {_count(units.group.size, 'unit')}" for units in maps[:_GROUPS]],
+        "maps": [_told(units) for units in maps[:_MOST]],
         "map_rounds": (len(maps[0].rounds), len(first.records)),
         "deal": first.config.get("partition.deal", "random"),
         "map_label": f"{shown.label}, seed {first.config['seed']}" if len(series) > 1 else "",
-        "map_figures": " ".join(charts),
+        "map_figures": list(charts),
         "map_workers": range(first.summary["num_workers"]),
-        "map_colors": figures.worker_colors(first.summary["num_workers"])[:_COLORS_SHOWN],
         "maps_left_out": "; ".join(others),
         "absent": any(r["workers_absent"] + r["workers_left_out"] for r in first.records),
         "overlap": any(not units.group.disjoint for units in maps),
@@ -107,32 +119,104 @@ def _partition(series: Sequence[Series]) -> tuple[dict[str, object], dict[str, f
     return context, charts
 
 
-def _results(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
+def _told(units: UnitMap) -> str:
+    """What a group's charts come to, in a sentence."""
+    counts, name, rounds = units.counts, units.group.name, len(units.rounds)
+    least, most = counts.sum(0).min(), counts.sum(0).max()
+    times = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+    met = "each worker trained each unit" if counts.all() else (
+        f"of {counts.size:,} pairs of a worker and a unit {(counts == 0).sum():,} never met"
+    )  # fmt: skip
+    return f"{name}: {units.group.size:,} units, each trained {times} times in {rounds:,} rounds; {met}."
+
+
+def _base(series: Sequence[Series]) -> int:
+    """Which one the others are compared with: local SGD or, without it, the first."""
+    methods = [s.runs[0].config["method"] for s in series]
+    return methods.index("local_sgd") if "local_sgd" in methods else 0
+
+
+def _row(name: str, series: Sequence[Series], values: Sequence[float | None], form: str) -> Row:
+    """A row of costs; each but the one to compare with has its ratio to that."""
+    base, cells = _base(series), []
+    for index, value in enumerate(values):
+        cell: Json = {"text": "-" if value is None else form.format(value), "ratio": "", "data": {}}
+        if value is not None and index != base and (reference := values[base]):
+            cell["ratio"] = f"{value / reference:.3g}"
+        cells.append(cell)
+    return name, cells
+
+
+def _modelled_row(series: Sequence[Series], costs: Sequence[Mapping[str, float] | None]) -> Row:
+    """The same of modelled seconds, with what they are made of for the page's script."""
+    parts = [
+        None if cost is None else np.array([cost["seconds_local"], cost["bytes_sent"]]) for cost in costs
+    ]
+    seconds = [
+        None if part is None else float(modelled_seconds(part[0], part[1], _BANDWIDTH)) for part in parts
+    ]
+    name, cells = _row("modelled s", series, seconds, "{:,.2f}")
+    for index, (cell, part) in enumerate(zip(cells, parts, strict=True)):
+        if part is not None:
+            cell["data"] = dict(zip(("data-seconds-local", "data-bytes-sent"), part, strict=True))
+            cell["data"] |= {"data-base": ""} if index == _base(series) else {}
+    return name, cells
+
+
+def _results(series: Sequence[Series]) -> list[Row]:
     """The rows of the table of results; a column per series, means over its runs."""
 
-    def row(name: str, key: str, form: str, scale: float = 1.0) -> tuple[str, list[str]]:
-        return name, [form.format(scale * np.mean([run.summary[key] for run in s.runs])) for s in series]
+    def mean(key: str, scale: float = 1.0) -> list[float]:
+        return [float(scale * np.mean([run.summary[key] for run in s.runs])) for s in series]
 
+    def total(key: str) -> list[float]:
+        return [float(np.mean([np.nansum(run.column(key)) for run in s.runs])) for s in series]
+
+    def plain(name: str, texts: Iterable[str]) -> Row:
+        return name, [{"text": text, "ratio": "", "data": {}} for text in texts]
+
+    errors = [np.mean([run.curve().standard_error[-1] for run in s.runs]) for s in series]
+    accuracy = mean("test_accuracy", 100)
     every = [", ".join(f"{100 * run.summary['test_accuracy']:.2f}" for run in s.runs) for s in series]
-    several = any(len(s.runs) > 1 for s in series)
+    sent, local = total("bytes_sent"), total("seconds_local")
+    costs = [{"seconds_local": a, "bytes_sent": b} for a, b in zip(local, sent, strict=True)]
     return [
-        row("test accuracy, %", "test_accuracy", "{:.2f}", 100),
-        *([("each seed", every)] if several else []),
-        row("rounds", "rounds", "{:,.0f}"),
-        row("examples", "examples", "{:,.0f}"),
-        row("parameters", "parameters", "{:,.0f}"),
-        row("parameters per worker", "parameters_per_worker", "{:,.0f}"),
-        ("MB sent by a worker", [f"{_modelled(s)['bytes_sent'] / 1e6:,.1f}" for s in series]),
-        row("measured s", "seconds_total", "{:,.1f}"),
-    ]
+        plain("test accuracy, %", (
+            f"{a:.2f}" + (f" ± {error:.2f}" if np.isfinite(error) else "")
+            for a, error in zip(accuracy, errors, strict=True)
+        )),
+        *([plain("each seed", every)] if any(len(s.runs) > 1 for s in series) else []),
+        _row("exchanged, MB", series, [x / 1e6 for x in total("bytes_per_worker")], "{:,.1f}"),
+        _row("sent on the wire, MB", series, [x / 1e6 for x in sent], "{:,.1f}"),
+        _row("measured s", series, mean("seconds_total"), "{:,.1f}"),
+        _modelled_row(series, costs),
+        _row("parameters per worker", series, mean("parameters_per_worker"), "{:,.0f}"),
+        plain("parameters", (f"{x:,.0f}" for x in mean("parameters"))),
+        plain("rounds", (f"{x:,.0f}" for x in mean("rounds"))),
+        plain("examples", (f"{x:,.0f}" for x in mean("examples"))),
+    ]  # fmt: skip
 
 
-def _modelled(series: Series) -> dict[str, Json]:
-    """All rounds' modelled time, and what it is made of for the page's script; means over the runs."""
-    seconds_local = float(np.mean([run.seconds("local").sum() for run in series.runs]))
-    bytes_sent = float(np.mean([run.column("bytes_sent").sum() for run in series.runs]))
-    seconds = modelled_seconds(np.array(seconds_local), np.array(bytes_sent), _BANDWIDTH)
-    return {"seconds_local": seconds_local, "bytes_sent": bytes_sent, "text": f"{seconds:,.2f}"}
+def _targets(series: Sequence[Series]) -> list[tuple[int, list[Row]]]:
+    """What it took to reach some accuracies in whole percent: any's best, all's, nine tenths of that."""
+    means = [s.mean() for s in series]
+    best = [mean.accuracy.max() for mean in means if len(mean.round)]
+    wanted = sorted({int(max(best)), int(min(best)), int(0.9 * min(best))} if best else (), reverse=True)
+    rows: list[tuple[int, list[Row]]] = []
+    before = None
+    for target in wanted:
+        costs = [mean.first(target) for mean in means]
+        if (rounds := [cost and cost["round"] for cost in costs]) == before:
+            continue
+        before = rounds
+        exchanged = [None if cost is None else cost["exchanged"] / 1e6 for cost in costs]
+        measured = [None if cost is None else cost["seconds"] for cost in costs]
+        rows.append((target, [
+            _row("exchanged, MB", series, exchanged, "{:,.1f}"),
+            _row("measured s", series, measured, "{:,.1f}"),
+            _modelled_row(series, costs),
+        ]))  # fmt: skip
+    return rows
 
 
 def _settings(series: Sequence[Series]) -> list[tuple[str, list[str]]]:

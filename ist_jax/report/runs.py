@@ -24,6 +24,7 @@ from ist_jax.workdir import files
 from ist_jax.workdir.files import Json, Record
 
 Drawn = Sequence[tuple[partition.Assignment, np.ndarray]]  # by round; bool [S], who took part
+MAPPED = 64  # units of a group, at most, whose workers are remembered by round
 _SECONDS = "seconds_"  # and the name of a phase: a key of a record
 
 
@@ -54,9 +55,11 @@ class RunFiles(NamedTuple):
 
     def curve(self) -> "Curve":
         """Test accuracy after each evaluated round."""
-        accuracy = self.column("test_accuracy")
-        sent, local = np.cumsum(self.column("bytes_sent")), np.cumsum(self.seconds("local"))
-        columns = (self.column("round"), self.column("examples"), sent, local, 100 * accuracy)
+        accuracy, examples = self.column("test_accuracy"), self.column("examples")
+        sums = [self.column(name) for name in ("bytes_per_worker", "bytes_sent", "seconds_round")]
+        totals = map(np.cumsum, [*sums, self.seconds("local")])
+        spread = 100 * np.sqrt(accuracy * (1 - accuracy) / self.summary.get("test_examples", np.nan))
+        columns = (self.column("round"), examples, *totals, 100 * accuracy, spread)
         return Curve(*(column[np.isfinite(accuracy)] for column in columns))
 
 
@@ -65,9 +68,19 @@ class Curve(NamedTuple):
 
     round: np.ndarray
     examples: np.ndarray  # of all workers
-    bytes_sent: np.ndarray  # by a worker
-    seconds_local: np.ndarray  # of the phase "local", as measured
+    exchanged: np.ndarray  # bytes per worker, the papers' count
+    bytes_sent: np.ndarray  # on the wire, by a worker
+    seconds: np.ndarray  # as measured
+    seconds_local: np.ndarray  # of them those of the phase "local"
     accuracy: np.ndarray  # percent
+    standard_error: (
+        np.ndarray
+    )  # percent, binomial: of one accuracy on the test set; NaN: its size is not known
+
+    def first(self, percent: float) -> dict[str, float] | None:
+        """The figures of the first evaluation with such an accuracy; None where there is none."""
+        reached = np.flatnonzero(self.accuracy >= percent)
+        return {k: float(x[reached[0]]) for k, x in self._asdict().items()} if len(reached) else None
 
 
 class Series(NamedTuple):
@@ -147,12 +160,11 @@ class UnitMap(NamedTuple):
     group: partition.Group
     rounds: np.ndarray  # int [r], counted from 1: those drawn again
     counts: np.ndarray  # int [S, U]: in how many of them a worker trained a unit
-    columns: np.ndarray  # int [c]: the rounds of `trained`
-    rows: np.ndarray  # int [u]: the units of `trained`, counted from 0
-    trained: np.ndarray  # bool [c, S, u]
+    columns: np.ndarray  # int [c]: the rounds of `trained`; none where more than `MAPPED` units are too many
+    trained: np.ndarray  # bool [c, S, U]
 
 
-def draw_maps(run: RunFiles, *, columns: int, rows: int, budget: int) -> list[UnitMap]:
+def draw_maps(run: RunFiles, *, columns: int, budget: int) -> list[UnitMap]:
     """Draws a run's partitions again, from its seed and the groups in its summary.
 
     Rounds that were drawn for another number of workers, or by other rules, before the run was resumed are
@@ -161,7 +173,6 @@ def draw_maps(run: RunFiles, *, columns: int, rows: int, budget: int) -> list[Un
     Args:
       run: what its folder holds.
       columns: the most rounds in `trained`.
-      rows: the most units in `trained`.
       budget: draw no more than so many entries, each a worker and unit of a round (at least one round).
 
     Returns:
@@ -186,7 +197,7 @@ def draw_maps(run: RunFiles, *, columns: int, rows: int, budget: int) -> list[Un
         drawn.append((partition.draw(seed, index, groups, deal), here))
     rounds, maps = np.array([record["round"] for record in chosen]), []
     for name, group in groups.items():
-        maps.append(_map(group, rounds, [(draw[name], here) for draw, here in drawn], columns, rows))
+        maps.append(_map(group, rounds, [(draw[name], here) for draw, here in drawn], columns))
     return maps
 
 
@@ -206,17 +217,17 @@ def _deal(run: RunFiles) -> tuple[partition.Deal, str] | None:
     return (extension.load(name, DEALS), extension.identity(name)) if same else None
 
 
-def _map(group: partition.Group, rounds: np.ndarray, drawn: Drawn, columns: int, rows: int) -> UnitMap:
+def _map(group: partition.Group, rounds: np.ndarray, drawn: Drawn, columns: int) -> UnitMap:
     counts = np.zeros((group.num_workers, group.size), int)
-    chosen, units = _spaced(len(rounds), columns), _spaced(group.size, rows)
-    shown = np.zeros((len(chosen), group.num_workers, len(units)), bool)
+    chosen = _spaced(len(rounds), columns) if group.size <= MAPPED else np.arange(0)
+    shown = np.zeros((len(chosen), *counts.shape), bool)
     for place, ((indices, gates), here) in enumerate(drawn):
         trained = np.zeros(counts.shape, bool)
         trained[np.nonzero(gates)[0], indices[gates]] = True
         trained &= here[:, None]
         counts += trained
-        shown[chosen == place] = trained[:, units]
-    return UnitMap(group, rounds, counts, rounds[chosen], units, shown)
+        shown[chosen == place] = trained
+    return UnitMap(group, rounds, counts, rounds[chosen], shown)
 
 
 def _spaced(size: int, most: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from ist_jax import data
 from ist_jax.data import augment, batches, images
 from ist_jax.data.encoded import EvalBatches, TrainBatches
 from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
+from ist_jax.data.sparse import Rows
 from ist_jax.data.stream import Evaluation, Feed, StreamingEvaluation, StreamingFeed, check_shared_memory
 from ist_jax.key import Options
 from ist_jax.runtime import devices
@@ -83,6 +84,15 @@ class Inputs(NamedTuple):
 def count(examples: Examples) -> int:
     """How many there are."""
     return len(examples["label"] if isinstance(examples, dict) else examples)
+
+
+def chance(opened: Inputs) -> float:
+    """Test accuracy of naming the most frequent class every time; 1 / classes, where the set is streamed."""
+    if not isinstance(opened.test, dict):
+        return 1 / len(opened.dataset.classes)
+    label = opened.test["label"]
+    each = label.index[: label.start[-1]] if isinstance(label, Rows) else label  # then come padding
+    return float(np.bincount(each).max() / len(label))
 
 
 def open_inputs(wanted: Wanted) -> Inputs:

@@ -5,6 +5,7 @@ An observer is a function that is called with every round's record, as in metric
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -59,6 +60,42 @@ def show_progress(total: int, desc: str, done: int = 0) -> Iterator[Observer]:
 
     with tqdm(total=total, desc=desc, unit="round", initial=done, disable=plain) as bar:
         yield show
+
+
+@contextmanager
+def show_runs(total: int) -> Iterator[Callable[[float, float, str], None]]:
+    """One bar over several runs on a terminal; elsewhere a plain line about twenty times.
+
+    Args:
+      total: how many.
+
+    Yields:
+      (done, skipped, text): the runs that are done, with the part of the one that is going on; how many of
+      them were before; what is going on. The time left is that of those done since, each as long as the rest.
+    """
+    started, said, plain = time.monotonic(), -1.0, not sys.stderr.isatty()
+
+    def show(done: float, skipped: float, text: str) -> None:
+        nonlocal said
+        elapsed, fresh = time.monotonic() - started, done - skipped
+        if fresh > 0 and done < total:
+            text += f", about {_duration((total - done) * elapsed / fresh)} left"
+        bar.n = done
+        bar.set_description_str(text)
+        if plain and (done - said) * 20 >= total:
+            said = done
+            print(text, file=sys.stderr, flush=True)
+
+    form = "{percentage:3.0f}%|{bar:20}| {desc}"
+    with tqdm(total=total, bar_format=form, leave=False, disable=plain) as bar:
+        yield show
+
+
+def _duration(seconds: float) -> str:
+    """For people: '40 s', '12 min' or '3.1 h'."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 @contextmanager

@@ -12,7 +12,9 @@ import numpy as np
 
 from ist_jax import __version__
 from ist_jax.costs import formula, ledger
+from ist_jax.costs.traffic import megabytes
 from ist_jax.methods.method import Told
+from ist_jax.runtime import inputs
 from ist_jax.runtime.run import Run, Stage
 from ist_jax.workdir.files import Json, Record, Summary
 
@@ -105,10 +107,12 @@ def summarize(run: Run, records: Sequence[Record], custom_model: str | None, par
         "parameters_per_worker": formula.subnet_parameters(layout) / layout.num_workers,
         "bytes_exchanged_per_worker": sum(r["bytes_per_worker"] for r in records),
         "bytes_local_sgd_per_worker": formula.local_sgd_bytes(layout, run.state.travels) * rounds,
+        "bytes_sent_per_worker": sum(r["bytes_sent"] for r in records),
         "wire_bytes_per_device": None if None in wire else sum(wire),
         "workers_left_out": sum(r["workers_left_out"] for r in records),
         "workers_absent": sum(r["workers_absent"] for r in records),
         "units": {name: group.to_dict() for name, group in layout.groups.items()},
+        "doubts": doubts(run.inputs, records),
         "params_sha256": params_sha256,
         "data": run.inputs.dataset.description,
         "num_workers": layout.num_workers,
@@ -123,6 +127,30 @@ def summarize(run: Run, records: Sequence[Record], custom_model: str | None, par
     }
 
 
+def doubts(opened: inputs.Inputs, records: Sequence[Record]) -> list[str]:
+    """What says that a finished run has learnt nothing, in words; usually nothing does.
+
+    Args:
+      opened: its data set.
+      records: of all rounds.
+    """
+    found = []
+    losses = [r["train_loss"] for r in records if np.isfinite(np.array(r["train_loss"], float))]
+    if not losses:
+        found.append("no round has a finite training loss")
+    elif losses[-1] > losses[0]:
+        found.append(f"the training loss rose from {losses[0]:.3f} in the first round to {losses[-1]:.3f}")
+    accuracy, chance, examples = (
+        records[-1]["test_accuracy"],
+        inputs.chance(opened),
+        inputs.count(opened.test),
+    )
+    if accuracy <= chance + 2 * np.sqrt(chance * (1 - chance) / examples):  # two standard errors
+        always = f"naming one class every time is right in {chance:.2%}"
+        found.append(f"the test accuracy of {accuracy:.2%} is that of chance: {always}")
+    return found
+
+
 def write_report(workdir: Path) -> Path:
     """Writes report.html about a finished run into its folder; returns its path."""
     from ist_jax.report import page  # with its plotting library, which nothing else needs
@@ -135,5 +163,15 @@ def last_line(summary: Summary) -> str:
     """A run's result in a line for people."""
     exchanged, full = summary["bytes_exchanged_per_worker"], summary["bytes_local_sgd_per_worker"]
     reached = f"{summary['method']}: test accuracy {summary['test_accuracy']:.2%}"
-    cost = f"{exchanged / 1e6:,.1f} MB, {exchanged / full:.1%} of the {full / 1e6:,.1f} MB of local SGD"
-    return f"{reached} in {summary['seconds_total']:.1f} s; each worker exchanged {cost}"
+    cost = f"each worker exchanged {megabytes(exchanged)} MB"
+    if exchanged != full:
+        cost += f", {share(exchanged, full)} the {megabytes(full)} MB of local SGD"
+    if "bytes_sent_per_worker" in summary:  # earlier versions did not sum it up
+        apart = " if each had a device of its own" * (summary["num_devices"] < summary["num_workers"])
+        cost += f"; {megabytes(summary['bytes_sent_per_worker'])} MB were sent on the wire{apart}"
+    return f"{reached} in {summary['seconds_total']:.1f} s; {cost}"
+
+
+def share(part: float, whole: float) -> str:
+    """For people: '7.6% of', or '50 times' where it is more than twice the whole."""
+    return f"{part / whole:.1%} of" if part <= 2 * whole else f"{part / whole:,.0f} times"

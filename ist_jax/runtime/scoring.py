@@ -37,8 +37,8 @@ class Score(NamedTuple):
         return next(iter(self.scores.values()))
 
     def figures(self, split: str) -> dict[str, float]:
-        """For a record: 'test_loss', 'test_accuracy' and, where they have other names, the scores."""
-        named = {"loss": self.loss, "accuracy": self.accuracy} | self.scores
+        """For a record: 'test_loss', 'test_accuracy', 'test_examples' and, by their names, the scores."""
+        named = {"loss": self.loss, "accuracy": self.accuracy, "examples": self.examples} | self.scores
         return {f"{split}_{name}": value for name, value in named.items()}
 
     def __str__(self) -> str:

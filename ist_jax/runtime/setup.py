@@ -383,7 +383,8 @@ def _log_set_up(run: Run) -> None:
     )
     for group in layout.groups.values():
         least, most = min(group.counts), max(group.counts)
-        log.info(f"units: {group.name} has {group.size}, {least} to {most} per worker")
+        each = f"{least}" if least == most else f"{least} to {most}"
+        log.info(f"units: {group.name} has {group.size}, {each} per worker")
         waste = group.strips * group.strip_slots / group.slots
         if group.strips > 1 and waste > 1:
             log.info(

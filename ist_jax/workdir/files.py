@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from flax import traverse_util
 
+from ist_jax import errors
 from ist_jax.key import Options, Settings
 
 Json: TypeAlias = Any  # what a JSON file holds, or part of it
@@ -73,7 +74,9 @@ def read_summary(workdir: Path) -> Summary:
 
 def _read(workdir: Path, name: str, whose: str) -> Json:
     if not is_file(workdir / name):
-        raise ValueError(f"--workdir={workdir} holds no {name}, so no {whose}")
+        there = errors.contents(workdir)
+        found = "is a file" if is_file(workdir) else f"holds {there}" if there else "is empty or not there"
+        raise ValueError(f"--workdir={workdir} holds no {name}, so no {whose}; it {found}")
     return read_json(workdir / name)
 
 

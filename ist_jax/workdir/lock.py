@@ -48,6 +48,8 @@ def check_writable(workdir: Path) -> list[Path]:
     """
     missing: list[Path] = []
     try:
+        if workdir.is_file():
+            raise ValueError(f"--workdir={workdir} is a file; a folder is needed")
         missing += [path for path in (workdir, *workdir.parents) if not path.exists()]
         workdir.mkdir(parents=True, exist_ok=True)
         tempfile.NamedTemporaryFile(dir=workdir).close()

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import flax.linen as nn
 
-from ist_jax import __version__, config
+from ist_jax import __version__, config, errors
 from ist_jax.key import Settings
 from ist_jax.workdir import checkpoint, files
 from ist_jax.workdir.files import Summary
 
 log = logging.getLogger(__name__)
+
+_BEFORE_THE_CONFIG = ("metrics.jsonl", "metrics.part", "config.part")  # what a killed run may leave
 
 
 def find_finished(settings: Settings, workdir: Path, model: nn.Module | None = None) -> Summary | None:
@@ -32,8 +34,10 @@ def find_finished(settings: Settings, workdir: Path, model: nn.Module | None = N
     before, now = (files.flatten(x) for x in (recorded, json.loads(json.dumps(settings))))
     differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
     if refused := [_difference(k, before, now) for k in differing if not config.may_change(k)]:
-        other = ", ".join(refused)
-        raise ValueError(f"{workdir} holds a run with other settings: {other}; choose another --workdir")
+        error = ValueError(f"{workdir} holds a run with other settings; choose another --workdir")
+        for line in refused:
+            error.add_note(line)
+        raise error
     if not files.is_file(workdir / "summary.json"):
         return None
     summary = files.read_summary(workdir)
@@ -47,8 +51,8 @@ def find_finished(settings: Settings, workdir: Path, model: nn.Module | None = N
 def _difference(key: str, before: Settings, now: Settings) -> str:
     if key.startswith("files."):  # what a user's own file held
         named = key.removeprefix("files.")
-        return f"{named}={now.get(named)} is not the file that it was begun with"
-    return f"{key} is {before.get(key)!r} there and {now.get(key)!r} here"
+        return f"config.{named}={now.get(named)} is not the file that it was begun with"
+    return f"config.{key} is {before.get(key)!r} there and {now.get(key)!r} here"
 
 
 def find_start(workdir: Path, model: nn.Module | None = None) -> checkpoint.Saved | None:
@@ -68,6 +72,8 @@ def find_start(workdir: Path, model: nn.Module | None = None) -> checkpoint.Save
                 f"{workdir} holds a run without its config.json; restore it from a copy, or choose another "
                 "--workdir"
             )
+        if foreign := errors.contents(workdir, _BEFORE_THE_CONFIG):
+            raise ValueError(f"{workdir} holds {foreign}, but no run; choose a new or empty --workdir")
         return None
     saved = checkpoint.newest_intact(workdir, len(records))
     every = files.read_config(workdir)["checkpoint"]["every"]
