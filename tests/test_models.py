@@ -281,6 +281,49 @@ def test_batch_norm_uses_the_batch_or_what_it_is_given():
     np.testing.assert_allclose(single, y[:1], rtol=1e-4, atol=1e-5)
 
 
+def plain_norm(x, scale, bias, relu):
+    """By the definition, differentiated by JAX."""
+    mean, var = x.mean(range(x.ndim - 1)), x.var(range(x.ndim - 1))
+    y = (x - mean) / jnp.sqrt(var + 1e-5) * scale + bias
+    return nn.relu(y) if relu else y
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_norm_and_its_gradient_are_those_of_the_definition(relu):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, dy = (jnp.asarray(rng.normal(size=(2, 4, 5, 6, 3))) for _ in range(2))  # of two workers
+        scale, bias = (jnp.asarray(rng.normal(size=(2, 3))) for _ in range(2))
+
+        def norm(x, scale, bias):
+            return BatchNorm(relu=relu).apply({"params": {"scale": scale, "bias": bias}}, x)
+
+        got, back = jax.vjp(jax.vmap(norm), x, scale, bias)
+        wanted, plain_back = jax.vjp(jax.vmap(partial(plain_norm, relu=relu)), x, scale, bias)
+        for a, b in zip((got, *back(dy)), (wanted, *plain_back(dy)), strict=True):
+            assert a.dtype == np.float64
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_norm_does_not_cancel_where_the_mean_is_large():
+    x = np.random.default_rng(0).normal(size=(4096, 3)).astype(np.float32) + np.float32([0, 1e3, -1e3])
+    params = {"params": {"scale": jnp.ones(3), "bias": jnp.zeros(3)}}
+    got, stats = BatchNorm().apply(params, x, mutable=["batch_stats"])
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(got, (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5), atol=2e-4)
+    np.testing.assert_allclose(stats["batch_stats"]["mean"], wide.mean(0), rtol=1e-6, atol=1e-6)
+
+
+def test_a_norm_of_bfloat16_has_statistics_and_gradients_of_float32():
+    x = jax.random.normal(jax.random.key(0), (512, 3)).astype(jnp.bfloat16)
+    params = {"params": {"scale": jnp.ones(3), "bias": jnp.zeros(3)}}
+    y, back = jax.vjp(lambda p, x: BatchNorm(relu=True).apply(p, x), params, x)
+    grads, dx = back(y)
+    assert (y.dtype, dx.dtype, grads["params"]["scale"].dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    wanted = plain_norm(x.astype(jnp.float32), 1.0, 0.0, True)
+    np.testing.assert_allclose(y.astype(jnp.float32), wanted, atol=2e-2)
+
+
 @pytest.mark.parametrize(("num_workers", "blocks"), [(2, 11), (4, 10)])
 def test_the_imagenet_config_deals_out_the_blocks_of_section_3(num_workers, blocks):
     config = get_config("resnet", "imagenet", num_workers=num_workers)

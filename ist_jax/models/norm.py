@@ -91,7 +91,7 @@ def _normalize_bwd(epsilon: float, relu: bool, residuals: Vectors, cotangents: V
     dbias, dscale = dy.sum(axes), (dy * normed).sum(axes)
     number = x.size // x.shape[-1]
     dx = (dy - (dbias + normed * dscale) / number) * (scale * inverse)
-    return dx.astype(x.dtype), dscale, dbias
+    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(scale.dtype)
 
 
 _normalize.defvjp(_normalize_fwd, _normalize_bwd)
