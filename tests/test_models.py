@@ -3,6 +3,7 @@
 import re
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from reference import plainly
 
 from ist_jax import partition
 from ist_jax.config import build_model
+from ist_jax.models import conv as conv_module
 from ist_jax.models.conv import conv_general_dilated
 from ist_jax.models.mlp import MLP
 from ist_jax.models.norm import BatchNorm
@@ -248,10 +250,13 @@ def test_a_section_without_partitionable_blocks_is_refused(sections):
         ResNet(sections, 4, 10).unit_axes()
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1)])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 3), (7, 7)])
 @pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 1), (1, 1)), ((2, 0), (1, 3))])
-def test_convolution_and_its_gradients_equal_xla(strides, kernel, padding):
+def test_convolution_and_its_gradients_equal_xla(strides, kernel, padding, large, monkeypatch):
+    monkeypatch.setattr(conv_module, "_LARGE", 0 if large else 2**17)
+
     def native(x, w):
         return lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
@@ -279,6 +284,23 @@ def test_batch_norm_uses_the_batch_or_what_it_is_given():
     _, stats = norm.apply(params, x, mutable=["batch_stats"])
     single = norm.apply(params | stats, x[:1])
     np.testing.assert_allclose(single, y[:1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "strides", "pad"), [(2, 3, 1, 1), (2, 3, 2, 1), (1, 3, 1, 1), (4, 7, 1, 3)]
+)
+def test_an_image_that_its_kernel_covers_is_one_matrix_product(size, kernel, strides, pad):
+    def ours(x, w):
+        return conv_general_dilated(x, w, (strides, strides), ((pad, pad), (pad, pad)))
+
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(3, size, size, 5)), rng.normal(size=(kernel, kernel, 5, 6))
+    wanted = lax.conv_general_dilated(
+        x, w, (strides, strides), ((pad, pad), (pad, pad)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(ours(x, w), wanted, rtol=1e-5, atol=1e-5)
+    text = str(jax.make_jaxpr(jax.grad(lambda w: ours(x, w).sum()))(w))
+    assert "dot_general" in text and "conv" not in text
 
 
 def plain_norm(x, scale, bias, relu):

@@ -148,7 +148,7 @@ def compile_program(
     return mapped.lower(*args).compile(compile_options())
 
 
-def compile_options() -> dict[str, bool]:
+def compile_options() -> dict[str, bool | str]:
     """What a program is compiled with, beside the XLA_FLAGS of the user, which win.
 
     Where CPU devices are as many as cores, each computes with its own thread: the pool that XLA:CPU shares
