@@ -3,6 +3,7 @@
 import re
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from reference import plainly
 
 from ist_jax import partition
 from ist_jax.config import build_model
+from ist_jax.models import conv as conv_module
 from ist_jax.models.conv import conv_general_dilated
 from ist_jax.models.mlp import MLP
 from ist_jax.models.norm import BatchNorm
@@ -248,10 +250,13 @@ def test_a_section_without_partitionable_blocks_is_refused(sections):
         ResNet(sections, 4, 10).unit_axes()
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1)])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 3), (7, 7)])
 @pytest.mark.parametrize("padding", ["SAME", "VALID", ((1, 1), (1, 1)), ((2, 0), (1, 3))])
-def test_convolution_and_its_gradients_equal_xla(strides, kernel, padding):
+def test_convolution_and_its_gradients_equal_xla(strides, kernel, padding, large, monkeypatch):
+    monkeypatch.setattr(conv_module, "_LARGE", 0 if large else 2**17)
+
     def native(x, w):
         return lax.conv_general_dilated(x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
@@ -279,6 +284,66 @@ def test_batch_norm_uses_the_batch_or_what_it_is_given():
     _, stats = norm.apply(params, x, mutable=["batch_stats"])
     single = norm.apply(params | stats, x[:1])
     np.testing.assert_allclose(single, y[:1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "strides", "pad"), [(2, 3, 1, 1), (2, 3, 2, 1), (1, 3, 1, 1), (4, 7, 1, 3)]
+)
+def test_an_image_that_its_kernel_covers_is_one_matrix_product(size, kernel, strides, pad):
+    def ours(x, w):
+        return conv_general_dilated(x, w, (strides, strides), ((pad, pad), (pad, pad)))
+
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(3, size, size, 5)), rng.normal(size=(kernel, kernel, 5, 6))
+    wanted = lax.conv_general_dilated(
+        x, w, (strides, strides), ((pad, pad), (pad, pad)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(ours(x, w), wanted, rtol=1e-5, atol=1e-5)
+    text = str(jax.make_jaxpr(jax.grad(lambda w: ours(x, w).sum()))(w))
+    assert "dot_general" in text and "conv" not in text
+
+
+def plain_norm(x, scale, bias, relu):
+    """By the definition, differentiated by JAX."""
+    mean, var = x.mean(range(x.ndim - 1)), x.var(range(x.ndim - 1))
+    y = (x - mean) / jnp.sqrt(var + 1e-5) * scale + bias
+    return nn.relu(y) if relu else y
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_a_norm_and_its_gradient_are_those_of_the_definition(relu):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, dy = (jnp.asarray(rng.normal(size=(2, 4, 5, 6, 3))) for _ in range(2))  # of two workers
+        scale, bias = (jnp.asarray(rng.normal(size=(2, 3))) for _ in range(2))
+
+        def norm(x, scale, bias):
+            return BatchNorm(relu=relu).apply({"params": {"scale": scale, "bias": bias}}, x)
+
+        got, back = jax.vjp(jax.vmap(norm), x, scale, bias)
+        wanted, plain_back = jax.vjp(jax.vmap(partial(plain_norm, relu=relu)), x, scale, bias)
+        for a, b in zip((got, *back(dy)), (wanted, *plain_back(dy)), strict=True):
+            assert a.dtype == np.float64
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_norm_does_not_cancel_where_the_mean_is_large():
+    x = np.random.default_rng(0).normal(size=(4096, 3)).astype(np.float32) + np.float32([0, 1e3, -1e3])
+    params = {"params": {"scale": jnp.ones(3), "bias": jnp.zeros(3)}}
+    got, stats = BatchNorm().apply(params, x, mutable=["batch_stats"])
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(got, (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5), atol=2e-4)
+    np.testing.assert_allclose(stats["batch_stats"]["mean"], wide.mean(0), rtol=1e-6, atol=1e-6)
+
+
+def test_a_norm_of_bfloat16_has_statistics_and_gradients_of_float32():
+    x = jax.random.normal(jax.random.key(0), (512, 3)).astype(jnp.bfloat16)
+    params = {"params": {"scale": jnp.ones(3), "bias": jnp.zeros(3)}}
+    y, back = jax.vjp(lambda p, x: BatchNorm(relu=True).apply(p, x), params, x)
+    grads, dx = back(y)
+    assert (y.dtype, dx.dtype, grads["params"]["scale"].dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    wanted = plain_norm(x.astype(jnp.float32), 1.0, 0.0, True)
+    np.testing.assert_allclose(y.astype(jnp.float32), wanted, atol=2e-2)
 
 
 @pytest.mark.parametrize(("num_workers", "blocks"), [(2, 11), (4, 10)])

@@ -1,20 +1,28 @@
-"""A convolution whose gradients are fast inside loops on CPU.
+"""A convolution that is fast on CPU, with gradients that are fast inside loops too.
 
 XLA:CPU canonicalises convolutions in the entry computation alone (JAX issue 12868): the gradient of
-an ordinary convolution inside `lax.scan` ran 35 to 100 times slower than outside. Written as
-ordinary NHWC/HWIO convolutions, the backward pass keeps its speed in a loop. Other backends use the
-native operation. `benchmarks/conv_in_scan.py` measures both, and would notice when XLA is mended.
+an ordinary convolution inside `lax.scan` ran 35 to 100 times slower than outside. Here the backward pass is
+written as ordinary convolutions and matrix products, without dilation, which keep their speed in a loop; and
+a convolution of an image that its kernel covers is one matrix product. Other backends use the native one.
+`benchmarks/conv_in_scan.py` would notice when XLA is mended, `benchmarks/peers.py` measures whole steps.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+
+from ist_jax.models.norm import at_least_float32
 
 Pair = tuple[int, int]
 Pads = tuple[Pair, ...]  # before and after, per spatial axis
+_PIXELS = 1024  # of the images whose kernel gradients are taken at a time
+_LARGE = 2**17  # numbers in an array from which on that is faster than one convolution
 _DIMS = ("NHWC", "HWIO", "NHWC")
 _plain_conv = partial(lax.conv_general_dilated, dimension_numbers=_DIMS)
 
@@ -42,7 +50,33 @@ def conv_general_dilated(
         return lax.conv_general_dilated(x, w, window_strides, padding, **options)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], w.shape[:2], window_strides, padding)
-    return _conv(x, w, tuple(window_strides), tuple((lo, hi) for lo, hi in padding))
+    pads = tuple((lo, hi) for lo, hi in padding)
+    if w.shape[:2] == (1, 1) and pads == ((0, 0), (0, 0)):  # of the other pixels nothing is used
+        x, window_strides = x[:, :: window_strides[0], :: window_strides[1]], (1, 1)
+    if all(map(_sees_all, x.shape[1:3], w.shape[:2], window_strides, pads)):
+        return _dense(x, w, window_strides, pads)
+    return _conv(x, w, tuple(window_strides), pads)
+
+
+def _outputs(size: int, kernel: int, stride: int, pad: Pair) -> int:
+    return (size + sum(pad) - kernel) // stride + 1
+
+
+def _sees_all(size: int, kernel: int, stride: int, pad: Pair) -> bool:
+    """Every output is reached from every input along an axis, as of 2 pixels and 3 taps."""
+    return pad[0] - stride * (_outputs(size, kernel, stride, pad) - 1) >= 0 and pad[0] + size <= kernel
+
+
+def _dense(x: jax.Array, w: jax.Array, strides: Sequence[int], pads: Pads) -> jax.Array:
+    """Where every output sees every input, a convolution is one matrix product, of slices of the kernel."""
+    (n, height, width, _), (s, t), ((top, _), (left, _)) = x.shape, strides, pads
+    outputs = [_outputs(*axis) for axis in zip(x.shape[1:3], w.shape[:2], strides, pads, strict=True)]
+    kernels = [
+        w[top - s * a : top - s * a + height, left - t * b : left - t * b + width]
+        for a, b in product(*map(range, outputs))
+    ]
+    matrix = jnp.stack(kernels, 3).reshape(x[0].size, -1)
+    return (x.reshape(n, -1) @ matrix).reshape(n, *outputs, -1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -51,16 +85,62 @@ def _conv(x: jax.Array, w: jax.Array, strides: tuple[int, ...], pads: Pads) -> j
 
 
 def _conv_bwd(strides: tuple[int, ...], pads: Pads, residuals: tuple, dy: jax.Array) -> tuple:
-    """From dy [N, H', W', O]: dx [N, H, W, I], a convolution of dy, and dw [h, w, I, O], one of x with dy."""
+    """From dy [N, H', W', O]: dx [N, H, W, I] and dw [h, w, I, O]."""
     x, w = residuals
-    zero = dy.dtype.type(0)
-    dy = lax.pad(dy, zero, [(0, 0, 0), *((0, 0, s - 1) for s in strides), (0, 0, 0)])
-    sizes = list(zip(x.shape[1:3], dy.shape[1:3], w.shape[:2], pads, strict=True))
-    dx_pads = [(k - 1 - lo, i + lo - d) for i, d, k, (lo, _) in sizes]
-    dx = _plain_conv(dy, w[::-1, ::-1].transpose(0, 1, 3, 2), (1, 1), dx_pads)
+    dx = _input_gradient(dy, w, x.shape, strides, pads)
+    if strides != (1, 1) or x.size > _LARGE:
+        return dx, _dw_by_products(x, dy, w.shape, strides, pads)
+    sizes = zip(x.shape[1:3], dy.shape[1:3], w.shape[:2], pads, strict=True)
     dw_pads = [(lo, k + d - 1 - i - lo) for i, d, k, (lo, _) in sizes]
     dw = _plain_conv(x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), (1, 1), dw_pads)
     return dx, dw.transpose(1, 2, 0, 3)
+
+
+def _input_gradient(
+    dy: jax.Array, w: jax.Array, shape: Sequence[int], strides: Sequence[int], pads: Pads
+) -> jax.Array:
+    """Of the pixels (p + s a, q + t b), for each phase (p, q), a convolution of dy by some of the taps."""
+    s, t = strides
+    pixels = -(-shape[1] // s), -(-shape[2] // t)  # of a phase
+
+    def taps(axis: int, phase: int) -> tuple[slice, Pair]:
+        """Which ones reach a phase, in the order of dy's pixels, and the padding of dy."""
+        stride, (lo, _) = strides[axis], pads[axis]
+        last = max((k for k in range(w.shape[axis]) if (phase + lo - k) % stride == 0), default=-1)
+        count, before = last // stride + 1, (last - phase - lo) // stride
+        after = pixels[axis] - dy.shape[axis + 1] - before + count - 1
+        return slice(last, None, -stride) if count else slice(0), (before, after)
+
+    def gradient(p: int, q: int) -> jax.Array:
+        (rows, above), (columns, left) = taps(0, p), taps(1, q)
+        kernel = w[rows, columns].transpose(0, 1, 3, 2)
+        if not kernel.size:
+            return jnp.zeros((len(dy), *pixels, shape[3]), dy.dtype)
+        return _plain_conv(dy, kernel, (1, 1), (above, left))
+
+    phases = jnp.stack([gradient(p, q) for p, q in product(range(s), range(t))], 3)  # [N, h, w, s t, I]
+    dx = phases.reshape(len(dy), *pixels, s, t, -1).swapaxes(2, 3)
+    return dx.reshape(len(dy), s * pixels[0], t * pixels[1], -1)[:, : shape[1], : shape[2]]
+
+
+def _dw_by_products(
+    x: jax.Array, dy: jax.Array, shape: Sequence[int], strides: Sequence[int], pads: Pads
+) -> jax.Array:
+    """Matrix products of some images at a time with all taps side by side, which stay in the cache."""
+    (s, t), (n, height, width, _) = strides, dy.shape
+    together = math.gcd(n, max(1, _PIXELS // (height * width)))
+
+    def add(total: jax.Array, images: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        x, dy = images
+        x = lax.pad(x, x.dtype.type(0), [(0, 0, 0), *((lo, hi, 0) for lo, hi in pads), (0, 0, 0)])
+        rows, columns = slice(0, s * (height - 1) + 1, s), slice(0, t * (width - 1) + 1, t)
+        taps = [x[:, k:, m:][:, rows, columns] for k, m in product(*map(range, shape[:2]))]
+        seen = jnp.concatenate(taps, 3).reshape(-1, len(taps) * x.shape[3])
+        return total + jnp.dot(seen.T, dy.reshape(len(seen), -1), preferred_element_type=total.dtype), None
+
+    images = tuple(a.reshape(-1, together, *a.shape[1:]) for a in (x, dy))
+    total = at_least_float32(jnp.zeros((math.prod(shape[:3]), shape[3]), dy.dtype))
+    return lax.scan(add, total, images)[0].reshape(shape).astype(dy.dtype)
 
 
 _conv.defvjp(lambda x, w, strides, pads: (_plain_conv(x, w, strides, pads), (x, w)), _conv_bwd)

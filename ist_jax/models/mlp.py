@@ -62,9 +62,8 @@ class _Layer(nn.Module):
     def __call__(self, x: Inputs) -> jax.Array:
         y = _Dense(self.features, self.dtype, f"{self.place}/{_KERNEL}", self.fetch, name="dense")(x)
         y = at_least_float32(y) if self.is_output else y
-        if self.normalized:
-            y = BatchNorm(affine=not self.is_output, name="norm")(y)
-        return y if self.is_output else nn.relu(y)
+        hidden = not self.is_output
+        return BatchNorm(affine=hidden, relu=hidden, name="norm")(y) if self.normalized else y
 
 
 class MLP(nn.Module):

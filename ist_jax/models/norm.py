@@ -1,8 +1,12 @@
 """Batch normalisation without running averages, as in both papers."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+Vectors = tuple[jax.Array, ...]
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
@@ -21,29 +25,73 @@ class BatchNorm(nn.Module):
 
     Attributes:
       affine: learn a scale and a bias.
+      relu: of what comes out; one pass over the array with the norm.
       epsilon: added to the variance.
     """
 
     affine: bool = True
+    relu: bool = False
     epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Args: x [..., C]. Returns: of its shape and dtype."""
-        axes = tuple(range(x.ndim - 1))
+        scale, bias = jnp.ones(x.shape[-1:]), jnp.zeros(x.shape[-1:])
+        if self.affine:
+            scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+            bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
         if self.has_variable("batch_stats", "mean") and not self.is_mutable_collection("batch_stats"):
             mean: jax.Array = self.get_variable("batch_stats", "mean")
             var = self.get_variable("batch_stats", "mean_square") - mean**2
-        else:
-            wide = at_least_float32(x)
-            mean = wide.mean(axes)
-            var = jnp.square(wide - mean).mean(axes)
-            if self.is_mutable_collection("batch_stats"):
-                self.put_variable("batch_stats", "mean", mean)
-                self.put_variable("batch_stats", "mean_square", var + mean**2)
-        factor = jax.lax.rsqrt(jnp.maximum(var, 0) + self.epsilon)
-        if not self.affine:
-            return ((x - mean) * factor).astype(x.dtype)
-        factor *= self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
-        return ((x - mean) * factor + bias).astype(x.dtype)
+            return _apply(x, mean, _inverse(var, self.epsilon) * scale, bias, self.relu)
+        y, mean, var = _normalize(x, scale, bias, self.epsilon, self.relu)
+        if self.is_mutable_collection("batch_stats"):
+            self.put_variable("batch_stats", "mean", mean)
+            self.put_variable("batch_stats", "mean_square", var + mean**2)
+        return y
+
+
+def _inverse(var: jax.Array, epsilon: float) -> jax.Array:
+    return jax.lax.rsqrt(jnp.maximum(var, 0) + epsilon)
+
+
+def _apply(x: jax.Array, mean: jax.Array, factor: jax.Array, bias: jax.Array, relu: bool) -> jax.Array:
+    y = (x - mean) * factor + bias
+    return (nn.relu(y) if relu else y).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, relu: bool) -> Vectors:
+    """(normalised x, mean [C], variance [C]); gradients flow through the first alone.
+
+    Mean and mean square are taken in one pass, of the differences to one pixel: of those, the variance does
+    not cancel where the mean is large.
+    """
+    axes = tuple(range(x.ndim - 1))
+    wide = at_least_float32(x)
+    pixel = wide[(0,) * len(axes)]
+    shifted = wide - pixel
+    shift, square = shifted.mean(axes), jnp.square(shifted).mean(axes)
+    mean, var = pixel + shift, jnp.maximum(square - shift**2, 0)
+    return _apply(x, mean, _inverse(var, epsilon) * scale, bias, relu), mean, var
+
+
+def _normalize_fwd(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, relu: bool
+) -> tuple[Vectors, Vectors]:
+    y, mean, var = out = _normalize(x, scale, bias, epsilon, relu)
+    return out, (x, y, scale, mean, _inverse(var, epsilon))
+
+
+def _normalize_bwd(epsilon: float, relu: bool, residuals: Vectors, cotangents: Vectors) -> Vectors:
+    x, y, scale, mean, inverse = residuals
+    dy = at_least_float32(cotangents[0])
+    dy = jnp.where(y > 0, dy, 0) if relu else dy
+    axes, normed = tuple(range(x.ndim - 1)), (x - mean) * inverse
+    dbias, dscale = dy.sum(axes), (dy * normed).sum(axes)
+    number = x.size // x.shape[-1]
+    dx = (dy - (dbias + normed * dscale) / number) * (scale * inverse)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(scale.dtype)
+
+
+_normalize.defvjp(_normalize_fwd, _normalize_bwd)

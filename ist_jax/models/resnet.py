@@ -58,16 +58,16 @@ class Block(nn.Module):
 
     def setup(self) -> None:
         for i, convolution in enumerate(self._convolutions(), 1):
-            setattr(self, f"norm{i}", BatchNorm())
+            setattr(self, f"norm{i}", BatchNorm(relu=True))
             setattr(self, f"conv{i}", _conv(*convolution, dtype=self.dtype))
         if self.project:
             self.shortcut = _conv(self.expansion * self.width, 1, self.strides, dtype=self.dtype)
 
     def _residual(self, x: jax.Array, scale: Factor) -> jax.Array:
-        y = nn.relu(self.norm1(x))
+        y = self.norm1(x)
         skip = self.shortcut(y) if self.project else x
         for i in range(1, len(self._convolutions())):
-            y = nn.relu(getattr(self, f"norm{i + 1}")(getattr(self, f"conv{i}")(y)))
+            y = getattr(self, f"norm{i + 1}")(getattr(self, f"conv{i}")(y))
         return skip + (scale * getattr(self, f"conv{i + 1}")(y)).astype(skip.dtype)
 
     def __call__(self, x: jax.Array, gate: Gate = None, scale: Factor = 1.0) -> tuple[jax.Array, None]:
