@@ -1,6 +1,6 @@
 """ResIST (arXiv:2107.00961): a pre-activation ResNet, its blocks dealt to the workers.
 
-python -m ist_jax.main --config=configs/resnet.py                 scikit-learn's digits, half a minute
+python -m ist_jax.main --config=configs/resnet.py                 scikit-learn's digits, 20 seconds
 python -m ist_jax.main --config=configs/resnet.py:smoke           the same machinery in seconds
 python -m ist_jax.main --config=configs/resnet.py:cifar10_small --config.data.dir=DIR
                                                                   a net and schedule for a CPU
