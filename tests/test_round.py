@@ -3,7 +3,6 @@
 That a round does what it means, for every method, is asserted in test_sweep.py.
 """
 
-import os
 import re
 from functools import partial
 
@@ -24,7 +23,7 @@ from ist_jax.exchange.layout import AXIS, make_layout
 from ist_jax.methods import METHODS
 from ist_jax.methods.method import AXES, Recipe, Turn
 from ist_jax.methods.steps import POLICIES
-from ist_jax.runtime import devices, programs, scoring, setup
+from ist_jax.runtime import programs, scoring, setup
 
 ROUNDS = 2
 # workers with different shares: of 5 blocks 2, 2 and 1; of each layer's 32 neurons 14, 9, 5 and 4
@@ -277,15 +276,3 @@ def test_initial_values_do_not_depend_on_devices_or_method():
         found.append(kinds.to_params(layout, shards))
     for other in found[1:]:
         assert_same_bits(other, found[0])
-
-
-POOL = "xla_cpu_multi_thread_eigen"
-
-
-@pytest.mark.parametrize(
-    ("cores", "flags", "wanted"), [(8, "", {POOL: False}), (9, "", {}), (2, f"--{POOL}=true", {})]
-)
-def test_devices_that_crowd_the_cores_do_without_a_pool(cores, flags, wanted, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
-    monkeypatch.setenv("XLA_FLAGS", flags)  # the user's win
-    assert devices.compile_options() == wanted

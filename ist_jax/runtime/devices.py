@@ -145,18 +145,7 @@ def compile_program(
     if jax.process_count() > 1:
         return _SpanningProgram(fn, args, devices, in_axes, donate)  # type: ignore[return-value]
     mapped = jax.pmap(fn, AXIS, in_axes=tuple(in_axes), devices=devices, donate_argnums=donate)
-    return mapped.lower(*args).compile(compile_options())
-
-
-def compile_options() -> dict[str, bool | str]:
-    """What a program is compiled with, beside the XLA_FLAGS of the user, which win.
-
-    Where CPU devices are as many as cores, each computes with its own thread: the pool that XLA:CPU shares
-    out among all of them only makes them wait for each other. It does not change a bit.
-    """
-    option, there = "xla_cpu_multi_thread_eigen", jax.local_devices()
-    crowded = there[0].platform == "cpu" and len(there) >= len(os.sched_getaffinity(0))
-    return {option: False} if crowded and option not in os.environ.get("XLA_FLAGS", "") else {}
+    return mapped.lower(*args).compile()
 
 
 class _SpanningProgram:
@@ -178,7 +167,7 @@ class _SpanningProgram:
         mesh, out = _sharding(devices).mesh, PartitionSpec(AXIS)
         mapped = jax.shard_map(per_device, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
         jitted = jax.jit(mapped, in_shardings=self._shardings, donate_argnums=donate)
-        self.compiled = jitted.lower(*args).compile(compile_options())
+        self.compiled = jitted.lower(*args).compile()
         self.as_text, self.memory_analysis = self.compiled.as_text, self.compiled.memory_analysis
         self.args_info, self.in_tree = self.compiled.args_info, self.compiled.in_tree
         self.input_shardings = self.compiled.input_shardings
