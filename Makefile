@@ -1,6 +1,7 @@
 # make run    sets up, then trains: ResIST with 4 workers on scikit-learn's digits
 # make test   sets up, then runs the tests
-# make test-all   the slow ones too, after the others
+# make test-slow  the slow ones alone
+# make test-all   both
 # make lint   style and types
 # make docs   builds docs/ to docs/_build/html; warnings are errors
 # make notebooks   runs the notebooks and stores them with their outputs, minutes
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := test$(shell nvidia-smi >/dev/null 2>&1 && echo ,cuda12)
 
-.PHONY: run test test-all lint docs notebooks setup clean
+.PHONY: run test test-slow test-all lint docs notebooks setup clean
 
 run: setup
 	@$(BIN)/python -m ist_jax.main --config=configs/resnet.py --workdir=runs/digits
@@ -19,7 +20,9 @@ run: setup
 test: setup
 	@$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal
 
-test-all: test
+test-all: test test-slow
+
+test-slow: setup
 	@$(BIN)/python -m pytest --numprocesses=2 --dist=worksteal -m slow
 
 lint: setup
