@@ -21,8 +21,8 @@ from ist_jax.models.norm import at_least_float32
 
 Pair = tuple[int, int]
 Pads = tuple[Pair, ...]  # before and after, per spatial axis
-_PIXELS = 1024  # of the images whose kernel gradients are taken at a time
-_LARGE = 2**17  # numbers in an array from which on that is faster than one convolution
+_PIXELS = 512  # of the images whose kernel gradients are taken at a time
+_LARGE = 2**16  # numbers in an array from which on that is faster than one convolution
 _DIMS = ("NHWC", "HWIO", "NHWC")
 _plain_conv = partial(lax.conv_general_dilated, dimension_numbers=_DIMS)
 
@@ -126,20 +126,26 @@ def _input_gradient(
 def _dw_by_products(
     x: jax.Array, dy: jax.Array, shape: Sequence[int], strides: Sequence[int], pads: Pads
 ) -> jax.Array:
-    """Matrix products of some images at a time with all taps side by side, which stay in the cache."""
+    """Matrix products of some images at a time, which stay in the cache, by the taps of a row of the kernel.
+
+    The products contract adjacent numbers: of the transposed pixels, side by side in memory.
+    """
     (s, t), (n, height, width, _) = strides, dy.shape
     together = math.gcd(n, max(1, _PIXELS // (height * width)))
+    rows, columns = slice(0, s * (height - 1) + 1, s), slice(0, t * (width - 1) + 1, t)
 
     def add(total: jax.Array, images: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        x, dy = images
-        x = lax.pad(x, x.dtype.type(0), [(0, 0, 0), *((lo, hi, 0) for lo, hi in pads), (0, 0, 0)])
-        rows, columns = slice(0, s * (height - 1) + 1, s), slice(0, t * (width - 1) + 1, t)
-        taps = [x[:, k:, m:][:, rows, columns] for k, m in product(*map(range, shape[:2]))]
-        seen = jnp.concatenate(taps, 3).reshape(-1, len(taps) * x.shape[3])
-        return total + jnp.dot(seen.T, dy.reshape(len(seen), -1), preferred_element_type=total.dtype), None
+        x, dy = images[0].transpose(3, 0, 1, 2), images[1].reshape(-1, shape[3])
+        x = lax.pad(x, x.dtype.type(0), [(0, 0, 0), (0, 0, 0), *((lo, hi, 0) for lo, hi in pads)])
+
+        def gradient(row: int) -> jax.Array:
+            taps = [x[:, :, row:, column:][:, :, rows, columns] for column in range(shape[1])]
+            return jnp.dot(jnp.concatenate(taps).reshape(-1, len(dy)), dy, preferred_element_type=total.dtype)
+
+        return total + jnp.stack([gradient(row) for row in range(shape[0])]), None
 
     images = tuple(a.reshape(-1, together, *a.shape[1:]) for a in (x, dy))
-    total = at_least_float32(jnp.zeros((math.prod(shape[:3]), shape[3]), dy.dtype))
+    total = at_least_float32(jnp.zeros((shape[0], shape[1] * shape[2], shape[3]), dy.dtype))
     return lax.scan(add, total, images)[0].reshape(shape).astype(dy.dtype)
 
 
