@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 ROOT = Path(__file__).parent.parent
 CORES = len(os.sched_getaffinity(0))
@@ -228,6 +229,16 @@ class Peer:
             process.join()
 
 
+def make_config(path: str, overrides: dict) -> ConfigDict:
+    """Of a work, whose data are noise where they are not embedded."""
+    from ist_jax import data
+
+    data.SETS |= {"noise": data.Entry(noise), "features": data.Entry(features)}
+    config = runpy.run_path(str(ROOT / path))["get_config"]()
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
 # --- the two, in turn ---------------------------------------------------------------------------------------
 
 
@@ -238,11 +249,9 @@ def measure(name: str, repeats: int) -> dict[str, float]:
     from ist_jax.costs.formula import step_flops
     from ist_jax.runtime.setup import set_up
 
-    path, overrides = WORKS[name]
-    config = runpy.run_path(str(ROOT / path))["get_config"]()
-    config.update_from_flattened_dict(
-        overrides | {"num_devices": min(CORES, overrides.get("num_workers", 4))}
-    )
+    path, _ = WORKS[name]
+    config = make_config(*WORKS[name])
+    config.num_devices = min(CORES, config.num_workers)
     run = set_up(config)
     stage, turn = run.stages[-1], run.turn(run.stages[-1], 0)
     groups = stage.recipe.layout.groups
@@ -284,8 +293,7 @@ def measure_round(repeats: int) -> dict[str, float]:
 
     from ist_jax.runtime.setup import set_up
 
-    config = runpy.run_path(str(ROOT / MLP))["get_config"]()
-    config.update_from_flattened_dict(IST | {"num_devices": 2})
+    config = make_config(MLP, IST | {"num_devices": 2})
     run = set_up(config)
     stage = run.stages[-1]
     sizes = (
@@ -351,14 +359,13 @@ def noise(directory: str, options: dict):
 
 
 def main(argv: list[str]) -> int:
-    from ist_jax import cli, data
+    from ist_jax import cli
 
     values = flags.FlagValues()
     works = (*WORKS, ROUND)
     flags.DEFINE_list("work", list(works), f"of {', '.join(works)}", flag_values=values)
     flags.DEFINE_integer("repeats", 5, "to take the median of", lower_bound=1, flag_values=values)
     cli.parse(values, argv, "python benchmarks/peers.py [--work=NAME,...] [--repeats=N]", required=[])
-    data.SETS |= {"noise": data.Entry(noise), "features": data.Entry(features)}
     for name in values.work:
         found = measure_round(values.repeats) if name == ROUND else measure(name, values.repeats)
         rounded = {key: float(f"{value:.4g}") for key, value in found.items()}

@@ -4,7 +4,7 @@ XLA:CPU canonicalises convolutions in the entry computation alone (JAX issue 128
 an ordinary convolution inside `lax.scan` ran 35 to 100 times slower than outside. Here the backward pass is
 written as ordinary convolutions and matrix products, without dilation, which keep their speed in a loop; and
 a convolution of an image that its kernel covers is one matrix product. Other backends use the native one.
-`benchmarks/conv_in_scan.py` would notice when XLA is mended, `benchmarks/peers.py` measures whole steps.
+`benchmarks/convolutions.py` would notice when XLA is mended, `benchmarks/peers.py` measures whole steps.
 """
 
 import math
