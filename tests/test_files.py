@@ -361,12 +361,14 @@ def test_a_parquet_folder_that_cannot_work_is_one_clear_error(tmp_path):
             open_set("parquet", folder)
         assert "\n" not in str(error.value)
 
-    refused(
-        r"has parquet files named no split; set config.data.dir to a folder of .parquet files of train", ""
-    )
-    refused(r"has parquet files named no split")
+    refused(r"has no .parquet file named train; set config.data.dir to a folder with such files", "")
+    for split in ("test", "validation"):
+        write_parquet(tmp_path / f"{split}.parquet", images, labels)
+        refused(r"has no .parquet file named train;")
+    for path in tmp_path.glob("*.parquet"):
+        path.unlink()
     write_parquet(tmp_path / "a" / "train.parquet", images, labels)
-    refused(r"has parquet files named train; set config.data.dir")
+    refused(r"has no .parquet file named test or validation;")
     write_parquet(tmp_path / "b" / "train.parquet", images, labels)
     refused(r"train files are in .*/a and in .*/b; set config.data.dir to one set's folder")
     write_parquet(tmp_path / "a" / "test.parquet", images, labels - 1)

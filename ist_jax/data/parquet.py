@@ -78,13 +78,13 @@ def load(directory: str, options: Options) -> DataSet:
     """
     root = Path(directory)
     files = _find(root) if directory else {}
-    tables = {split: _read(paths, options) for split, paths in files.items()}
-    if len(tables) < 2:
-        wanted = "train and test (or validation)"
+    if len(files) < 2 or "train" not in files:
+        lacking = "test or validation" if "train" in files else "train"
         raise ValueError(
-            f"data.dir={directory!r} has parquet files named {', '.join(files) or 'no split'}; set "
-            f"config.data.dir to a folder of .parquet files of {wanted}, by their names or their folders'"
+            f"data.dir={directory!r} has no .parquet file named {lacking}; set config.data.dir to a folder "
+            "with such files, named train and test (or validation), or in folders of those names"
         )
+    tables = {split: _read(paths, options) for split, paths in files.items()}
     labels = {split: _labels(split, table.column(1)) for split, table in tables.items()}
     classes = _classes(tables["train"], labels)
     splits = [TableSource(table.column(0), labels[split], split, root) for split, table in tables.items()]
