@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
         transform = transform._replace(size=values.size, resize=resize)
     with tempfile.TemporaryDirectory() as folder:
         kilobytes = write_folder(Path(folder), values.images)
-        dataset = image_folder.load(folder, {})
+        dataset = image_folder.load(folder, {"data.in_memory": 0})
         print(
             f"{values.images} JPEGs of {WIDTH}x{HEIGHT}, {kilobytes:.0f} kB on average; size {transform.size}"
         )

@@ -69,12 +69,13 @@ def sections() -> Iterator[tuple[str, Mapping[str, Key]]]:
         yield title, {name: key for name, key in COMMON.items() if name.rpartition(".")[0] == prefix}
     for model, entry in MODELS.items():
         yield f"Model `{model}`", entry.options
-    owners: dict[tuple[str, ...], list[str]] = {}
+    owners: dict[str, list[str]] = {}
     for name, known in data.SETS.items():
-        owners.setdefault(tuple(known.options), []).append(name)
-    for names in filter(None, owners):
-        sets = " and ".join(f"`{name}`" for name in owners[names])
-        yield f"Data {sets}", {name: data.options()[name] for name in names}
+        for key in known.options:
+            owners.setdefault(key, []).append(name)
+    for names in dict.fromkeys(map(tuple, owners.values())):
+        sets = " and ".join(f"`{name}`" for name in names)
+        yield f"Data {sets}", {key: data.options()[key] for key, own in owners.items() if tuple(own) == names}
 
 
 def _entry(name: str, key: Key) -> str:

@@ -91,6 +91,7 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
 
     from ist_jax import config as configs
     from ist_jax import train
+    from ist_jax.models import norm
     from ist_jax.runtime import inputs, scoring, setup
     from ist_jax.workdir import checkpoint, files
 
@@ -106,14 +107,15 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
     pictures = [read_image(name) for name in images]  # before the wait, so that a typo costs none
     run = setup.set_up(config, start=saved, evaluation_only=True)
     encoded = run.inputs.dataset.encoded
-    if images and not encoded and getattr(run.inputs.test.get("image"), "dtype", None) != np.uint8:
+    shown = None if encoded else run.inputs.test.get("image")
+    if images and not encoded and (shown is None or shown.dtype != np.uint8 or shown.ndim != 4):
         raise ValueError(f"the examples of data.name={config.data.name!r} are no images: nothing to classify")
     score = train.score(run, run.state)
     print(f"test {score}, loss {score.loss:.4f} ({score.examples} examples, batch statistics)")
 
     chosen = inputs.calibration_batches(run.inputs, _CALIBRATION_BATCHES)
-    shown = (run.inputs.task.eval_fn(batch)[0] for batch in chosen)
-    statistics = scoring.estimate_batch_stats(run.model, params, shown, run.scale)
+    inputs_of = (run.inputs.task.eval_fn(batch)[0] for batch in chosen)
+    statistics = norm.estimate_batch_stats(run.model, params, inputs_of, run.scale)
     variables = {"params": params, "batch_stats": statistics}
     score_fn = jax.jit(functools.partial(scoring.score_batch, run.model, run.inputs.task, run.scale))
     sums = []

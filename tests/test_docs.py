@@ -88,7 +88,8 @@ def run_own_data(block, capsys):
 def run_loaded_parameters(block, capsys):
     summary = train.train(get_config("mlp", **{"model.hidden": (1024, 1024), "rounds": 1}), "runs/mlp")
     known = run(block)
-    right = np.asarray(known["logits"]).argmax(1) == known["digits"].test.label
+    np.testing.assert_allclose(known["logits"], known["same"], atol=1e-4)
+    right = np.asarray(known["logits"]).argmax(1) == data.open_data_set("digits", "").test.label
     assert right.mean() == pytest.approx(summary["test_accuracy"], abs=0.1)  # other batches' statistics
 
 
@@ -115,7 +116,7 @@ RUNS = {  # by what stands in the block
     "masking.merge(": run_a_merge,
     "unit_axes": run_own_model,
     "data.SETS[": run_own_data,
-    "load_params(": run_loaded_parameters,
+    "load_model(": run_loaded_parameters,
     "from_torch(": run_from_torch,
 }
 

@@ -4,7 +4,15 @@ A set is one file with its facts, its reader and its options, and one line of `S
 is imported when a set is opened.
 """
 
-from ist_jax.data import digits, extreme_classification, image_folder, speech_commands, tfds_images
+from ist_jax.data import (
+    digits,
+    extreme_classification,
+    image_folder,
+    npz,
+    parquet,
+    speech_commands,
+    tfds_images,
+)
 from ist_jax.data.source import ArraySource, DataSet, Entry, Facts, SparseSource, Split, load, select
 from ist_jax.key import Key, Options
 
@@ -19,6 +27,8 @@ SETS: dict[str, Entry] = {
     "digits": digits.DIGITS,
     "extreme_classification": extreme_classification.ANY,
     "image_folder": image_folder.IMAGE_FOLDER,
+    "npz": npz.NPZ,
+    "parquet": parquet.PARQUET,
     "speech_commands": speech_commands.SPEECH_COMMANDS,
     **tfds_images.SETS,
 }

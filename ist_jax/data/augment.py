@@ -10,14 +10,20 @@ from ist_jax.data.source import Split
 
 _CHUNK = 256  # images counted at a time
 Normalize = Callable[[jax.Array], jax.Array]
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation, per channel or feature
 Labelled = tuple[jax.Array, jax.Array]  # inputs of a model, and their labels
 
 
-def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of images [N, H, W, C], in their own units."""
+def channel_statistics(images: np.ndarray) -> Statistics:
+    """Mean and standard deviation per channel of images [N, H, W, C], or per feature [N, F], in their units.
+
+    What does not vary has a deviation of 1.
+    """
     if images.dtype != np.uint8:
-        mean, std = images.mean((0, 1, 2), np.float64), images.std((0, 1, 2), np.float64)
-        return tuple(mean.tolist()), tuple(std.tolist())
+        axes = tuple(range(images.ndim - 1))
+        mean, std = images.mean(axes, np.float64), images.std(axes, np.float64)
+        varies = std > np.finfo(np.float32).eps * abs(mean)  # by more than float32 tells apart
+        return tuple(mean.tolist()), tuple(np.where(varies, std, 1.0).tolist())
     counts = np.zeros((images.shape[-1], 256), np.int64)
     for start in range(0, len(images), _CHUNK):  # bincount widens what it counts to eight bytes
         for channel, count in enumerate(counts):

@@ -1,13 +1,19 @@
-"""A folder of image files per class: `train/<class>/*.JPEG` and `val/<class>/*.JPEG`."""
+"""A folder of image files per class: `train/<class>/*.JPEG` and, beside it, `test/` or `val/`.
 
+Small images, all of one size, are held in memory as they are; others are streamed.
+"""
+
+import logging
 import os
 from pathlib import Path
 
 import numpy as np
 
-from ist_jax.data import images
-from ist_jax.data.source import DataSet, Entry, Example
+from ist_jax.data import decoded, images
+from ist_jax.data.source import DataSet, Entry, Example, Facts
 from ist_jax.key import Options
+
+log = logging.getLogger(__name__)
 
 _ENDINGS = (".jpeg", ".jpg", ".png")  # in any case
 
@@ -44,31 +50,46 @@ def load(directory: str, options: Options) -> DataSet:
     """Opens a folder; the classes are those of its training split.
 
     Args:
-      directory: holds `train` and `val`, both with a folder of files per class (.jpeg, .jpg or .png).
-      options: how the images are cut, which is done when they are read.
+      directory: holds `train` and `test`, or else `val`, both with a folder of files per class (.jpeg, .jpg
+        or .png).
+      options: 'data.in_memory'; how streamed images are cut, which is done when they are read.
 
     Raises:
       ValueError: a split or its files are missing, or it has a class that training has not.
     """
     root = Path(directory)
-    classes = {split: _folders(root / split) if directory else () for split in ("train", "val")}
+    other = "test" if directory and (root / "test").is_dir() else "val"
+    classes = {split: _folders(root / split) if directory else () for split in ("train", other)}
     for split, names in classes.items():
         if not names:
+            wanted = "train/" if split == "train" else "test/ or val/"
             raise ValueError(
-                f"data.dir={directory!r} has no folder {split}/ with a folder of images per class; set "
-                "config.data.dir to a folder of train/<class>/*.JPEG and val/<class>/*.JPEG"
+                f"data.dir={directory!r} has no folder {wanted} with a folder of images per class; set "
+                "config.data.dir to a folder of train/<class>/*.JPEG and test/<class>/*.JPEG"
             )
-    if unknown := sorted(set(classes["val"]) - set(classes["train"])):
+    if unknown := sorted(set(classes[other]) - set(classes["train"])):
         raise ValueError(
-            f"data.dir={directory!r} has val/{unknown[0]}, a class without a folder in train/; "
+            f"data.dir={directory!r} has {other}/{unknown[0]}, a class without a folder in train/; "
             f"{len(unknown)} such classes"
         )
-    train, test = (FolderSource(root / split, classes["train"]) for split in ("train", "val"))
-    if not len(train) or not len(test):
-        raise ValueError(f"data.dir={directory!r} has {len(train)} images in train/ and {len(test)} in val/")
-    count, own = len(train) + len(test), len(classes["train"])
-    description = f"image_folder: {count:,} images of {own:,} classes in {directory}"
-    return DataSet(description, train, test, classes["train"], encoded=True)
+    splits = [FolderSource(root / split, classes["train"]) for split in ("train", other)]
+    if not all(map(len, splits)):
+        counts = f"{len(splits[0])} images in train/ and {len(splits[1])} in {other}/"
+        raise ValueError(f"data.dir={directory!r} has {counts}")
+    count, own = sum(map(len, splits)), len(classes["train"])
+    description = f"image_folder: {count:,} images of {own:,} classes in {directory}, tested on {other}/"
+    if options["data.in_memory"]:
+        try:
+            train, test = decoded.decode_as_is(splits, options)
+            return DataSet(description, train, test, classes["train"])
+        except (decoded.Unlike, decoded.TooLarge) as why:
+            log.info("data: images are streamed, and cropped at random: %s", why)
+    return DataSet(description, splits[0], splits[1], classes["train"], encoded=True)
+
+
+def facts(options: Options) -> Facts:
+    """What is known before a folder is opened: whether its images are streamed, if memory is not allowed."""
+    return Facts() if options["data.in_memory"] else images.facts(options)
 
 
 def _folders(root: Path) -> tuple[str, ...]:
@@ -80,4 +101,4 @@ def _files(folder: Path) -> list[bytes]:
     return [os.fsencode(name) for name in names if name.lower().endswith(_ENDINGS)]
 
 
-IMAGE_FOLDER = Entry(load, images.facts, images.OPTIONS)
+IMAGE_FOLDER = Entry(load, facts, images.OPTIONS | decoded.OPTIONS)

@@ -1,8 +1,9 @@
 """What a data set is: a random-access source per split, facts known beforehand, and arrays in memory."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
+import jax
 import numpy as np
 from jaxtyping import PyTree
 from tqdm import tqdm
@@ -11,6 +12,7 @@ from ist_jax.data.sparse import Rows, take
 from ist_jax.key import Key, Options
 
 Split = Mapping[str, PyTree]  # all examples of a split: 'image' or 'feature', and 'label'; arrays or `Rows`
+Images = TypeVar("Images", np.ndarray, jax.Array)
 Example = Mapping[str, Any]  # one of them: arrays, numbers, or the bytes of an image file
 
 
@@ -20,7 +22,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """Example `index`: 'image' [H, W, C] (uint8, or float32 for features) and 'label' int.
+        """Example `index`: 'image' [H, W, C] or, of features, [F] (uint8 or float32), and 'label' int.
 
         Of sparse, multi-label examples: 'feature' int32 [k], 'value' float32 [k] and 'label' int32 [l].
         """
@@ -62,7 +64,7 @@ class Facts(NamedTuple):
     """What is known of a data set before it is opened; None: that depends on the folder or the config.
 
     Attributes:
-      example: shape of an example, [H, W, C].
+      example: shape of an example, [H, W, C] or [F].
       num_classes: how many.
       num_train: examples in the training split.
       sparse: sparse vectors with several labels each; the example's shape is their length.
@@ -94,12 +96,20 @@ class ArraySource:
     """A source over arrays in memory.
 
     Args:
-      image: uint8 [N, H, W, C], or float32 for features.
+      image: images [N, H, W, C], or [N, H, W] of one channel, or features [N, F]; uint8 or float32.
       label: int [N].
+
+    Raises:
+      ValueError: the examples have other axes.
     """
 
     def __init__(self, image: np.ndarray, label: np.ndarray):
-        self.image, self.label = image, label
+        if image.ndim not in (2, 3, 4):
+            raise ValueError(
+                f"the examples are an array {list(image.shape)}; images [N, H, W, C] or [N, H, W], or "
+                "features [N, F], are allowed"
+            )
+        self.image, self.label = with_channels(image), label
 
     def __len__(self) -> int:
         return len(self.label)
@@ -128,8 +138,13 @@ class SparseSource:
         return {"feature": feature.index[:size], "value": feature.value[:size], "label": label.index}  # type: ignore[index]
 
 
+def with_channels(image: Images) -> Images:
+    """Images [N, H, W] as [N, H, W, 1]; others, and features, as they are."""
+    return image[..., None] if image.ndim == 3 else image
+
+
 def load(source: Source) -> dict[str, PyTree]:
-    """All examples of a source, decoded once: 'image' [N, H, W, C], 'label' int32 [N].
+    """All examples of a source, decoded once: 'image' [N, H, W, C] or [N, F], 'label' int32 [N].
 
     Of a `SparseSource`: 'feature' and 'label', `Rows`.
     """

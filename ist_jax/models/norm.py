@@ -1,10 +1,16 @@
 """Batch normalisation without running averages, as in both papers."""
 
+from collections.abc import Iterable
 from functools import partial
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from ist_jax.masking import Params
+from ist_jax.models.interface import Scale
+from ist_jax.models.sparse import Sparse
 
 Vectors = tuple[jax.Array, ...]
 
@@ -20,7 +26,7 @@ class BatchNorm(nn.Module):
     The papers use batch statistics in training and evaluation alike; averages collected by subnets
     would not describe the global net. Statistics are never narrower than float32. When the collection
     `batch_stats` is mutable, the mean and the mean square of the batch are stored there; when it is given
-    and fixed, it is used instead of the batch's own (`scoring.estimate_batch_stats`), so that a single
+    and fixed, it is used instead of the batch's own (`estimate_batch_stats`), so that a single
     example can be classified.
 
     Attributes:
@@ -49,6 +55,33 @@ class BatchNorm(nn.Module):
             self.put_variable("batch_stats", "mean", mean)
             self.put_variable("batch_stats", "mean_square", var + mean**2)
         return y
+
+
+def estimate_batch_stats(
+    model: nn.Module, params: Params, batches: Iterable[jax.Array | Sparse], scale: Scale
+) -> PyTree:
+    """BatchNorm statistics of the merged model over training batches ("precise BN").
+
+    Mean and mean square of every norm's input, averaged over the batches: with them a single example
+    can be classified. Subnets' own averages would not describe the global net.
+
+    Args:
+      model: with `BatchNorm`s.
+      params: nested dict, the global parameters.
+      batches: inputs of the model, all of one size.
+      scale: from `setup.unit_scale`.
+
+    Returns:
+      The collection `batch_stats`, for `model.apply({'params': ..., 'batch_stats': ...}, ...)`.
+    """
+
+    @jax.jit
+    def statistics(params: Params, inputs: jax.Array | Sparse) -> PyTree:
+        _, state = model.apply({"params": params}, inputs, scale=scale, mutable=["batch_stats"])
+        return state.get("batch_stats", {})
+
+    collected = [statistics(params, inputs) for inputs in batches]
+    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *collected)
 
 
 def _inverse(var: jax.Array, epsilon: float) -> jax.Array:

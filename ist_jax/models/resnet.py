@@ -187,7 +187,8 @@ class ResNet(nn.Module):
     def check_example(self, shape: tuple[int, ...]) -> None:
         """Raises ValueError for examples that are no images [H, W, C]."""
         if len(shape) != 3:
-            raise ValueError(f"an example of shape {','.join(map(str, shape))} is no image for a ResNet")
+            found = f"an example of shape {','.join(map(str, shape))}" if shape else "a sparse example"
+            raise ValueError(f"{found} is no image for a ResNet")
 
     @nn.compact
     def __call__(self, x: jax.Array, gates: Gates = None, scale: Scale = None) -> jax.Array:

@@ -71,6 +71,8 @@ class Inputs(NamedTuple):
       test: the same.
       validation: the part of the training examples that is held out to stop by; None: none is.
       task: what is learned from them.
+      normalization: mean and deviation, per channel or feature, of what a model is shown; None: examples are
+        shown as they are.
     """
 
     wanted: Wanted
@@ -79,6 +81,7 @@ class Inputs(NamedTuple):
     test: Examples
     validation: data.Split | None
     task: Task
+    normalization: augment.Statistics | None = None
 
 
 def count(examples: Examples) -> int:
@@ -113,22 +116,24 @@ def _open_encoded(wanted: Wanted, dataset: data.DataSet) -> Inputs:
     size = make_transform(wanted).size
     together = wanted.batch_size + wanted.eval_batch_size  # the next round waits while the model is evaluated
     check_shared_memory(wanted.options["data.processes"], together, size)
-    normalize = augment.make_normalize(*images.channel_statistics(wanted.options))
+    normalization = images.channel_statistics(wanted.options)
+    normalize = augment.make_normalize(*normalization)
     task = classification(normalize, (size, size, 3), pad=0, flip=False)  # they arrive augmented
-    return Inputs(wanted, dataset, dataset.train, dataset.test, None, task)
+    return Inputs(wanted, dataset, dataset.train, dataset.test, None, task, normalization)
 
 
 def _open_decoded(wanted: Wanted, dataset: data.DataSet) -> Inputs:
     train, held_out = batches.split_validation(wanted.seed, data.load(dataset.train), wanted.validation)
-    pad, flip = wanted.pad, wanted.flip
+    pad, flip, normalization = wanted.pad, wanted.flip, None
+    if (pad or flip) and ("image" not in train or train["image"].ndim == 2):
+        raise ValueError("the examples are no images; set config.data.pad to 0, config.data.flip to False")
     if "image" in train:
-        normalize = augment.make_normalize(*augment.channel_statistics(train["image"]))
+        normalization = augment.channel_statistics(train["image"])
+        normalize = augment.make_normalize(*normalization)
         task = classification(normalize, train["image"].shape[1:], pad=pad, flip=flip)
-    elif pad or flip:
-        raise ValueError("sparse examples are no images; set config.data.pad to 0, config.data.flip to False")
     else:
         task = multi_label(train["feature"].width)
-    return Inputs(wanted, dataset, train, data.load(dataset.test), held_out, task)
+    return Inputs(wanted, dataset, train, data.load(dataset.test), held_out, task, normalization)
 
 
 def make_transform(wanted: Wanted) -> images.Transform:

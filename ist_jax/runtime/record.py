@@ -111,6 +111,9 @@ def summarize(run: Run, records: Sequence[Record], custom_model: str | None, par
         "wire_bytes_per_device": None if None in wire else sum(wire),
         "workers_left_out": sum(r["workers_left_out"] for r in records),
         "workers_absent": sum(r["workers_absent"] for r in records),
+        "num_classes": len(run.inputs.dataset.classes),
+        "normalization": _normalization(run.inputs),
+        "scale": run.scale,
         "units": {name: group.to_dict() for name, group in layout.groups.items()},
         "doubts": doubts(run.inputs, records),
         "params_sha256": params_sha256,
@@ -125,6 +128,11 @@ def summarize(run: Run, records: Sequence[Record], custom_model: str | None, par
         "versions": {"python": platform.python_version(), "ist_jax": __version__}
         | {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
     }
+
+
+def _normalization(opened: inputs.Inputs) -> dict[str, Json] | None:
+    """As `augment.make_normalize` takes it; None: inputs stay as they are."""
+    return opened.normalization and dict(zip(("mean", "std"), opened.normalization, strict=True))
 
 
 def doubts(opened: inputs.Inputs, records: Sequence[Record]) -> list[str]:

@@ -1,6 +1,6 @@
-"""Evaluation of the global model: a split's scores, and statistics to classify single examples by."""
+"""Evaluation of the global model: a split's scores."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple, TypeAlias, cast
 
@@ -15,7 +15,6 @@ from jaxtyping import PyTree
 from ist_jax.data import Split
 from ist_jax.exchange.layout import Layout, Shards
 from ist_jax.exchange.streaming import Streamed
-from ist_jax.masking import Params
 from ist_jax.methods.method import Gates
 from ist_jax.models.sparse import Sparse
 from ist_jax.task import Task
@@ -108,28 +107,3 @@ def total_score(task: Task, sums: np.ndarray) -> Score:
     loss, *scores, weight = sums.reshape(-1, sums.shape[-1]).sum(0).tolist()
     means = {name: score / weight for name, score in zip(task.scores, scores, strict=True)}
     return Score(loss / weight, means, round(weight))
-
-
-def estimate_batch_stats(model: nn.Module, params: Params, batches: Iterable[Inputs], scale: Scale) -> PyTree:
-    """BatchNorm statistics of the merged model over training batches ("precise BN").
-
-    Mean and mean square of every norm's input, averaged over the batches: with them a single example
-    can be classified. Subnets' own averages would not describe the global net.
-
-    Args:
-      model: with `models.norm.BatchNorm`s.
-      params: nested dict, the global parameters.
-      batches: inputs of the model, all of one size.
-      scale: from `setup.unit_scale`.
-
-    Returns:
-      The collection `batch_stats`, for `model.apply({'params': ..., 'batch_stats': ...}, ...)`.
-    """
-
-    @jax.jit
-    def statistics(params: Params, inputs: Inputs) -> PyTree:
-        _, state = model.apply({"params": params}, inputs, scale=scale, mutable=["batch_stats"])
-        return state.get("batch_stats", {})
-
-    collected = [statistics(params, inputs) for inputs in batches]
-    return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *collected)

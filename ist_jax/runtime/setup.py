@@ -66,6 +66,8 @@ def set_up(
     devices.prepare(-(-(config.num_devices or config.num_workers) // processes.count()))
     opened = inputs.open_inputs(wanted_data(config))
     model = model or build_model(config, len(opened.dataset.classes))
+    if (check_example := getattr(model, "check_example", None)) is not None:
+        check_example(getattr(opened.task.example, "shape", ())[1:])
     chosen = devices.choose(config.num_workers, config.num_devices)
     settings = record(config)
     devices.check_same(settings, chosen)

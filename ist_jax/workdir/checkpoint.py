@@ -1,5 +1,6 @@
 """Checkpoints on disk: what is in them, and how they are read.
 
+    logits = ist_jax.workdir.checkpoint.load_model("runs/digits")(images)
     params = ist_jax.workdir.checkpoint.load_params("runs/digits")    # for model.apply
 
 `checkpoint_writer` writes them. Every array of a `State` is a zarr array in a form that does not depend on
@@ -18,21 +19,29 @@ and one of itself: zarr (and orbax) read flipped bits and missing files without 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
 from flax import traverse_util
+from jaxtyping import PyTree
 
-from ist_jax import errors
+from ist_jax import config, errors
+from ist_jax.data import augment
+from ist_jax.data.source import with_channels
 from ist_jax.exchange.kinds import kind_of
 from ist_jax.exchange.layout import Layout, Leaf, restore
 from ist_jax.masking import Params
 from ist_jax.methods.method import State
+from ist_jax.models import norm
+from ist_jax.models.sparse import Sparse
+from ist_jax.workdir import files
 from ist_jax.workdir.files import Json, Record
 
 log = logging.getLogger(__name__)
@@ -300,6 +309,57 @@ def load_params(workdir: str | Path, which: int | str = "last") -> Params:
     if number not in there:
         raise ValueError(f"{workdir} holds no checkpoint of round {which}; there are {there}")
     return traverse_util.unflatten_dict(dict(open_round(workdir, int(number)).params()), sep="/")
+
+
+def load_model(
+    workdir: str | Path,
+    which: int | str = "last",
+    *,
+    model: nn.Module | None = None,
+    calibration: Iterable[np.ndarray | Sparse] | None = None,
+) -> Callable[[np.ndarray | jax.Array | Sparse], jax.Array]:
+    """The global model of a finished run as a function: inputs [N, ...] -> logits [N, classes].
+
+    Inputs are those of the data set, such as images uint8 [N, H, W, C]: their normalisation and the scale of
+    units at evaluation are the run's, from its summary.json.
+
+    BatchNorm uses the statistics of the N inputs that are given together, as in the run's evaluation; the
+    logits of a single one mean nothing then (an MLP of `models.mlp` has the same ones for any). With
+    `calibration` it uses those of the calibration's batches, and an input has the same logits alone as among
+    others.
+
+    Args:
+      workdir: of the run.
+      which: as for `load_params`.
+      model: what the run trained, where that is not its config's.
+      calibration: batches of training inputs, all of one size; 32 of them are usual.
+
+    Raises:
+      ValueError: there is no finished run or no such checkpoint, or the model is not told.
+    """
+    workdir = Path(workdir)
+    summary, params = files.read_summary(workdir), load_params(workdir, which)
+    if model is None and (custom := summary["custom_model"]) is not None:
+        raise ValueError(f"{workdir} holds a model of your own, {custom.split('(')[0]}: give it as `model`")
+    if "normalization" not in summary:
+        raise ValueError(f"{workdir} is of an earlier version, whose summary.json lacks what a model needs")
+    if model is None:
+        model = config.build_model(config.restore(files.read_config(workdir)), summary["num_classes"])
+    scale, known = summary["scale"], summary["normalization"]
+    normalize = augment.make_normalize(**known) if known else None
+
+    def prepare(inputs: Any) -> Any:
+        return inputs if normalize is None else normalize(with_channels(inputs))
+
+    @jax.jit
+    def apply(variables: PyTree, inputs: Any) -> jax.Array:
+        return cast(jax.Array, model.apply(variables, prepare(inputs), scale=scale))
+
+    variables = {"params": params}
+    if calibration is not None:
+        batches = map(prepare, calibration)
+        variables["batch_stats"] = norm.estimate_batch_stats(model, params, batches, scale)
+    return partial(apply, jax.device_put(variables))
 
 
 def accuracy(record: Record) -> float | None:
