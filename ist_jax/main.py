@@ -38,6 +38,7 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_integer(
         "profile", 0, "rounds, after the first, to trace to the folder's profile/", 0, flag_values=values
     )
+    cli.define_compilation_cache(values)
     cli.parse(values, argv, USAGE, required=["config"])
     several = [values.coordinator, values.num_processes, values.process_id]
     if None in several and several != [None] * 3:
@@ -52,12 +53,12 @@ def main(argv: list[str]) -> int:
     # JAX starts here, after the flags are known to be right
     from ist_jax import train
     from ist_jax.config import check
-    from ist_jax.runtime import processes, signals
+    from ist_jax.runtime import compilation_cache, processes, signals
 
     config = values.config
     code, agreed = 1, False  # that the run ends here, in all of its processes
     try:
-        with signals.handled(deferred=False):
+        with signals.handled(deferred=False), compilation_cache.kept(values.compilation_cache):
             if spans:
                 with cli.errors():
                     check(config)
