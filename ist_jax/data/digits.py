@@ -25,9 +25,9 @@ def load(directory: str, options: Options) -> DataSet:
 
 
 def read() -> tuple[np.ndarray, np.ndarray]:
-    """Images float64 [1797, 64], 0 to 16, and labels int64 [1797], as `sklearn.datasets.load_digits` has them.
+    """Images float64 [1797, 64], 0 to 16, and labels int64 [1797]: as `load_digits` of scikit-learn.
 
-    Read from its file: to import scikit-learn takes longer than all else that is done with them.
+    Read from its file: to import scikit-learn takes far longer than to read them.
     """
     package = importlib.util.find_spec("sklearn")
     assert package is not None and package.submodule_search_locations, "it is installed with this package"
