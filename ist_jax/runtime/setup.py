@@ -28,7 +28,7 @@ from ist_jax.exchange.codec import CODECS, NONE, Codec
 from ist_jax.exchange.kinds import from_params, shard_shapes
 from ist_jax.exchange.layout import Layout, make_layout, regroup
 from ist_jax.masking import Params
-from ist_jax.methods.method import Method, Recipe, TracedPhase, Turn, trace, trace_init
+from ist_jax.methods.method import Method, Recipe, TracedPhase, Turn, replay, trace, trace_init
 from ist_jax.methods.steps import POLICIES
 from ist_jax.runtime import devices, inputs, processes, programs, scoring
 from ist_jax.runtime.clock import Clock
@@ -170,7 +170,7 @@ def make_recipe(config: ConfigDict, model: nn.Module, task: Task, num_devices: i
     def init_params(key: jax.Array) -> Params:
         return model.init(key, task.example)["params"]
 
-    shapes = jax.eval_shape(init_params, jax.random.key(0))
+    jaxpr, shapes = jax.make_jaxpr(init_params, return_shape=True)(jax.random.key(0))
     axes = partition.resolve_axes(shapes, model.unit_axes() if entry.deals_units else {})
     groups = _make_groups(config, model, shapes, axes) if entry.deals_units else {}
     codec = _load(config, "exchange.codec", CODECS)
@@ -188,7 +188,7 @@ def make_recipe(config: ConfigDict, model: nn.Module, task: Task, num_devices: i
         loss_fn=scoring.make_loss_fn(subnet, task.score_fn),
         batch_fn=task.batch_fn,
         score_fn=partial(scoring.score_shards, layout, model, task, unit_scale(config, layout)),
-        init_params=init_params,
+        init_params=replay(jaxpr, shapes),
         policy=POLICIES[entry.optimizer_state or config.optimizer_state],
         seed=config.seed,
         vmapped=config.workers_on_device == "vmap",
