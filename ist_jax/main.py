@@ -10,6 +10,7 @@ import contextlib
 import logging
 import re
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from ml_collections import config_dict
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ist_jax import cli, errors
+
+log = logging.getLogger("ist_jax.main")  # also where this file is the command
+
+_BEGAN = time.monotonic()
 
 USAGE = "python -m ist_jax.main --config=FILE[:MODE] [--workdir=DIR] [--config.KEY=VALUE ...]"
 
@@ -103,6 +108,7 @@ def run_once(config: config_dict.ConfigDict, workdir: Path, *, tensorboard: bool
         opened = observers.open_observers(
             workdir, tensorboard=tensorboard and leads, profile=profile if leads else 0
         )
+        log.info("set up %.1f s after the start", time.monotonic() - _BEGAN)
         # warnings go above the bar; a deal of the user's own can turn out wrong in any round
         with logging_redirect_tqdm(), cli.errors(BrokenDeal), opened as looking_on:
             train.run_rounds(run, workdir, observers=looking_on)

@@ -22,7 +22,8 @@ from ist_jax.task import classification
 
 
 def trace(fn, *args, num_devices=2):
-    return traced.collectives(fn, *args, axis_name=AXIS, num_devices=num_devices)
+    jaxpr = jax.make_jaxpr(fn, axis_env=[(AXIS, num_devices)])(*args)
+    return traced.collectives_of(jaxpr, num_devices)
 
 
 def own(args, in_axes):

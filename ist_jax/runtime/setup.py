@@ -73,6 +73,7 @@ def set_up(
     recipe = make_recipe(config, model, opened.task, len(chosen))
     layout, method = recipe.layout, method_of(config).make(recipe)
     scale = unit_scale(config, layout)
+    _log_model(config.method, model, layout, chosen)
     started = time.perf_counter()
     done = Progress(start.round, start.about["examples"]) if start else NOTHING_DONE
     schedule = make_schedule(config, inputs.count(opened.train), done)
@@ -117,7 +118,7 @@ def set_up(
         clock=Clock(processes.count()),
         seconds_compile=time.perf_counter() - started,
     )
-    _log_set_up(run)
+    _log_set_up(run, builder.seconds)
     return run
 
 
@@ -386,11 +387,11 @@ def turn_maker(config: ConfigDict, feed: Feed, schedule: Schedule) -> Callable[[
     return turn
 
 
-def _log_set_up(run: Run) -> None:
-    layout, (rounds, local_steps) = run.layout, run.schedule.learning_rates.shape
+def _log_model(name: str, model: nn.Module, layout: Layout, chosen: Devices) -> None:
+    """What is trained by a method of that name."""
     log.info(
-        f"model: {type(run.model).__name__}, {formula.model_parameters(layout):,} parameters; {run.name} "
-        f"with {layout.num_workers} workers on {len(run.devices)} {run.devices[0].platform} device(s), "
+        f"model: {type(model).__name__}, {formula.model_parameters(layout):,} parameters; {name} "
+        f"with {layout.num_workers} workers on {len(chosen)} {chosen[0].platform} device(s), "
         f"{formula.subnet_parameters(layout) / layout.num_workers:,.0f} parameters per worker"
     )
     for group in layout.groups.values():
@@ -403,8 +404,16 @@ def _log_set_up(run: Run) -> None:
                 f"units: {group.name} does not fall evenly into {group.strips} strips; its exchange carries "
                 f"{waste:.2f} times the slots"
             )
-    if layout.groups and not scoring.is_streamable(run.model):
+    if layout.groups and not scoring.is_streamable(model):
         log.info("evaluation: the model has no field `fetch`, so every device gathers it whole")
-    log.info(f"compiled in {run.seconds_compile:.1f} s; {rounds} rounds of {local_steps} local steps")
+
+
+def _log_set_up(run: Run, seconds: Mapping[str, float]) -> None:
+    """How long it took, and what follows; `seconds` of each program, some of them beside each other."""
+    rounds, local_steps = run.schedule.learning_rates.shape
+    each = ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items())
+    log.info(
+        f"compiled in {run.seconds_compile:.1f} s ({each}); {rounds} rounds of {local_steps} local steps"
+    )
     for stage in run.stages[:-1]:
         log.info(f"warm-up: in the first {stage.until} rounds all workers train the whole model")
