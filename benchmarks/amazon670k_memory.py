@@ -52,13 +52,13 @@ def compile_for_shapes(config: Any) -> tuple[Layout, int, dict[str, Any]]:
     entry = setup.method_of(config)
     method = entry.make(recipe)
     phases = setup.trace_round(entry, recipe, points(POINTS), config.local_steps, config.batch_size)
-    compiled = programs.compile_phases(method, phases, chosen)
+    compiled = programs.compile_phases(phases, chosen)
     size = config.eval_batch_size
     lead = (count, -(-TEST_POINTS // (size * count)))
     batches = points(size, *lead) | {"weight": shape(*lead, size, dtype=np.float32)}
     first = next(iter(phases.values())).inputs
-    state, *_ = programs.with_axes(first, count)
-    compiled["evaluate"] = programs.compile_score(method, state, batches, chosen)
+    _, compile_score = programs.lower_score(method, first[0], batches, chosen)
+    compiled["evaluate"] = compile_score()
     params = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(first[0].params))
     return recipe.layout, params, compiled
 

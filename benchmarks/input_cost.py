@@ -34,7 +34,7 @@ def with_constant_batch(run: Run) -> Run:
     recipe = stage.recipe._replace(batch_fn=lambda data, indices, key: (data["image"], data["label"]))
     entry = setup.method_of(config)
     phases = setup.trace_round(entry, recipe, batch, config.local_steps, config.batch_size)
-    compiled = programs.compile_phases(entry.make(recipe), phases, run.devices)
+    compiled = programs.compile_phases(phases, run.devices)
     return run._replace(
         stages=(stage._replace(recipe=recipe, phases=phases, programs=compiled),),
         turn=setup.turn_maker(config, lambda _: chunk, run.schedule),

@@ -74,6 +74,12 @@ def _check_key(config: config_dict.ConfigDict, key: str) -> None:
         level = level[part] if level.get_type(part) is not type(None) else None
 
 
+def define_compilation_cache(values: flags.FlagValues) -> None:
+    """Defines --compilation_cache, for `runtime.compilation_cache.kept`."""
+    text = "keep compiled programs in the user's cache folder (~/.cache/ist_jax): the next run starts sooner"
+    flags.DEFINE_boolean("compilation_cache", True, text, values)
+
+
 def parse(
     values: flags.FlagValues, argv: Sequence[str], usage: str, *, required: Sequence[str], more: bool = False
 ) -> list[str]:

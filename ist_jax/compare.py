@@ -215,6 +215,7 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_list("methods", None, "methods to compare; default: all", values)
     flags.DEFINE_integer("seeds", 3, "runs of each method", flag_values=values, lower_bound=1)
     flags.DEFINE_string("workdir", None, "folder for the runs; default: a new one under runs/", values)
+    cli.define_compilation_cache(values)
     cli.parse(values, argv, USAGE, required=["config"])
     from ist_jax.methods import METHODS  # JAX starts here
 
@@ -229,12 +230,13 @@ def main(argv: list[str]) -> int:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from ist_jax import train
-    from ist_jax.runtime import signals
+    from ist_jax.runtime import compilation_cache, signals
     from ist_jax.workdir.lock import check_writable
 
     workdir = cli.new_workdir(values, "compare-", "%Y%m%d-%H%M%S")
     try:
-        with cli.errors(ValueError), signals.handled(deferred=False), logging_redirect_tqdm():
+        kept = compilation_cache.kept(values.compilation_cache)
+        with cli.errors(ValueError), signals.handled(deferred=False), logging_redirect_tqdm(), kept:
             check_writable(workdir)
             result = compare(values.config, workdir, methods=methods, seeds=values.seeds)
     except signals.Interrupted as stop:

@@ -148,8 +148,11 @@ def main(argv: list[str]) -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder of a finished run", flag_values=values)
     flags.DEFINE_string("data_dir", None, "of the data, if they have moved", flag_values=values)
+    cli.define_compilation_cache(values)
     images = cli.parse(values, argv, USAGE, required=["workdir"], more=True)
-    with cli.errors():
+    from ist_jax.runtime import compilation_cache  # JAX starts here
+
+    with cli.errors(), compilation_cache.kept(values.compilation_cache):
         evaluate_workdir(Path(values.workdir), images, values.data_dir)
     return 0
 

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import re
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from ml_collections import config_dict
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ist_jax import cli, errors
+
+log = logging.getLogger("ist_jax.main")  # also where this file is the command
+
+_BEGAN = time.monotonic()
 
 USAGE = "python -m ist_jax.main --config=FILE[:MODE] [--workdir=DIR] [--config.KEY=VALUE ...]"
 
@@ -38,6 +43,7 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_integer(
         "profile", 0, "rounds, after the first, to trace to the folder's profile/", 0, flag_values=values
     )
+    cli.define_compilation_cache(values)
     cli.parse(values, argv, USAGE, required=["config"])
     several = [values.coordinator, values.num_processes, values.process_id]
     if None in several and several != [None] * 3:
@@ -52,12 +58,12 @@ def main(argv: list[str]) -> int:
     # JAX starts here, after the flags are known to be right
     from ist_jax import train
     from ist_jax.config import check
-    from ist_jax.runtime import processes, signals
+    from ist_jax.runtime import compilation_cache, processes, signals
 
     config = values.config
     code, agreed = 1, False  # that the run ends here, in all of its processes
     try:
-        with signals.handled(deferred=False):
+        with signals.handled(deferred=False), compilation_cache.kept(values.compilation_cache):
             if spans:
                 with cli.errors():
                     check(config)
@@ -102,6 +108,7 @@ def run_once(config: config_dict.ConfigDict, workdir: Path, *, tensorboard: bool
         opened = observers.open_observers(
             workdir, tensorboard=tensorboard and leads, profile=profile if leads else 0
         )
+        log.info("set up %.1f s after the start", time.monotonic() - _BEGAN)
         # warnings go above the bar; a deal of the user's own can turn out wrong in any round
         with logging_redirect_tqdm(), cli.errors(BrokenDeal), opened as looking_on:
             train.run_rounds(run, workdir, observers=looking_on)

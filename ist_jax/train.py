@@ -227,7 +227,7 @@ def train_and_score(run: Run, state: State, index: int, before: Records = ()) ->
 def score(run: Run, state: State, split: str = "test") -> scoring.Score:
     """The score of a state on a split: 'test' or, where there is one, 'validation'."""
     with run.clock.lap("evaluate", metered=split == "test"):
-        chunks, program = run.splits[split]
+        chunks, program, _ = run.splits[split]
         sums = [devices.to_host(jax.block_until_ready(program(state, chunk))) for chunk in chunks]
     return scoring.total_score(run.inputs.task, np.concatenate(sums, axis=1))
 

@@ -24,6 +24,8 @@ install_import_hook(CHECKED, "beartype.beartype")  # before any of them is impor
 
 from ist_jax.runtime import devices, record
 
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # of commands that tests start; this process has read it
+
 ROOT = Path(__file__).parent.parent
 REPORTING = {"test_bring_your_own", "test_cli", "test_compare", "test_report", "test_train"}
 

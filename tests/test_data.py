@@ -1,5 +1,7 @@
 """Batches, augmentation and the embedded set."""
 
+import subprocess
+import sys
 import tracemalloc
 
 import jax
@@ -8,9 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from ist_jax import data
-from ist_jax.data import augment, batches
+from ist_jax.data import augment, batches, digits
 from ist_jax.runtime import devices
 
 
@@ -140,16 +144,35 @@ def test_statistics_and_decoding_take_little_memory_beside_the_images():
 
 
 def test_digits_are_scikit_learns():
-    digits = data.open_data_set("digits", "")
-    train, test = data.load(digits.train), data.load(digits.test)
-    assert (len(digits.train), len(digits.test)) == (1437, 360)
+    opened = data.open_data_set("digits", "")
+    train, test = data.load(opened.train), data.load(opened.test)
+    assert (len(opened.train), len(opened.test)) == (1437, 360)
     assert train["image"].shape == (1437, 8, 8, 1)
     assert train["image"].dtype == np.uint8
     assert train["image"].max() == 255
     assert np.bincount(test["label"]).min() >= 34  # stratified
     both = {x.tobytes() for x in train["image"]} & {x.tobytes() for x in test["image"]}
     assert not both
-    assert digits.train[0]["label"] == train["label"][0]
+    assert opened.train[0]["label"] == train["label"][0]
+
+
+def test_digits_and_their_split_are_bit_for_bit_scikit_learns():
+    images, labels = digits.read()
+    wanted_images, wanted_labels = load_digits(return_X_y=True)
+    every = np.arange(len(wanted_labels))
+    parts = train_test_split(every, test_size=0.2, stratify=wanted_labels, random_state=0)
+    for got, wanted in zip(
+        (images, labels, *digits.split(labels)), (wanted_images, wanted_labels, *parts), strict=True
+    ):
+        assert got.dtype == wanted.dtype
+        assert got.tobytes() == wanted.tobytes()
+
+
+def test_scikit_learn_itself_is_not_imported_to_read_digits():
+    code = "import sys; from ist_jax import data; data.open_data_set('digits', ''); print(*sys.modules)"
+    got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "numpy" in got.split()
+    assert "sklearn" not in got.split()
 
 
 def test_an_unknown_data_set_is_refused_by_name():

@@ -218,3 +218,19 @@ def test_a_stuck_run_ends(monkeypatch):
     watch.start()
     watch.join(5)
     assert ended == ["nothing has happened for 0 s after round 7"]
+
+
+@pytest.mark.slow
+def test_two_processes_find_their_programs_again_with_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+    left = []
+    for name in ("first", "second"):
+        done = finish(launch(tmp_path / name, 2, rounds=3, eval_every=0))
+        assert [code for code, _ in done] == [0, 0], done
+        used = {path.name: path.read_bytes() for path in (tmp_path / "cache").rglob("*-atime")}
+        left.append((files.read_summary(tmp_path / name)["params_sha256"], used))
+    (first, before), (second, after) = left
+    assert first == second
+    assert len(before) >= 4  # three phases, the evaluation and what takes a tenth of a second
+    assert all(before[name] != after[name] for name in before)  # each was found, and when is noted

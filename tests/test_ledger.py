@@ -2,6 +2,7 @@
 
 import math
 import socket
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -82,9 +83,8 @@ def test_bytes_of_an_evaluation_by_hand():
     shards, streamed = shard_shapes(layout), Streamed(layout)
 
     def costs(fn, path, *args):
-        found = traced.collectives(
-            lambda *args: fn(path, *args), *args, shards[path], axis_name=AXIS, num_devices=2
-        )
+        trace = jax.make_jaxpr(partial(fn, path), axis_env=[(AXIS, 2)])(*args, shards[path])
+        found = traced.collectives_of(trace, 2)
         return [(c.kind, c.sent) for c in found]
 
     # a device gathers 4 rows of slices of 2 and a strip of 4 x 4 from the other
@@ -148,10 +148,8 @@ class Whole:
 @pytest.mark.parametrize("make", [lambda model: model, Whole])
 def test_an_evaluation_sends_what_its_trace_says(make):
     run = setup.set_up(get_config("mlp", num_workers=3), make(MLP((24, 18), 10)), evaluation_only=True)
-    chunks, program = run.splits["test"]
-    on_one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (run.state, chunks.spec))
-    found = traced.collectives(run.stages[-1].method.score, *on_one, axis_name=AXIS, num_devices=3)
-    by_trace = sum(c.sent for c in found)
+    chunks, program, trace = run.splits["test"]
+    by_trace = sum(c.sent for c in traced.collectives_of(trace, 3))
     by_hlo = sum(traced.sent(kind, x, n) for (kind, n), x in hlo.read(program.as_text()).operands.items())
     batches = chunks.spec["weight"].shape[1]
     # norms are gathered once for all batches, by the compiler's wit; without streaming all is, by ours

@@ -179,9 +179,9 @@ def compile_round(name, **overrides):
     config = get_config(name, **overrides)
     recipe, _, opened = describe(config)
     phases = trace_round(config, recipe, opened)
-    method, chosen = setup.method_of(config).make(recipe), jax.devices()[: config.num_workers]
+    chosen = jax.devices()[: config.num_workers]
     size = sum(x.nbytes for x in opened.train.values())
-    return programs.compile_phases(method, phases, chosen), recipe.layout, size
+    return programs.compile_phases(phases, chosen), recipe.layout, size
 
 
 def memory(program):

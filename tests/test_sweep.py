@@ -20,10 +20,9 @@ from test_distributed import finish, launch
 
 from ist_jax import masking, partition
 from ist_jax.costs import compiled
-from ist_jax.costs.traced import collectives, collectives_of, operands
+from ist_jax.costs.traced import collectives_of, operands
 from ist_jax.deals import DEALS
 from ist_jax.exchange.codec import NONE, Codec
-from ist_jax.exchange.layout import AXIS
 from ist_jax.methods import METHODS
 from ist_jax.methods.steps import POLICIES
 from ist_jax.runtime import devices
@@ -272,10 +271,9 @@ def check_traffic(run):
         exchanges = {key: size for key, size in found.items() if key[0] != "all-reduce"}
         assert exchanges == (dict(parts) if layout.num_devices > 1 else {}), name
         assert bool(found) == (layout.num_devices > 1 and (name != "local" or "merge" not in stage.phases))
-    chunks, program = run.splits["test"]
-    on_one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (run.state, chunks.spec))
-    found = collectives(stage.method.score, *on_one, axis_name=AXIS, num_devices=layout.num_devices)
-    traced, there = operands(found), compiled_operands(program)
+    _, program, trace = run.splits["test"]
+    traced = operands(collectives_of(trace, layout.num_devices))
+    there = compiled_operands(program)
     assert there.keys() <= traced.keys()
     assert all(0 < there[key] <= traced[key] for key in there)
     assert bool(there) == (layout.num_devices > 1 and bool(layout.groups))

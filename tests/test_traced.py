@@ -22,7 +22,8 @@ from ist_jax.task import classification
 
 
 def trace(fn, *args, num_devices=2):
-    return traced.collectives(fn, *args, axis_name=AXIS, num_devices=num_devices)
+    jaxpr = jax.make_jaxpr(fn, axis_env=[(AXIS, num_devices)])(*args)
+    return traced.collectives_of(jaxpr, num_devices)
 
 
 def own(args, in_axes):
@@ -146,7 +147,7 @@ def test_a_collective_of_unknown_bytes_is_refused():
 
 
 def spanning(fn, args, chosen, in_axes):
-    return devices._SpanningProgram(fn, args, chosen, in_axes, ())
+    return devices._SpanningProgram(*devices._lower_spanning(fn, args, chosen, in_axes, ()))
 
 
 def mapped(fn, args, chosen, in_axes):

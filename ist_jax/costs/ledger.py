@@ -5,15 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+from jax.extend.core import ClosedJaxpr
 
 from ist_jax.costs import compiled, formula
 from ist_jax.costs.compiled import Executable
 from ist_jax.costs.sockets import Meter
-from ist_jax.costs.traced import collectives, sent
+from ist_jax.costs.traced import collectives_of, sent
 from ist_jax.costs.traffic import by_cause, round_traffic
-from ist_jax.data import Split
-from ist_jax.exchange.layout import AXIS
-from ist_jax.methods.method import Method, Recipe, State, Told, TracedPhase
+from ist_jax.methods.method import Recipe, State, Told, TracedPhase
 from ist_jax.models.sparse import Sparse
 from ist_jax.workdir.files import Json
 
@@ -40,11 +39,10 @@ class Subject(NamedTuple):
     Attributes:
       name: of the method.
       recipe: that it is made from.
-      method: made from it.
       phases: traced.
       programs: compiled, by the names of the phases.
       score: the compiled evaluation.
-      batches: shapes of the evaluation batches on all devices, [D, n, B, ...], of one call.
+      scored: the same, traced on one device.
       chunks: calls per evaluation.
       example: of the task.
       steps: (l, B), local steps and the examples of each.
@@ -53,11 +51,10 @@ class Subject(NamedTuple):
 
     name: str
     recipe: Recipe
-    method: Method
     phases: Mapping[str, TracedPhase]
     programs: Mapping[str, Executable]
     score: Executable
-    batches: Split
+    scored: ClosedJaxpr
     chunks: int
     example: jax.Array | Sparse
     steps: tuple[int, int]
@@ -93,9 +90,7 @@ def ledger_of(subject: Subject) -> Ledger:
         traffic.append(_row(cause, "bytes", "worker and round", **figures))
     total = {name: sum(row[name] for row in traffic) for name in ("paper", "expected", "hlo")}
     traffic.append(_row("round", "bytes", "worker and round", **total))
-    batches = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), subject.batches)
-    args, size = (subject.method.score, subject.state, batches), layout.num_devices
-    by_trace = sum(c.sent for c in collectives(*args, axis_name=AXIS, num_devices=size))
+    by_trace = sum(c.sent for c in collectives_of(subject.scored, layout.num_devices))
     score = compiled.read(subject.score.as_text()).operands  # type: ignore[arg-type]
     by_hlo = sum(sent(kind, operand, devices) for (kind, devices), operand in score.items())
     figures = {"expected": subject.chunks * by_trace / workers, "hlo": subject.chunks * by_hlo / workers}

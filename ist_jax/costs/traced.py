@@ -62,18 +62,6 @@ class Collective(NamedTuple):
         return sent(self.kind, self.operand, self.devices)
 
 
-def collectives(fn: Callable, *args: PyTree, axis_name: str, num_devices: int) -> list[Collective]:
-    """The collectives of a per-device function; returns and raises as `collectives_of`.
-
-    Args:
-      fn: plain JAX with collectives over `axis_name`.
-      *args: what one device is given: pytrees of arrays or `jax.ShapeDtypeStruct`s.
-      axis_name: of the devices.
-      num_devices: D.
-    """
-    return collectives_of(jax.make_jaxpr(fn, axis_env=[(axis_name, num_devices)])(*args), num_devices)
-
-
 def collectives_of(jaxpr: ClosedJaxpr, num_devices: int) -> list[Collective]:
     """The collectives of a traced per-device function that send anything: none on one device.
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax
 import optax
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from ist_jax.data import Split
@@ -161,6 +161,24 @@ class TracedPhase(NamedTuple):
 def trace_init(method: Method, shards: Shapes, num_devices: int) -> tuple[ClosedJaxpr, State]:
     """The start of the state on one device, from shapes of the parameters' shards; nothing is compiled."""
     return jax.make_jaxpr(method.init, axis_env=[(AXIS, num_devices)], return_shape=True)(shards)
+
+
+def trace_score(
+    method: Method, state: State, batches: Split, num_devices: int
+) -> tuple[ClosedJaxpr, jax.ShapeDtypeStruct]:
+    """The score on one device, from shapes, and the shape of its sums; nothing is compiled."""
+    return jax.make_jaxpr(method.score, axis_env=[(AXIS, num_devices)], return_shape=True)(state, batches)
+
+
+def replay(jaxpr: ClosedJaxpr, result: PyTree) -> Callable[..., PyTree]:
+    """A traced function again, without running its Python code: a trace takes seconds for a large model.
+
+    Args:
+      jaxpr: of the function.
+      result: shapes of what it returns.
+    """
+    run, structure = jaxpr_as_fun(jaxpr), jax.tree.structure(result)
+    return lambda *args: jax.tree.unflatten(structure, run(*jax.tree.leaves(args)))
 
 
 def trace(method: Method, state: State, turn: Turn, num_devices: int) -> dict[str, TracedPhase]:

@@ -128,7 +128,14 @@ def check_same(settings: Mapping[str, object], devices: Devices) -> None:
 def compile_program(
     fn: Program, args: Args, devices: Devices, *, in_axes: InAxes, donate: Sequence[int] = ()
 ) -> Executable:
-    """Compiles a per-device function for all devices.
+    """Compiles a per-device function for all devices; arguments and result as of `lower_program`."""
+    return lower_program(fn, args, devices, in_axes=in_axes, donate=donate)()
+
+
+def lower_program(
+    fn: Program, args: Args, devices: Devices, *, in_axes: InAxes, donate: Sequence[int] = ()
+) -> Callable[[], Executable]:
+    """Traces a per-device function for all devices.
 
     Args:
       fn: plain JAX with collectives over `layout.AXIS`.
@@ -138,36 +145,43 @@ def compile_program(
       donate: numbers of the arguments whose memory the program may reuse.
 
     Returns:
-      The executable; it accepts just these shapes, so nothing can
+      What compiles it, in any thread. The executable accepts just these shapes, so nothing can
       ever be compiled again. Wait for its results before the next program with collectives: queued programs
       can block each other on CPU.
     """
     if jax.process_count() > 1:
-        return _SpanningProgram(fn, args, devices, in_axes, donate)  # type: ignore[return-value]
+        return partial(_SpanningProgram, *_lower_spanning(fn, args, devices, in_axes, donate))  # type: ignore[return-value]
     mapped = jax.pmap(fn, AXIS, in_axes=tuple(in_axes), devices=devices, donate_argnums=donate)
-    return mapped.lower(*args).compile()
+    return mapped.lower(*args).compile
+
+
+def _lower_spanning(
+    fn: Program, args: Args, devices: Devices, in_axes: InAxes, donate: Sequence[int]
+) -> tuple[jax.stages.Lowered, PyTree[NamedSharding]]:
+    """A program over several processes, and how its arguments are placed; args as of `lower_program`."""
+    sliced = per_leaf(lambda axis: axis == 0, in_axes, args)
+
+    def per_device(*slices: PyTree) -> PyTree:
+        own = jax.tree.map(lambda x, one: x[0] if one else x, slices, sliced)
+        return jax.tree.map(lambda x: x[None], fn(*own))
+
+    shardings = per_leaf(partial(_sharding, devices), in_axes, args)
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+    mesh, out = _sharding(devices).mesh, PartitionSpec(AXIS)
+    mapped = jax.shard_map(per_device, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+    return jax.jit(mapped, in_shardings=shardings, donate_argnums=donate).lower(*args), shardings
 
 
 class _SpanningProgram:
     """What `pmap` would compile for several processes, if it could be compiled ahead of time there.
 
     Arrays are global, [D, ...], each process with the slices of its own devices; host arrays are the same in
-    all processes. Args as of `compile_program`.
+    all processes. Args as of `_lower_spanning`'s results.
     """
 
-    def __init__(self, fn: Program, args: Args, devices: Devices, in_axes: InAxes, donate: Sequence[int]):
-        sliced = per_leaf(lambda axis: axis == 0, in_axes, args)
-
-        def per_device(*slices: PyTree) -> PyTree:
-            own = jax.tree.map(lambda x, one: x[0] if one else x, slices, sliced)
-            return jax.tree.map(lambda x: x[None], fn(*own))
-
-        self._shardings = per_leaf(partial(_sharding, devices), in_axes, args)
-        specs = jax.tree.map(lambda sharding: sharding.spec, self._shardings)
-        mesh, out = _sharding(devices).mesh, PartitionSpec(AXIS)
-        mapped = jax.shard_map(per_device, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
-        jitted = jax.jit(mapped, in_shardings=self._shardings, donate_argnums=donate)
-        self.compiled = jitted.lower(*args).compile()
+    def __init__(self, lowered: jax.stages.Lowered, shardings: PyTree[NamedSharding]):
+        self._shardings = shardings
+        self.compiled = lowered.compile()
         self.as_text, self.memory_analysis = self.compiled.as_text, self.compiled.memory_analysis
         self.args_info, self.in_tree = self.compiled.args_info, self.compiled.in_tree
         self.input_shardings = self.compiled.input_shardings

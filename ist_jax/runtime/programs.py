@@ -1,12 +1,18 @@
 """The compiled programs of a run, each compiled once, and the state that they start from."""
 
+import contextlib
+import os
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import TypeAlias
 
 import jax
 import numpy as np
 from flax import traverse_util
+from jax.extend.core import ClosedJaxpr
 from jaxtyping import PyTree
 
 from ist_jax.costs.compiled import Executable
@@ -14,38 +20,101 @@ from ist_jax.data import Split
 from ist_jax.exchange.kinds import init_parts, shard_shapes, split_leaf
 from ist_jax.exchange.layout import Layout, Shards
 from ist_jax.masking import Params
-from ist_jax.methods.method import AXES, Method, State, TracedPhase, Turn, trace_init
+from ist_jax.methods.method import (
+    AXES,
+    Method,
+    State,
+    TracedPhase,
+    Turn,
+    replay,
+    trace_init,
+    trace_score,
+)  # fmt: skip
 from ist_jax.runtime import devices
 from ist_jax.runtime.devices import Devices
 from ist_jax.workdir import checkpoint
 
+Pending: TypeAlias = Future[Executable]
 _IN_AXES = (0, 0, AXES)  # of (state, value, turn)
 
 
-def compile_phases(method: Method, traced: dict[str, TracedPhase], chosen: Devices) -> dict[str, Executable]:
-    """The phases of a round, each compiled once for the whole run.
+class Builder(contextlib.AbstractContextManager):
+    """Compiles programs in threads, beside whatever else is done: XLA lets go of Python's lock.
+
+    They are traced one after another, by the caller. A context; after it, nothing is compiled any more.
+
+    Attributes:
+      seconds: of each program that has been compiled, by name, in the order in which they were given.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._pool = ThreadPoolExecutor(os.cpu_count(), "compile")
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def start(self, name: str, compile_lowered: Callable[[], Executable]) -> Pending:
+        """Compiles what `devices.lower_program` returned; an error of it is raised by the result."""
+
+        def compiled() -> Executable:
+            started = time.perf_counter()
+            program = compile_lowered()
+            self.seconds[name] = time.perf_counter() - started
+            return program
+
+        self.seconds[name] = 0.0
+        return self._pool.submit(compiled)
+
+
+def start_phases(traced: Mapping[str, TracedPhase], chosen: Devices, builder: Builder) -> dict[str, Pending]:
+    """The phases of a round, in order, each compiled once for the whole run; the computing begins first.
 
     The last one may reuse the memory of the state, the others that of their value where all of it fits what
     they return.
 
     Args:
-      method: of the round.
-      traced: from `methods.method.trace`.
+      traced: from `methods.method.trace`; these traces are compiled, the functions are not called again.
       chosen: the devices.
+      builder: what compiles them.
     """
 
-    def compiled(name: str, phase: TracedPhase) -> Executable:
-        last = name == list(traced)[-1]
+    def start(name: str) -> Pending:
+        phase, last = traced[name], name == list(traced)[-1]
         donate = [0] if last else [1] if _fits(phase.inputs[1], phase.result) else []
-        args, fn = with_axes(phase.inputs, len(chosen)), method.phases[name]
-        return devices.compile_program(fn, args, chosen, in_axes=_IN_AXES, donate=donate)
+        args, fn = with_axes(phase.inputs, len(chosen)), replay(phase.jaxpr, phase.result)
+        return builder.start(name, devices.lower_program(fn, args, chosen, in_axes=_IN_AXES, donate=donate))
 
-    return {name: compiled(name, phase) for name, phase in traced.items()}
+    started = {name: start(name) for name in sorted(traced, key=lambda name: name != "local")}
+    return {name: started[name] for name in traced}
 
 
-def compile_score(method: Method, state: State, batches: Split, chosen: Devices) -> Executable:
-    """The evaluation of the state on the batches [D, ...] of one call."""
-    return devices.compile_program(method.score, (state, batches), chosen, in_axes=(0, 0))
+def compile_phases(traced: Mapping[str, TracedPhase], chosen: Devices) -> dict[str, Executable]:
+    """The same, waited for."""
+    with Builder() as builder:
+        return finish(start_phases(traced, chosen, builder))
+
+
+def finish(started: Mapping[str, Pending]) -> dict[str, Executable]:
+    """The programs, once they are compiled."""
+    return {name: pending.result() for name, pending in started.items()}
+
+
+def lower_score(
+    method: Method, state: State, batches: Split, chosen: Devices
+) -> tuple[ClosedJaxpr, Callable[[], Executable]]:
+    """The evaluation, traced on one device, and what compiles it for all.
+
+    Args:
+      method: whose score it is.
+      state: shapes on one device.
+      batches: shapes [D, ...] of those of one call.
+      chosen: the devices.
+    """
+    args = (state, on_one_device(batches))
+    jaxpr, sums = trace_score(method, *args, len(chosen))
+    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct((len(chosen), *x.shape), x.dtype), args)
+    return jaxpr, devices.lower_program(replay(jaxpr, sums), whole, chosen, in_axes=(0, 0))
 
 
 def with_axes(inputs: tuple[State, PyTree, Turn], num_devices: int) -> tuple[State, PyTree, Turn]:

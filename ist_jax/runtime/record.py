@@ -64,15 +64,14 @@ def about_checkpoint(run: Run, record: Record, custom_model: str | None) -> dict
 
 def make_ledger(run: Run) -> dict[str, Json]:
     """The ledger of a run's last stage; see `costs.ledger`."""
-    stage, (chunks, program) = run.stages[-1], run.splits["test"]
+    stage, (chunks, program, scored) = run.stages[-1], run.splits["test"]
     subject = ledger.Subject(
         name=run.name,
         recipe=stage.recipe,
-        method=stage.method,
         phases=stage.phases,
         programs=stage.programs,
         score=program,
-        batches=chunks.spec,
+        scored=scored,
         chunks=len(chunks),
         example=run.inputs.task.example,
         steps=(run.settings["local_steps"], run.settings["batch_size"]),

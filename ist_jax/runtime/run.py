@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
+from jax.extend.core import ClosedJaxpr
 
 from ist_jax.costs.compiled import Executable
 from ist_jax.costs.traffic import Traffic
@@ -46,10 +47,11 @@ class Stage(NamedTuple):
 
 
 class ScoredSplit(NamedTuple):
-    """Examples that the model is scored on: chunks of batches, and the program for one."""
+    """Examples that the model is scored on: chunks of batches, the program for one, and its trace."""
 
     chunks: Evaluation
     program: Executable
+    jaxpr: ClosedJaxpr
 
 
 class Run(NamedTuple):

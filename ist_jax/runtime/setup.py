@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from jax.extend.core import ClosedJaxpr
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from ml_collections.config_dict import ConfigDict
@@ -21,13 +22,13 @@ from ist_jax import data, extension, methods, partition
 from ist_jax.config import build_model, check, options, record
 from ist_jax.costs import formula
 from ist_jax.costs.traffic import Traffic, round_traffic
-from ist_jax.data.stream import Feed
+from ist_jax.data.stream import Evaluation, Feed
 from ist_jax.deals import DEALS
 from ist_jax.exchange.codec import CODECS, NONE, Codec
 from ist_jax.exchange.kinds import from_params, shard_shapes
 from ist_jax.exchange.layout import Layout, make_layout, regroup
 from ist_jax.masking import Params
-from ist_jax.methods.method import Method, Recipe, State, TracedPhase, Turn, trace, trace_init
+from ist_jax.methods.method import Method, Recipe, TracedPhase, Turn, replay, trace, trace_init
 from ist_jax.methods.steps import POLICIES
 from ist_jax.runtime import devices, inputs, processes, programs, scoring
 from ist_jax.runtime.clock import Clock
@@ -74,26 +75,35 @@ def set_up(
     recipe = make_recipe(config, model, opened.task, len(chosen))
     layout, method = recipe.layout, method_of(config).make(recipe)
     scale = unit_scale(config, layout)
+    _log_model(config.method, model, layout, chosen)
     started = time.perf_counter()
-    if start is not None:
-        state = programs.restore_state(method, layout, start, chosen)
-    elif params is not None:
-        state = programs.init_state(method, devices.put(from_params(layout, params), chosen), chosen)
-    else:
-        shards = programs.init_shards(layout, recipe.init_params, recipe.seed, chosen)
-        state = programs.init_state(method, shards, chosen)
     done = Progress(start.round, start.about["examples"]) if start else NOTHING_DONE
     schedule = make_schedule(config, inputs.count(opened.train), done)
-    splits = _splits(opened, method, state, chosen)
     feed: Feed = None  # type: ignore[assignment]  # an evaluation has no rounds
     stages = [Stage(schedule.rounds, recipe, method, {}, {}, Traffic({}, {}), Traffic({}, {}), "")]
-    if not evaluation_only:
-        feed = inputs.feed_rounds(opened, chosen, schedule.rounds)
-        stages = [_make_stage(config, schedule.rounds, recipe, feed, chosen)]
-        warmup = count_warmup_rounds(config, inputs.count(opened.train), done, schedule.rounds)
-        if warmup > schedule.first:
-            warm = warmup_recipe(recipe, model, opened.task, scale)
-            stages.insert(0, _make_stage(config, warmup, warm, feed, chosen))
+    with programs.Builder() as builder:
+        if not evaluation_only:
+            feed = inputs.feed_rounds(opened, chosen, schedule.rounds)
+            stages = [_trace_stage(config, schedule.rounds, recipe, feed)]
+            warmup = count_warmup_rounds(config, inputs.count(opened.train), done, schedule.rounds)
+            if warmup > schedule.first:
+                warm = warmup_recipe(recipe, model, opened.task, scale)
+                stages.insert(0, _trace_stage(config, warmup, warm, feed))
+        phases = [programs.start_phases(stage.phases, chosen, builder) for stage in stages]
+        scores = _start_scores(opened, recipe, method, chosen, builder)
+        log.info("compiling %s", ", ".join(builder.seconds))
+        if start is not None:  # meanwhile
+            state = programs.restore_state(method, layout, start, chosen)
+        elif params is not None:
+            state = programs.init_state(method, devices.put(from_params(layout, params), chosen), chosen)
+        else:
+            shards = programs.init_shards(layout, recipe.init_params, recipe.seed, chosen)
+            state = programs.init_state(method, shards, chosen)
+        compiled = [programs.finish(pending) for pending in phases]
+        stages = [stage._replace(programs=own) for stage, own in zip(stages, compiled, strict=True)]
+        splits = {
+            name: ScoredSplit(chunks, own.result(), jaxpr) for name, (chunks, own, jaxpr) in scores.items()
+        }
     run = Run(
         name=config.method,
         settings=settings,
@@ -110,7 +120,7 @@ def set_up(
         clock=Clock(processes.count()),
         seconds_compile=time.perf_counter() - started,
     )
-    _log_set_up(run)
+    _log_set_up(run, builder.seconds)
     return run
 
 
@@ -163,7 +173,7 @@ def make_recipe(config: ConfigDict, model: nn.Module, task: Task, num_devices: i
     def init_params(key: jax.Array) -> Params:
         return model.init(key, task.example)["params"]
 
-    shapes = jax.eval_shape(init_params, jax.random.key(0))
+    jaxpr, shapes = jax.make_jaxpr(init_params, return_shape=True)(jax.random.key(0))
     axes = partition.resolve_axes(shapes, model.unit_axes() if entry.deals_units else {})
     groups = _make_groups(config, model, shapes, axes) if entry.deals_units else {}
     codec = _load(config, "exchange.codec", CODECS)
@@ -181,7 +191,7 @@ def make_recipe(config: ConfigDict, model: nn.Module, task: Task, num_devices: i
         loss_fn=scoring.make_loss_fn(subnet, task.score_fn),
         batch_fn=task.batch_fn,
         score_fn=partial(scoring.score_shards, layout, model, task, unit_scale(config, layout)),
-        init_params=init_params,
+        init_params=replay(jaxpr, shapes),
         policy=POLICIES[entry.optimizer_state or config.optimizer_state],
         seed=config.seed,
         vmapped=config.workers_on_device == "vmap",
@@ -328,27 +338,30 @@ def trace_round(
     return trace(made, state, turn, layout.num_devices)
 
 
-def _make_stage(config: ConfigDict, until: int, recipe: Recipe, feed: Feed, chosen: Devices) -> Stage:
-    """Rounds by one recipe: traced, counted and compiled."""
+def _trace_stage(config: ConfigDict, until: int, recipe: Recipe, feed: Feed) -> Stage:
+    """Rounds by one recipe: traced and counted, not compiled yet."""
     entry, layout = method_of(config), recipe.layout
     sizes = (programs.on_one_device(feed.spec), config.local_steps, config.batch_size)
-    method, phases = entry.make(recipe), trace_round(entry, recipe, *sizes)
+    phases = trace_round(entry, recipe, *sizes)
     here = apart = round_traffic(phases, layout)
     if layout.num_devices < layout.num_workers:
         alone = recipe._replace(layout=layout._replace(num_devices=layout.num_workers))
         apart = round_traffic(trace_round(entry, alone, *sizes), alone.layout)
     deal = partition.fingerprint(tuple(layout.groups.values()), extension.identity(config.partition.deal))
-    compiled = programs.compile_phases(method, phases, chosen)
-    return Stage(until, recipe, method, phases, compiled, here, apart, deal)
+    return Stage(until, recipe, entry.make(recipe), phases, {}, here, apart, deal)
 
 
-def _splits(opened: inputs.Inputs, method: Method, state: State, chosen: Devices) -> dict[str, ScoredSplit]:
-    """The test set and, where there is one, the validation split."""
-    splits = {}
+def _start_scores(
+    opened: inputs.Inputs, recipe: Recipe, method: Method, chosen: Devices, builder: programs.Builder
+) -> dict[str, tuple[Evaluation, programs.Pending, ClosedJaxpr]]:
+    """The test set and, where there is one, the validation split: what a `ScoredSplit` holds."""
+    splits, layout = {}, recipe.layout
+    _, state = trace_init(method, shard_shapes(layout), layout.num_devices)
     for name, examples in (("test", opened.test), ("validation", opened.validation)):
         if examples is not None:
             chunks = inputs.feed_evaluation(opened.wanted, examples, chosen)
-            splits[name] = ScoredSplit(chunks, programs.compile_score(method, state, chunks.spec, chosen))
+            jaxpr, lowered = programs.lower_score(method, state, chunks.spec, chosen)
+            splits[name] = chunks, builder.start(f"evaluation ({name})", lowered), jaxpr
     return splits
 
 
@@ -376,11 +389,11 @@ def turn_maker(config: ConfigDict, feed: Feed, schedule: Schedule) -> Callable[[
     return turn
 
 
-def _log_set_up(run: Run) -> None:
-    layout, (rounds, local_steps) = run.layout, run.schedule.learning_rates.shape
+def _log_model(name: str, model: nn.Module, layout: Layout, chosen: Devices) -> None:
+    """What is trained by a method of that name."""
     log.info(
-        f"model: {type(run.model).__name__}, {formula.model_parameters(layout):,} parameters; {run.name} "
-        f"with {layout.num_workers} workers on {len(run.devices)} {run.devices[0].platform} device(s), "
+        f"model: {type(model).__name__}, {formula.model_parameters(layout):,} parameters; {name} "
+        f"with {layout.num_workers} workers on {len(chosen)} {chosen[0].platform} device(s), "
         f"{formula.subnet_parameters(layout) / layout.num_workers:,.0f} parameters per worker"
     )
     for group in layout.groups.values():
@@ -393,8 +406,16 @@ def _log_set_up(run: Run) -> None:
                 f"units: {group.name} does not fall evenly into {group.strips} strips; its exchange carries "
                 f"{waste:.2f} times the slots"
             )
-    if layout.groups and not scoring.is_streamable(run.model):
+    if layout.groups and not scoring.is_streamable(model):
         log.info("evaluation: the model has no field `fetch`, so every device gathers it whole")
-    log.info(f"compiled in {run.seconds_compile:.1f} s; {rounds} rounds of {local_steps} local steps")
+
+
+def _log_set_up(run: Run, seconds: Mapping[str, float]) -> None:
+    """How long it took, and what follows; `seconds` of each program, some of them beside each other."""
+    rounds, local_steps = run.schedule.learning_rates.shape
+    each = ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items())
+    log.info(
+        f"compiled in {run.seconds_compile:.1f} s ({each}); {rounds} rounds of {local_steps} local steps"
+    )
     for stage in run.stages[:-1]:
         log.info(f"warm-up: in the first {stage.until} rounds all workers train the whole model")
