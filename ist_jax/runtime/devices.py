@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 
 from ist_jax.costs.compiled import Executable
 from ist_jax.exchange.layout import AXIS
+from ist_jax.runtime import compile_options
 
 log = logging.getLogger(__name__)
 
@@ -150,9 +151,9 @@ def lower_program(
       can block each other on CPU.
     """
     if jax.process_count() > 1:
-        return partial(_SpanningProgram, *_lower_spanning(fn, args, devices, in_axes, donate))  # type: ignore[return-value]
+        return partial(_SpanningProgram, devices, *_lower_spanning(fn, args, devices, in_axes, donate))  # type: ignore[return-value]
     mapped = jax.pmap(fn, AXIS, in_axes=tuple(in_axes), devices=devices, donate_argnums=donate)
-    return mapped.lower(*args).compile
+    return compile_options.compile_lowered(mapped.lower(*args), devices)  # type: ignore[return-value]
 
 
 def _lower_spanning(
@@ -176,12 +177,12 @@ class _SpanningProgram:
     """What `pmap` would compile for several processes, if it could be compiled ahead of time there.
 
     Arrays are global, [D, ...], each process with the slices of its own devices; host arrays are the same in
-    all processes. Args as of `_lower_spanning`'s results.
+    all processes. Args: the devices, and `_lower_spanning`'s results.
     """
 
-    def __init__(self, lowered: jax.stages.Lowered, shardings: PyTree[NamedSharding]):
+    def __init__(self, devices: Devices, lowered: jax.stages.Lowered, shardings: PyTree[NamedSharding]):
         self._shardings = shardings
-        self.compiled = lowered.compile()
+        self.compiled = compile_options.compile_lowered(lowered, devices)()
         self.as_text, self.memory_analysis = self.compiled.as_text, self.compiled.memory_analysis
         self.args_info, self.in_tree = self.compiled.args_info, self.compiled.in_tree
         self.input_shardings = self.compiled.input_shardings

@@ -15,6 +15,7 @@ from ist_jax.costs import formula, ledger
 from ist_jax.costs.traffic import megabytes
 from ist_jax.methods.method import Told
 from ist_jax.runtime import inputs
+from ist_jax.runtime.compile_options import changing_bits
 from ist_jax.runtime.run import Run, Stage
 from ist_jax.workdir.files import Json, Record, Summary
 
@@ -59,7 +60,8 @@ def _mean_where(chosen: jax.Array | np.ndarray, values: jax.Array | np.ndarray) 
 def about_checkpoint(run: Run, record: Record, custom_model: str | None) -> dict[str, Json]:
     """What a checkpoint says of the run and of its last round, by that round's record."""
     about = {key: record.get(key) for key in ("round", "examples", "test_accuracy", "validation_accuracy")}
-    return about | {"custom_model": custom_model, "config": run.settings, "version": __version__}
+    told = {"config": run.settings, "version": __version__, "compile_options": changing_bits(run.devices)}
+    return about | told | {"custom_model": custom_model}
 
 
 def make_ledger(run: Run) -> dict[str, Json]:
@@ -121,6 +123,7 @@ def summarize(run: Run, records: Sequence[Record], custom_model: str | None, par
         "num_devices": layout.num_devices,
         "platform": device.platform,
         "device_kind": device.device_kind,
+        "compile_options": changing_bits(run.devices),
         "seed": run.settings["seed"],
         "custom_model": custom_model,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

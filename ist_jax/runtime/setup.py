@@ -30,7 +30,7 @@ from ist_jax.exchange.layout import Layout, make_layout, regroup
 from ist_jax.masking import Params
 from ist_jax.methods.method import Method, Recipe, TracedPhase, Turn, replay, trace, trace_init
 from ist_jax.methods.steps import POLICIES
-from ist_jax.runtime import devices, inputs, processes, programs, scoring
+from ist_jax.runtime import compile_options, devices, inputs, processes, programs, scoring
 from ist_jax.runtime.clock import Clock
 from ist_jax.runtime.devices import Devices
 from ist_jax.runtime.run import Run, ScoredSplit, Stage
@@ -70,6 +70,8 @@ def set_up(
     if (check_example := getattr(model, "check_example", None)) is not None:
         check_example(getattr(opened.task.example, "shape", ())[1:])
     chosen = devices.choose(config.num_workers, config.num_devices)
+    if start is not None and not evaluation_only:
+        compile_options.compare(start.about.get("compile_options", {}), chosen)
     settings = record(config)
     devices.check_same(settings, chosen)
     recipe = make_recipe(config, model, opened.task, len(chosen))
