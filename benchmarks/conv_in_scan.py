@@ -28,7 +28,7 @@ from ist_jax.methods.steps import POLICIES
 from ist_jax.models.conv import conv_general_dilated
 from ist_jax.models.resnet import ResNet
 from ist_jax.runtime import devices, scoring
-from ist_jax.task import classification
+from ist_jax.tasks.classification import classification
 
 _DIMS = ("NHWC", "HWIO", "NHWC")
 _LAYERS = 4
@@ -93,13 +93,13 @@ def round_program(unroll: bool, steps: int):
     groups = partition.make_groups(params, axes, 2)
     layout = make_layout(params, axes, groups, 2, 2)
     normalize = augment.make_normalize(*augment.channel_statistics(data["image"]))
-    task = classification(normalize, (32, 32, 3), pad=4, flip=True)
+    task = classification(normalize, pad=4, flip=True, num_classes=10)
     subnet = model.subnet({name: group.slots for name, group in groups.items()})
     recipe = Recipe(
         layout,
         optax.chain(optax.add_decayed_weights(5e-4), optax.trace(0.9)),
-        scoring.make_loss_fn(subnet, task.score_fn),
-        task.batch_fn,
+        scoring.make_loss_fn(subnet, task),
+        task.batch,
         score_fn=partial(scoring.score_shards, layout, model, task, {}),
         init_params=lambda key: model.init(key, example)["params"],
         policy=POLICIES["reset"],

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, get_config
 from PIL import Image
-from rounds import copied
+from rounds import copied, image_task
 
 from ist_jax import data, evaluate, train
 from ist_jax.config import build_model
@@ -21,7 +21,6 @@ from ist_jax.exchange.kinds import iter_leaves
 from ist_jax.models.mlp import MLP
 from ist_jax.runtime import inputs, setup
 from ist_jax.runtime.record import doubts, last_line
-from ist_jax.task import classification
 from ist_jax.workdir import checkpoint, files, resume
 
 slow = pytest.mark.slow
@@ -231,7 +230,7 @@ def test_bfloat16_trains_and_keeps_float32_parameters(name, tmp_path):
 @pytest.mark.parametrize("method", ["local_sgd", "data_parallel"])
 def test_baselines_need_no_units(method):
     config = get_config("resnet", method=method, **{"model.sections": (1, 1)})
-    task = classification(lambda x: x, (8, 8, 1), pad=0, flip=False)
+    task = image_task(8, 8, 1)
     recipe = setup.make_recipe(config, build_model(config, 10), task, 2)
     assert recipe.layout.groups == {}
     config.method = "ist"

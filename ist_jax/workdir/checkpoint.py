@@ -18,6 +18,7 @@ and one of itself: zarr (and orbax) read flipped bits and missing files without 
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +34,7 @@ from ist_jax.exchange.kinds import kind_of
 from ist_jax.exchange.layout import Layout, Leaf, restore
 from ist_jax.masking import Params
 from ist_jax.methods.method import State
+from ist_jax.tasks.task import Metric, metric_of
 from ist_jax.workdir.files import Json, Record
 
 log = logging.getLogger(__name__)
@@ -281,8 +283,8 @@ def load_params(workdir: str | Path, which: int | str = "last") -> Params:
 
     Args:
       workdir: of the run; or the folder of one checkpoint.
-      which: 'last', 'best' (by validation accuracy where there is one, else by test accuracy; among those
-        that were kept) or the number of a round.
+      which: 'last', 'best' (by the task's metric on the validation split where there is one, else on the test
+        set; among those that were kept) or the number of a round.
 
     Raises:
       ValueError: there is no such checkpoint, or it is damaged.
@@ -294,17 +296,19 @@ def load_params(workdir: str | Path, which: int | str = "last") -> Params:
     if not there:
         raise ValueError(f"{workdir} holds no checkpoint, so no parameters")
     if which == "best":
-        accuracies: dict[int, Json] = {r: accuracy(open_round(workdir, r).about) for r in there}
-        which = max(there, key=lambda r: -1.0 if accuracies[r] is None else accuracies[r])
+        abouts = {r: open_round(workdir, r).about for r in there}
+        values = {r: value_of(about, metric_of(about)) for r, about in abouts.items()}
+        which = max(there, key=lambda r: -math.inf if (value := values[r]) is None else value)
     number = there[-1] if which == "last" else which
     if number not in there:
         raise ValueError(f"{workdir} holds no checkpoint of round {which}; there are {there}")
     return traverse_util.unflatten_dict(dict(open_round(workdir, int(number)).params()), sep="/")
 
 
-def accuracy(record: Record) -> float | None:
-    """What a state is judged by, from its record: on the validation split, where there is one."""
-    return record.get("test_accuracy" if record.get("validation_accuracy") is None else "validation_accuracy")
+def value_of(record: Record, metric: Metric) -> float | None:
+    """What a state is judged by, the more the better: on the validation split, where there is one."""
+    found = (record.get(f"{split}_{metric.name}") for split in ("validation", "test"))
+    return next((metric.better(x) for x in found if x is not None), None)
 
 
 def _read_index(folder: Path, process: int) -> dict[str, Json]:
