@@ -109,6 +109,8 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
     encoded = run.inputs.dataset.encoded
     if images and not encoded and getattr(run.inputs.test.get("image"), "dtype", None) != np.uint8:
         raise ValueError(f"the examples of data.name={config.data.name!r} are no images: nothing to classify")
+    if images and run.inputs.task.name != "classification":
+        raise ValueError(f"what is learned is {run.inputs.task.name}: nothing to classify images by")
     score = train.score(run, run.state)
     print(f"test {score}, loss {score.loss:.4f} ({score.examples} examples, batch statistics)")
 
