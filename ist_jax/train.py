@@ -256,7 +256,7 @@ def _is_finite(figure: float | None) -> bool:
 
 
 def _raise_if_cut_short(run: Run, workdir: Path, records: Records, stuck: int | None, signum: int) -> None:
-    """Raises what ended the run before its last round, if anything did."""
+    """Raises what ended the run before its last round, if anything did, or that nothing came of it."""
     schedule, done = run.schedule, len(records)
     safe = max(checkpoint.rounds(workdir), default=0)
     if safe < done:
@@ -267,12 +267,12 @@ def _raise_if_cut_short(run: Run, workdir: Path, records: Records, stuck: int | 
             f"round {done}: worker {stuck} has been left out {schedule.max_left_out} times in a row "
             f"(config.max_rounds_left_out); stopped, results so far are in {workdir}"
         )
+    if done < schedule.rounds and not has_stopped(records, schedule.patience, run.inputs.task.metric):
+        text = f"stopped after round {done} of {schedule.rounds}; the same command goes on from there"
+        raise signals.Interrupted(signum, text, agreed=True)
     if all(r["workers_left_out"] and not _is_finite(r["train_loss"]) for r in records):
         raise Diverged(
             f"all workers were left out of all {done} rounds, for losses or updates that are not finite: "
             "nothing was learned; look at the data and the loss, or lower config.optimizer.learning_rate; "
-            f"what there is is in {workdir}"
+            f"their records are in {workdir}"
         )
-    if done < schedule.rounds and not has_stopped(records, schedule.patience, run.inputs.task.metric):
-        text = f"stopped after round {done} of {schedule.rounds}; the same command goes on from there"
-        raise signals.Interrupted(signum, text, agreed=True)
