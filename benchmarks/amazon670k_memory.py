@@ -19,7 +19,8 @@ from ist_jax.costs import formula
 from ist_jax.data.sparse import Rows
 from ist_jax.exchange.layout import Layout
 from ist_jax.runtime import devices, programs, setup
-from ist_jax.task import multi_label
+from ist_jax.tasks import multi_label
+from ist_jax.tasks.task import with_example
 
 (FEATURES,), LABELS, POINTS = data.facts("amazon670k")[:3]
 TEST_POINTS = 153_025
@@ -48,7 +49,8 @@ def compile_for_shapes(config: Any) -> tuple[Layout, int, dict[str, Any]]:
     devices.prepare(config.num_devices or config.num_workers)
     chosen = devices.choose(config.num_workers, config.num_devices)
     count = len(chosen)
-    recipe = setup.make_recipe(config, build_model(config, LABELS), multi_label(FEATURES), count)
+    task = with_example(multi_label.make({}, LABELS), points(1))
+    recipe = setup.make_recipe(config, build_model(config, LABELS), task, count)
     entry = setup.method_of(config)
     method = entry.make(recipe)
     phases = setup.trace_round(entry, recipe, points(POINTS), config.local_steps, config.batch_size)

@@ -73,7 +73,7 @@ def without_scale(folder: Path, config) -> float:
     """Test accuracy of a run's parameters with residual branches as they were trained."""
     config.partition.scale_at_evaluation = False
     run = setup.set_up(config, params=checkpoint.load_params(folder), evaluation_only=True)
-    return train.score(run, run.state).accuracy
+    return train.score(run, run.state).value
 
 
 def time_rounds(configs: dict, rounds: int) -> dict[str, tuple[float, float]]:

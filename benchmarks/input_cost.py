@@ -28,7 +28,7 @@ def with_constant_batch(run: Run) -> Run:
     """The same run, but every local step of every worker takes the same normalised batch."""
     config, stage = restore(run.settings), run.stages[-1]
     first = {name: x[: config.batch_size] for name, x in run.inputs.train.items()}
-    images, labels = run.inputs.task.eval_fn(first)
+    images, labels = run.inputs.task.show(first)
     batch = {"image": np.asarray(images), "label": np.asarray(labels)}
     chunk = run.feed(0)._replace(data=devices.replicate(batch, run.devices))
     recipe = stage.recipe._replace(batch_fn=lambda data, indices, key: (data["image"], data["label"]))

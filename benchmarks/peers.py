@@ -255,7 +255,7 @@ def measure(name: str, repeats: int) -> dict[str, float]:
     run = set_up(config)
     stage, turn = run.stages[-1], run.turn(run.stages[-1], 0)
     groups = stage.recipe.layout.groups
-    shape = run.inputs.task.example.shape[1:]
+    shape = run.inputs.task.example[0].shape[1:]
     if path == MLP:
         hidden = [groups[f"hidden{i}"].slots if groups else w for i, w in enumerate(config.model.hidden, 1)]
         net: dict = {"sizes": (int(np.prod(shape)), *hidden, len(run.inputs.dataset.classes))}

@@ -29,7 +29,7 @@ python_maximum_signature_line_length = 88
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_ivar, napoleon_attr_annotations = True, False  # fields without their annotations
 # other projects' objects, which only a network could look up; type variables; what is not for users
-_INTERNAL = r"ist_jax\.(runtime|task|exchange\.wire|costs\.(sockets|traffic|compiled))\..*"
+_INTERNAL = r"ist_jax\.(runtime|exchange\.wire|costs\.(sockets|traffic|compiled))\..*"
 nitpick_ignore_regex = [("py:.*", r"(?!ist_jax).*|.*\.[A-Z]"), ("py:.*", _INTERNAL)]
 
 html_theme = "furo"

@@ -4,9 +4,10 @@ python -m ist_jax.compare --config=configs/resnet.py [--methods=ist,local_sgd,da
                           [--workdir=DIR] [--config.num_workers=8 ...]
 
 Every run has a folder of its own, DIR/METHOD-SEED, as by `ist_jax.main`; those that are finished are not
-repeated, one that was stopped goes on. DIR/compare.json holds, by method, mean and spread of accuracy (of the
-last evaluation), seconds (of all rounds, evaluation included) and bytes (of a worker: exchanged, by the
-papers' count, and sent on the wire), and the runs' folders; DIR/report.html draws them.
+repeated, one that was stopped goes on. DIR/compare.json holds, by method, mean and spread of accuracy (or of
+another metric of the task; of the last evaluation), seconds (of all rounds, evaluation included) and bytes
+(of a worker: exchanged, by the papers' count, and sent on the wire), and the runs' folders; DIR/report.html
+draws them.
 """
 
 import json
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
     import flax.linen as nn
 
     from ist_jax.runtime.setup import Run
+    from ist_jax.tasks import Own
     from ist_jax.workdir.files import Json, Record
 
 log = logging.getLogger("ist_jax.compare")  # also where this file is the command
 
 USAGE = "python -m ist_jax.compare --config=FILE[:MODE] [--methods=LIST] [--seeds=N] [--workdir=DIR]"
-# Keys of compare.json and of the summary that they come from.
+# Keys of compare.json, beside that of the task's metric, and of the summary that they come from.
 _FIGURES = {
-    "accuracy": "test_accuracy",
     "seconds": "seconds_total",
     "bytes": "bytes_exchanged_per_worker",
     "bytes_local_sgd": "bytes_local_sgd_per_worker",
@@ -44,7 +45,13 @@ _PAGE, _RESULT = "report.html", "compare.json"
 
 
 def compare(
-    config: ConfigDict, workdir: Path, *, methods: Sequence[str], seeds: int, model: "nn.Module | None" = None
+    config: ConfigDict,
+    workdir: Path,
+    *,
+    methods: Sequence[str],
+    seeds: int,
+    model: "nn.Module | None" = None,
+    task: "Own | None" = None,
 ) -> "dict[str, Json]":
     """Trains every method with every seed, and writes what compare.json holds.
 
@@ -54,12 +61,14 @@ def compare(
       methods: such as ('ist', 'local_sgd').
       seeds: how many.
       model: as for `train.train`.
+      task: the same.
 
     Returns:
-      'methods': by method 'accuracy', 'seconds', 'bytes' (exchanged by a worker), 'bytes_local_sgd' (what
-      local SGD would have exchanged) and 'bytes_sent' (by a worker, on the wire; None for runs of earlier
-      versions), each with 'mean', 'min' and 'max' over the seeds, and 'runs', the folders; 'start': by seed
-      the hashes of what all methods began with.
+      'metric': that of the task, by its fields; 'methods': by method 'accuracy', or the other metric's name,
+      'seconds', 'bytes' (exchanged by a worker), 'bytes_local_sgd' (what local SGD would have exchanged) and
+      'bytes_sent' (by a worker, on the wire; None for runs of earlier versions), each with 'mean', 'min' and
+      'max' over the seeds, and 'runs', the folders; 'start': by seed the hashes of what all methods began
+      with.
 
     Raises:
       ValueError: a setting that cannot work, or runs that did not begin alike.
@@ -68,6 +77,7 @@ def compare(
     from ist_jax import train
     from ist_jax.report import page
     from ist_jax.runtime.observers import show_runs
+    from ist_jax.tasks.task import metric_of
     from ist_jax.workdir import files
 
     if len({_folder_name(method) for method in methods}) < len(methods):
@@ -91,14 +101,17 @@ def compare(
                     if run.schedule.first == 0:
                         _note_start(folder, run)
 
-                runs[method][folder] = train.train(own, folder, model, started=started, progress=place.go_on)
+                runs[method][folder] = train.train(
+                    own, folder, model, task=task, started=started, progress=place.go_on
+                )
                 place.leave()
             starts[str(seed)] = _common_start([list(folders)[-1] for folders in runs.values()])
-    figures = {}
+    metric = metric_of(next(iter(next(iter(runs.values())).values())))
+    keys, figures = {metric.name: f"test_{metric.name}"} | _FIGURES, {}
     for method, folders in runs.items():
-        found = {name: _spread([x.get(key) for x in folders.values()]) for name, key in _FIGURES.items()}
+        found = {name: _spread([x.get(key) for x in folders.values()]) for name, key in keys.items()}
         figures[method] = found | {"runs": [folder.name for folder in folders]}
-    result = {"methods": figures, "start": starts}
+    result = {"metric": metric._asdict(), "methods": figures, "start": starts}
     files.write_json(workdir / _RESULT, result)
     page.write_report([folder for folders in runs.values() for folder in folders], workdir / _PAGE)
     return result
@@ -166,20 +179,24 @@ def table(result: "Mapping[str, Json]") -> str:
     """The comparison for people: means, and the least and most over the seeds."""
     from ist_jax.costs.traffic import megabytes
     from ist_jax.runtime.record import share
+    from ist_jax.tasks.task import metric_of
 
+    metric = metric_of(result)
+    factor, digits, unit = (100, 2, " %") if metric.percent else (1, 4, "")
     first = max(14, *(len(method) + 1 for method in result["methods"]))
-    heads = f"{'test accuracy %':>24}{'seconds':>24}{'MB exchanged':>14}{'share of':>11}{'MB sent on':>12}"
+    heads = f"{f'test {metric.name}{unit}':>24}{'seconds':>24}"
+    heads += f"{'MB exchanged':>14}{'share of':>11}{'MB sent on':>12}"
     lines = [
         f"{'':{first}}{heads}",
         f"{'':{first}}{'':48}{'by a worker':>14}{'local SGD':>11}{'the wire':>12}",
     ]
     for method, figures in result["methods"].items():
-        accuracy, seconds = _text(figures["accuracy"], 100, 2), _text(figures["seconds"], 1, 1)
+        reached, seconds = _text(figures[metric.name], factor, digits), _text(figures["seconds"], 1, 1)
         exchanged, full = figures["bytes"]["mean"], figures["bytes_local_sgd"]["mean"]
         part = "" if exchanged == full else share(exchanged, full).removesuffix(" of")
         sent = "-" if figures["bytes_sent"] is None else megabytes(figures["bytes_sent"]["mean"])
         sizes = f"{megabytes(exchanged):>14}{part:>11}{sent:>12}"
-        lines.append(f"{method:{first}}{accuracy:>24}{seconds:>24}{sizes}")
+        lines.append(f"{method:{first}}{reached:>24}{seconds:>24}{sizes}")
     return "\n".join(lines)
 
 

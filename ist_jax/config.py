@@ -5,8 +5,10 @@ tables `models.MODELS` and `data.SETS`. `configs/*.py` say what an experiment se
 """
 
 import functools
+import inspect
 import textwrap
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -21,12 +23,16 @@ from ist_jax.key import FILE, Key, Options, Settings, Value
 from ist_jax.methods import METHODS, Entry
 from ist_jax.methods.steps import POLICIES
 from ist_jax.models import MODELS
+from ist_jax.tasks import TASKS
 
 _wrap = functools.partial(textwrap.wrap, width=100, subsequent_indent="    ", break_on_hyphens=False)
 free = functools.partial(Key, resume=True)  # a run may go on with another value
 
 COMMON: dict[str, Key] = {
     "method": Key("ist", "what a round does", choices=METHODS, file=True),
+    "task": Key(
+        "auto", "what is learned; 'auto': what the data set is for", choices=("auto", *TASKS), file=True
+    ),
     "seed": Key(0, "seed of parameters, partitions and the order of examples", least=0, most=2**31 - 1),
     "num_workers": free(4, "workers S", least=1),
     "num_devices": free(
@@ -47,7 +53,10 @@ COMMON: dict[str, Key] = {
     "eval_every": free(5, "rounds between evaluations; 0: after the last round only", least=0),
     "eval_batch_size": Key(128, "examples per evaluation batch, whose statistics are part of it", least=1),
     "patience": free(
-        0, "evaluations without a better validation accuracy to stop after; 0: never", least=0, extends=True
+        0,
+        "evaluations without a better metric on the validation split to stop after; 0: never",
+        least=0,
+        extends=True,
     ),
     "participation": Key(
         1.0, "chance of each worker to take part in a round; the others change nothing", least=0, most=1
@@ -59,7 +68,7 @@ COMMON: dict[str, Key] = {
     "stuck_after": free(1800.0, "seconds without progress, though all processes live; 0: for ever", least=0),
     "checkpoint.every": free(50, "rounds between checkpoints; 0: at the end alone", least=0),
     "checkpoint.keep": free(2, "latest checkpoints that stay; the best one does as well", least=1),
-    "data.name": Key("digits", f"data set: {', '.join(data.SETS)}"),
+    "data.name": Key("digits", f"data set: {', '.join(data.SETS)}, or FILE.py:NAME"),
     "data.dir": free("", "folder or file of the data set; embedded ones need none"),
     "data.pad": Key(0, "pixels of padding before a random crop of a training image", least=0),
     "data.flip": Key(False, "mirror half of the training images"),
@@ -73,7 +82,9 @@ COMMON: dict[str, Key] = {
         0.5, "of the Dirichlet distribution of 'skewed'; the smaller, the more skewed", least=0, above=True
     ),
     "data.validation": Key(0.0, "fraction of the training examples held out to stop by", least=0, most=0.9),
-    "model.name": Key("resnet", f"model: {', '.join(MODELS)}; a config file has the keys of one"),
+    "model.name": Key(
+        "resnet", f"model: {', '.join(MODELS)}, or FILE.py:NAME; a config file has the keys of one"
+    ),
     "partition.deal": Key("random", "how units are dealt to the workers", choices=DEALS, file=True),
     "partition.min_units": free(0, "least units per worker and group, reached by overlap; 0: none", least=0),
     "partition.shares": free((), "relative speed of each worker; (): equal", kind=float),
@@ -169,13 +180,34 @@ def options(config: config_dict.ConfigDict, names: Iterable[str]) -> Settings:
 def build_model(config: config_dict.ConfigDict, num_classes: int) -> nn.Module:
     """The model that `config.model` describes.
 
+    FILE.py:NAME is a model, or a class or function that returns one, called with those of `num_classes` and
+    `config` that it has parameters for.
+
     Raises:
       ValueError: there is no such model, or its options cannot work.
     """
-    _keys(config.model.name)
-    entry = MODELS[config.model.name]
+    _keys(name := config.model.name)
+    if name not in MODELS:
+        return _build_own(config, num_classes)
+    entry = MODELS[name]
     dtype = None if config.compute_dtype == "float32" else jnp.bfloat16  # None: the parameters'
     return entry.build(options(config, entry.options), num_classes, dtype)
+
+
+def _build_own(config: config_dict.ConfigDict, num_classes: int) -> nn.Module:
+    try:
+        found: Any = extension.load(config.model.name, {})
+    except ValueError as error:
+        raise ValueError(f"model.name={config.model.name}: {error}") from None
+    if callable(found) and not isinstance(found, nn.Module):
+        given = {"num_classes": num_classes, "config": config}
+        found = found(**{name: given[name] for name in inspect.signature(found).parameters if name in given})
+    if not isinstance(found, nn.Module):
+        raise ValueError(
+            f"model.name={config.model.name} is a {type(found).__name__}; a flax.linen.Module is needed, or "
+            "what returns one (of an NNX model: flax.nnx.bridge.ToLinen)"
+        )
+    return found
 
 
 def complete(recorded: Options) -> Settings:
@@ -186,7 +218,8 @@ def complete(recorded: Options) -> Settings:
     """
     flat = traverse_util.flatten_dict(dict(recorded), sep=".")
     model = flat.get("model.name")
-    for name, key in (_keys(model) if model in MODELS else COMMON).items():
+    known = model in MODELS or FILE.fullmatch(str(model))
+    for name, key in (_keys(model) if known else COMMON).items():
         flat.setdefault(name, list(key.default) if isinstance(key.default, tuple) else key.default)
     return _plainly(traverse_util.unflatten_dict(flat, sep="."), METHODS.get(flat.get("method", "")))
 
@@ -245,9 +278,12 @@ def help_text(config: config_dict.ConfigDict) -> str:
 
 
 def _keys(model: str) -> dict[str, Key]:
-    if model not in MODELS:
-        raise ValueError(f"model.name={model!r}; set config.model.name to {' or '.join(map(repr, MODELS))}")
-    return COMMON | MODELS[model].options | data.options()
+    if model in MODELS:
+        return COMMON | MODELS[model].options | data.options()
+    if FILE.fullmatch(model):
+        return COMMON | data.options()
+    known = ", ".join(map(repr, MODELS))
+    raise ValueError(f"model.name={model!r}; set config.model.name to one of {known}, or FILE.py:NAME")
 
 
 def _get(config: config_dict.ConfigDict, name: str) -> Value:

@@ -91,7 +91,7 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
 
     from ist_jax import config as configs
     from ist_jax import train
-    from ist_jax.models import norm
+    from ist_jax.models import adapter, norm
     from ist_jax.runtime import inputs, scoring, setup
     from ist_jax.workdir import checkpoint, files
 
@@ -110,11 +110,13 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
     shown = None if encoded else run.inputs.test.get("image")
     if images and not encoded and (shown is None or shown.dtype != np.uint8 or shown.ndim != 4):
         raise ValueError(f"the examples of data.name={config.data.name!r} are no images: nothing to classify")
+    if images and run.inputs.task.name != "classification":
+        raise ValueError(f"what is learned is {run.inputs.task.name}: nothing to classify images by")
     score = train.score(run, run.state)
     print(f"test {score}, loss {score.loss:.4f} ({score.examples} examples, batch statistics)")
 
     chosen = inputs.calibration_batches(run.inputs, _CALIBRATION_BATCHES)
-    inputs_of = (run.inputs.task.eval_fn(batch)[0] for batch in chosen)
+    inputs_of = (run.inputs.task.show(batch)[0] for batch in chosen)
     statistics = norm.estimate_batch_stats(run.model, params, inputs_of, run.scale)
     variables = {"params": params, "batch_stats": statistics}
     score_fn = jax.jit(functools.partial(scoring.score_batch, run.model, run.inputs.task, run.scale))
@@ -128,10 +130,10 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
 
     @jax.jit
     def predict(variables: "dict[str, Params]", batch: "Split") -> jax.Array:
-        logits = run.model.apply(variables, run.inputs.task.eval_fn(batch)[0], scale=run.scale)
+        logits = adapter.apply(run.model, variables, run.inputs.task.show(batch)[0], scale=run.scale)
         return jax.nn.softmax(cast(jax.Array, logits))
 
-    shape = run.inputs.task.example.shape[1:] if images else ()  # type: ignore[union-attr]
+    shape = run.inputs.task.example[0].shape[1:] if images else ()  # type: ignore[index]
     resized = functools.partial(to_example, shape=shape)
     fit = inputs.make_transform(run.inputs.wanted).centre if encoded else resized
     for name, picture in zip(images, pictures, strict=True):

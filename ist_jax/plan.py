@@ -13,19 +13,23 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from absl import flags
 from ml_collections import config_dict, config_flags
 
 from ist_jax import BANDWIDTHS, cli
+from ist_jax.key import FILE
 
 if TYPE_CHECKING:
-    from ist_jax import data, task
+    import flax.linen as nn
+
+    from ist_jax import data, tasks
     from ist_jax.methods.method import Recipe
     from ist_jax.partition import Group
     from ist_jax.workdir.files import Json
 
+Shown: TypeAlias = "tuple[tasks.Task, data.Split]"
 USAGE = (
     "python -m ist_jax.plan --config=FILE[:MODE] [--json] [--bandwidth=LIST] [--flops=NUMBER] "
     "[--example=SHAPE --classes=N] [--config.KEY=VALUE ...]"
@@ -72,39 +76,46 @@ class Total(NamedTuple):
     hours: list[float]
 
 
-def predict(config: config_dict.ConfigDict, facts: "data.Facts") -> Cost:
+def predict(
+    config: config_dict.ConfigDict,
+    facts: "data.Facts",
+    model: "nn.Module | None" = None,
+    task: "tasks.Own | None" = None,
+) -> Cost:
     """The costs of a config's method.
 
     Args:
       config: as from `configs/`; with num_devices=0 every worker has a device of its own.
       facts: of the data set.
+      model: as for `train.train`.
+      task: the same.
 
     Raises:
       ValueError: a setting that cannot work, or facts that lack; the message names the key.
     """
-    recipe, _ = _recipes(config, facts)
-    return _cost(config, facts, recipe)
+    shown = _shown(config, facts, task)
+    recipe, _ = _recipes(config, facts, shown, model)
+    return _cost(config, shown, recipe)
 
 
-def _recipes(config: config_dict.ConfigDict, facts: "data.Facts") -> "tuple[Recipe, Recipe]":
+def _recipes(
+    config: config_dict.ConfigDict, facts: "data.Facts", shown: "Shown", model: "nn.Module | None"
+) -> "tuple[Recipe, Recipe]":
     """What the method is made from, after the warm-up and during it; shapes alone are looked at."""
     from ist_jax.config import build_model, check
     from ist_jax.runtime import setup
 
     check(config)
-    if facts.example is None or facts.num_classes is None:
-        raise ValueError(f"what data.name={config.data.name!r} holds is not known before it is opened")
-    (shown, _), model = _shown(facts), build_model(config, facts.num_classes)
-    recipe = setup.make_recipe(config, model, shown, config.num_devices or config.num_workers)
-    return recipe, setup.warmup_recipe(recipe, model, shown, setup.unit_scale(config, recipe.layout))
+    model, task = model or build_model(config, facts.num_classes or 0), shown[0]
+    recipe = setup.make_recipe(config, model, task, config.num_devices or config.num_workers)
+    return recipe, setup.warmup_recipe(recipe, model, task, setup.unit_scale(config, recipe.layout))
 
 
-def _cost(config: config_dict.ConfigDict, facts: "data.Facts", recipe: "Recipe") -> Cost:
+def _cost(config: config_dict.ConfigDict, shown: "Shown", recipe: "Recipe") -> Cost:
     from ist_jax.costs import formula, traffic
     from ist_jax.runtime import setup
 
-    shown, data = _shown(facts)
-    entry = setup.method_of(config)
+    entry, data = setup.method_of(config), shown[1]
     phases = setup.trace_round(entry, recipe, data, config.local_steps, config.batch_size)
     moved, workers = traffic.round_traffic(phases, recipe.layout), recipe.layout.workers_per_device
     paper = sum(moved.paper.values())
@@ -114,29 +125,38 @@ def _cost(config: config_dict.ConfigDict, facts: "data.Facts", recipe: "Recipe")
         paper_gigabytes_per_round=paper / 1e9,
         wire_bytes_per_worker_per_round=sum(moved.sent.values()) / workers,
         state_bytes_per_worker=sum(formula.memory(recipe, phases)) / workers,
-        flops_per_worker_per_step=formula.step_flops(recipe, shown.example, config.batch_size),
+        flops_per_worker_per_step=formula.step_flops(recipe, data, config.batch_size),
     )
 
 
-def _shown(facts: "data.Facts") -> "tuple[task.Task, data.Split]":
-    """What is learned from a data set, and a training set of one example of it."""
+def _shown(config: config_dict.ConfigDict, facts: "data.Facts", task: "tasks.Own | None") -> "Shown":
+    """What is learned from a data set, and a training set of a few examples of it."""
     import numpy as np
 
-    from ist_jax import task
     from ist_jax.data.sparse import Rows
+    from ist_jax.runtime import inputs, setup
 
-    shape, label = facts.example or (), np.zeros(1, np.int32)
-    if not facts.sparse:
-        one = {"image": np.zeros((1, *shape), np.uint8), "label": label}
-        return task.classification(lambda x: x.astype("float32"), shape, pad=0, flip=False), one  # type: ignore[return-value]
-    start, value = np.zeros(2, np.int32), np.zeros(1, np.float32)
-    feature = Rows(start, label, value, shape[0], longest=1)
-    several = Rows(start, label, None, facts.num_classes or 0, longest=1)
-    return task.multi_label(shape[0]), {"feature": feature, "label": several}
+    if facts.split is None and (facts.example is None or facts.num_classes is None):
+        raise ValueError(f"what data.name={config.data.name!r} holds is not known before it is opened")
+    shape, label, split = facts.example or (), np.zeros(1, np.int32), facts.split
+    if split is None and facts.sparse:
+        start, value = np.zeros(2, np.int32), np.zeros(1, np.float32)
+        several = Rows(start, label, None, facts.num_classes or 0, longest=1)
+        split = {"feature": Rows(start, label, value, shape[0], longest=1), "label": several}
+    elif split is None:
+        split = {"image": np.zeros((1, *shape), np.uint8), "label": label}
+    wanted = setup.wanted_data(config)
+    return inputs.make_task(wanted, split, facts.num_classes or 0, task), split
 
 
 def plan(
-    config: config_dict.ConfigDict, facts: "data.Facts", *, bandwidths: Sequence[float], flops: float
+    config: config_dict.ConfigDict,
+    facts: "data.Facts",
+    *,
+    bandwidths: Sequence[float],
+    flops: float,
+    model: "nn.Module | None" = None,
+    task: "tasks.Own | None" = None,
 ) -> "dict[str, Json]":
     """What `--json` prints.
 
@@ -145,6 +165,8 @@ def plan(
       facts: of its data set.
       bandwidths: of a device's link, in bits per second each way.
       flops: that a device sustains per second.
+      model: as for `train.train`.
+      task: the same.
 
     Raises:
       ValueError: a setting that cannot work; the message names the key.
@@ -176,16 +198,17 @@ def plan(
         )
 
     costs, totals, notes = {}, {}, []
+    shown = _shown(config, facts, task)
     for method in dict.fromkeys([*METHODS, config.method]):
         own = config.copy_and_resolve_references()
         own.method = method
         if not setup.method_of(own).exchanges:
             own.exchange.codec = "none"
-        recipe, warm = _recipes(own, facts)
-        costs[method], warmup = _cost(own, facts, recipe), 0
+        recipe, warm = _recipes(own, facts, shown, model)
+        costs[method], warmup = _cost(own, shown, recipe), 0
         if rounds is not None and (num_train is not None or not config.partition.warmup_epochs):
             warmup = setup.count_warmup_rounds(own, num_train or 1, NOTHING_DONE, rounds)
-            first = [(warmup, _cost(own, facts, warm))] if warmup else []
+            first = [(warmup, _cost(own, shown, warm))] if warmup else []
             totals[method] = total([*first, (rounds - warmup, costs[method])])
         if method == config.method:
             notes = _notes(workers, recipe.layout.groups, rounds, warmup)
@@ -345,25 +368,42 @@ def _facts(config: config_dict.ConfigDict, example: Sequence[int], classes: int)
     """What is known of the config's data set; what the flags say comes first."""
     from ist_jax import data
     from ist_jax.config import build_model, check, options
+    from ist_jax.models import adapter
     from ist_jax.runtime import inputs, setup
 
     check(config)
     known = data.facts(config.data.name, options(config, data.options()))
     if known.encoded:
         inputs.make_transform(setup.wanted_data(config))  # refuses what training refuses
+    if FILE.fullmatch(config.data.name) and not example:
+        return _facts_of_own(config)
     shape, num_classes = tuple(example) or known.example, classes or known.num_classes
     if shape is None or num_classes is None:
         flag = "--classes" if shape else "--example and --classes"
         raise ValueError(
             f"what data.name={config.data.name!r} holds is not known before it is opened; give {flag}"
         )
-    if check_example := getattr(build_model(config, num_classes), "check_example", None):
+    model = build_model(config, num_classes)
+    if adapter.offers(model, "check_example"):
         try:
-            check_example(shape)
+            model.check_example(shape)
         except ValueError as error:
             raise ValueError(f"{error}; give --example=HEIGHT,WIDTH,CHANNELS") from None
     num_train = None if example or classes else known.num_train
     return known._replace(example=shape, num_classes=num_classes, num_train=num_train)
+
+
+def _facts_of_own(config: config_dict.ConfigDict) -> "data.Facts":
+    """What a data set from a file of the user's own tells when it is opened."""
+    from ist_jax import data
+    from ist_jax.runtime import inputs, setup
+
+    opened = inputs.open_inputs(setup.wanted_data(config)._replace(validation=0.0))
+    facts = data.Facts(num_classes=len(opened.dataset.classes), num_train=inputs.count(opened.train))
+    if opened.dataset.encoded:
+        assert opened.task.example is not None
+        return facts._replace(example=opened.task.example[0].shape[1:], encoded=True)
+    return facts._replace(split=opened.train)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The driver: from a config to a trained global model, its metrics and its summary."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -22,6 +23,7 @@ from ist_jax.runtime.observers import Observer, show_progress
 from ist_jax.runtime.run import Run
 from ist_jax.runtime.setup import set_up
 from ist_jax.runtime.stopping import diverged, has_stopped
+from ist_jax.tasks import Own
 from ist_jax.workdir import checkpoint, checkpoint_writer, files, lock, resume
 from ist_jax.workdir.files import Json, Record, Summary
 
@@ -36,6 +38,7 @@ def train(
     workdir: str | Path,
     model: nn.Module | None = None,
     *,
+    task: Own | None = None,
     started: Started | None = None,
     progress: Observer | None = None,
 ) -> dict[str, Json]:
@@ -45,6 +48,8 @@ def train(
       config: as from `configs/`.
       workdir: folder for config.json, metrics.jsonl, summary.json and the parameters.
       model: any Flax model that follows `ist_jax.models`; None: the one that the config describes.
+      task: an `ist_jax.tasks.Task`, or a function of the training examples that returns one; None: the one
+        that the config names.
       started: called before the first round of this session, if there is one.
       progress: called with every record, in place of the bar.
 
@@ -57,15 +62,21 @@ def train(
     """
     workdir = Path(workdir)
     with ExitStack() as claim:
-        run = begin(config, workdir, claim, model)
+        run = begin(config, workdir, claim, model, task)
         if run is None:
             return files.read_summary(workdir)
         if started is not None:
             started(run)
-        return run_rounds(run, workdir, custom_model=model, progress=progress)
+        return run_rounds(run, workdir, own=(model, task), progress=progress)
 
 
-def begin(config: ConfigDict, workdir: Path, claim: ExitStack, model: nn.Module | None = None) -> Run | None:
+def begin(
+    config: ConfigDict,
+    workdir: Path,
+    claim: ExitStack,
+    model: nn.Module | None = None,
+    task: Own | None = None,
+) -> Run | None:
     """Sets a run up in its folder, or what remains of it; None: it is finished already.
 
     Args:
@@ -73,20 +84,21 @@ def begin(config: ConfigDict, workdir: Path, claim: ExitStack, model: nn.Module 
       workdir: the folder.
       claim: keeps other runs out of the folder until it is closed.
       model: as for `train`.
+      task: the same.
 
     Raises:
       ValueError: a setting, data set or folder that cannot work; the message names the key.
       OSError: the folder could not be written to.
     """
-    if (summary := resume.find_finished(configs.record(config), workdir, model)) is not None:
+    if (summary := resume.find_finished(configs.record(config), workdir, model, task)) is not None:
         _say_result(workdir, summary)
         return None
     leads = processes.number() == 0
     if leads:
         claim.enter_context(lock.claimed(workdir))
     with errors.reading():
-        start = processes.first_alone(lambda: resume.find_start(workdir, model), "the checkpoints")
-        run = set_up(config, model, start=start)
+        start = processes.first_alone(lambda: resume.find_start(workdir, model, task), "the checkpoints")
+        run = set_up(config, model, start=start, task=task)
     if leads:
         resume.open_workdir(run.settings, workdir, start)
     processes.meet("the folder")
@@ -94,13 +106,13 @@ def begin(config: ConfigDict, workdir: Path, claim: ExitStack, model: nn.Module 
 
 
 class Diverged(RuntimeError):
-    """A worker's rounds had to be left out too many times in a row."""
+    """A worker's rounds had to be left out too many times in a row, or those of all workers always."""
 
 
 def run_rounds(
     run: Run,
     workdir: Path,
-    custom_model: nn.Module | None = None,
+    own: tuple[nn.Module | None, Own | None] = (None, None),
     observers: Sequence[Observer] = (),
     progress: Observer | None = None,
 ) -> dict[str, Json]:
@@ -109,7 +121,7 @@ def run_rounds(
     Args:
       run: from `set_up`; its state is used up.
       workdir: from `open_workdir`.
-      custom_model: the model, where it is not the config's; recorded.
+      own: model and task, where they are not the config's; recorded.
       observers: called with every record.
       progress: the same, in place of the bar.
 
@@ -118,7 +130,8 @@ def run_rounds(
 
     Raises:
       Interrupted: SIGINT or SIGTERM; the round was finished and a checkpoint written.
-      Diverged: a worker was left out too many times in a row; a checkpoint was written.
+      Diverged: a worker was left out too many times in a row, or all of them in every round; a checkpoint was
+        written.
     """
     schedule, state, leads = run.schedule, run.state, processes.number() == 0
     log.info("results: %s", workdir)
@@ -126,8 +139,9 @@ def run_rounds(
     if leads:
         files.write_json(workdir / "ledger.json", table)
     records = files.read_records(workdir)
-    model = resume.describe(custom_model)
-    writer = checkpoint_writer.Writer(workdir, run.layout, keep=schedule.checkpoint_keep)
+    given = {"custom_model": resume.describe(own[0]), "custom_task": resume.name_of(own[1])}
+    metric = run.inputs.task.metric
+    writer = checkpoint_writer.Writer(workdir, run.layout, keep=schedule.checkpoint_keep, metric=metric)
     stuck, signum = None, 0
     with ExitStack() as stack:
         request = stack.enter_context(signals.handled(deferred=True))
@@ -135,11 +149,11 @@ def run_rounds(
         stack.enter_context(closing(run.feed))
         if leads:
             if progress is None:
-                bar = show_progress(schedule.rounds, run.name, done=schedule.first)
+                bar = show_progress(schedule.rounds, run.name, schedule.first, metric)
                 progress = stack.enter_context(bar)
             observers = [progress, *observers]
         for index in range(schedule.first, schedule.rounds):
-            if has_stopped(records, schedule.patience):  # in an earlier session
+            if has_stopped(records, schedule.patience, metric):  # in an earlier session
                 break
             state, entry = train_and_score(run, state, index, records)
             writer.wait()  # so that a kill never costs more than `checkpoint.every` recorded rounds
@@ -151,18 +165,20 @@ def run_rounds(
             for observe in observers:
                 observe(entry)
             stuck = diverged(records, schedule.max_left_out)
-            finished = schedule.is_last(index) or has_stopped(records, schedule.patience)
+            finished = schedule.is_last(index) or has_stopped(records, schedule.patience, metric)
             leaving = finished or bool(signum) or stuck is not None
             if leaving or schedule.saves(index):
-                writer.save(state, record.about_checkpoint(run, entry, model), records)
+                writer.save(state, record.about_checkpoint(run, entry, given), records)
             if leaving:
                 break
     _raise_if_cut_short(run, workdir, records, stuck, signum)
-    if "test_accuracy" not in records[-1]:  # a run that was stopped, and is now wanted no longer than it is
+    if "test_loss" not in records[-1]:  # a run that was stopped, and is now wanted no longer than it is
         records[-1] |= score(run, state).figures("test")
         records[-1]["seconds_evaluate"] += run.clock.take()["evaluate"]
-    if has_stopped(records, schedule.patience):
-        log.info("the validation accuracy has not risen for %d evaluations: stopped", schedule.patience)
+    if has_stopped(records, schedule.patience, metric):
+        change = "risen" if metric.higher_is_better else "fallen"
+        told = (metric.name, change, schedule.patience)
+        log.info("the validation %s has not %s for %d evaluations: stopped", *told)
     if leads:
         if run.clock.meter is not None:
             here = run.layout.num_workers // processes.count()
@@ -170,7 +186,7 @@ def run_rounds(
             files.write_json(workdir / "ledger.json", measured)
         files.write_records(workdir, records)
         digest = files.params_sha256(checkpoint.open_round(workdir, len(records)).params())
-        files.write_json(workdir / "summary.json", record.summarize(run, records, model, digest))
+        files.write_json(workdir / "summary.json", record.summarize(run, records, given, digest))
         record.write_report(workdir)
     processes.meet("the summary")
     summary = files.read_summary(workdir)
@@ -215,8 +231,10 @@ def train_and_score(run: Run, state: State, index: int, before: Records = ()) ->
     if schedule.evaluates(index):
         split = "validation" if "validation" in run.splits else "test"
         entry |= score(run, state, split).figures(split)
-    ended = schedule.is_last(index) or has_stopped([*before, entry], schedule.patience)
-    if ended and "test_accuracy" not in entry:
+    ended = schedule.is_last(index) or has_stopped(
+        [*before, entry], schedule.patience, run.inputs.task.metric
+    )
+    if ended and "test_loss" not in entry:
         entry |= score(run, state).figures("test")
     entry |= {"seconds_evaluate": 0.0} | {f"seconds_{name}": s for name, s in run.clock.take().items()}
     entry["seconds_round"] = time.perf_counter() - started
@@ -232,8 +250,13 @@ def score(run: Run, state: State, split: str = "test") -> scoring.Score:
     return scoring.total_score(run.inputs.task, np.concatenate(sums, axis=1))
 
 
+def _is_finite(figure: float | None) -> bool:
+    """Of a record; one that is not finite is null in metrics.jsonl."""
+    return figure is not None and math.isfinite(figure)
+
+
 def _raise_if_cut_short(run: Run, workdir: Path, records: Records, stuck: int | None, signum: int) -> None:
-    """Raises what ended the run before its last round, if anything did."""
+    """Raises what ended the run before its last round, if anything did, or that nothing came of it."""
     schedule, done = run.schedule, len(records)
     safe = max(checkpoint.rounds(workdir), default=0)
     if safe < done:
@@ -244,6 +267,12 @@ def _raise_if_cut_short(run: Run, workdir: Path, records: Records, stuck: int | 
             f"round {done}: worker {stuck} has been left out {schedule.max_left_out} times in a row "
             f"(config.max_rounds_left_out); stopped, results so far are in {workdir}"
         )
-    if done < schedule.rounds and not has_stopped(records, schedule.patience):
+    if done < schedule.rounds and not has_stopped(records, schedule.patience, run.inputs.task.metric):
         text = f"stopped after round {done} of {schedule.rounds}; the same command goes on from there"
         raise signals.Interrupted(signum, text, agreed=True)
+    if all(r["workers_left_out"] and not _is_finite(r["train_loss"]) for r in records):
+        raise Diverged(
+            f"all workers were left out of all {done} rounds, for losses or updates that are not finite: "
+            "nothing was learned; look at the data and the loss, or lower config.optimizer.learning_rate; "
+            f"their records are in {workdir}"
+        )

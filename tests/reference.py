@@ -138,7 +138,7 @@ def _gradient(recipe):
     def gradient(params, data, batch, key, gates):
         inputs, labels = recipe.batch_fn(data, batch, key)
         both = jax.value_and_grad(recipe.loss_fn, has_aux=True)
-        (loss, _), grads = both(params, inputs, labels, gates or None)
+        (loss, _), grads = both(params, inputs, labels, gates or None, key)
         return loss, grads
 
     return gradient

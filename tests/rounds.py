@@ -10,6 +10,8 @@ from ist_jax.exchange.kinds import iter_leaves
 from ist_jax.exchange.layout import map_trees
 from ist_jax.methods.method import Told
 from ist_jax.runtime import devices, inputs, setup
+from ist_jax.tasks.classification import classification
+from ist_jax.tasks.task import with_example
 
 
 def set_up(name, change=None, *, params=None, evaluation_only=False, **overrides):
@@ -27,6 +29,12 @@ def describe(config):
     opened = inputs.open_inputs(setup.wanted_data(config))
     model = setup.build_model(config, len(opened.dataset.classes))
     return setup.make_recipe(config, model, opened.task, config.num_workers), model, opened
+
+
+def image_task(*shape, classes=10):
+    """Classification of images of a shape, as they are."""
+    one = {"image": np.zeros((1, *shape), np.float32), "label": np.zeros(1, np.int32)}
+    return with_example(classification(((0.0,), (1.0,)), pad=0, flip=False, num_classes=classes), one)
 
 
 def trace_round(config, recipe, opened):

@@ -45,7 +45,7 @@ def test_a_constant_batch_is_all_that_is_seen():
         shown = {name: x[0] for name, x in turn.data.items()}
         images, labels = stage.recipe.batch_fn(shown, None, None)
         assert np.array_equal(labels, run.inputs.train["label"][:8])
-        np.testing.assert_allclose(images, run.inputs.task.eval_fn(run.inputs.train)[0][:8], rtol=1e-6)
+        np.testing.assert_allclose(images, run.inputs.task.show(run.inputs.train)[0][:8], rtol=1e-6)
         state, record = train.train_round(constant, state, index)
         assert np.isfinite(record["train_loss"])
     assert not np.array_equal(*(constant.turn(stage, k).draw["hidden1"].indices for k in (0, 1)))

@@ -1,4 +1,4 @@
-"""Methods, deals and codecs of a user's own, from files outside the package, in every command.
+"""A user's own methods, deals, codecs, models, tasks and data, from files, in every command.
 
 Each is at most 30 lines. Nothing but its name stands in the command.
 """
@@ -18,6 +18,7 @@ from ist_jax.workdir import files
 
 # The examples of the docs, by what they define.
 NAMES = {"own_method.py": "def slowmo", "own_deal.py": "def rolling", "own_codec.py": "half = Codec"}
+NAMES |= {"own_regression.py": "regression = Task", "own_denoising.py": "denoising = Task"}
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "bring_your_own.md").read_text(), re.S)
 FILES = {file: next(block for block in BLOCKS if name in block) for file, name in NAMES.items()}
 OWN = {
@@ -227,3 +228,129 @@ def test_what_is_not_there_is_one_line(key, value, message, folder, capsys):
         main.main(command(folder / "run", **{key: value}))
     assert refused.value.code == 2
     assert message in capsys.readouterr().err
+
+
+# --- a model, a task and data of one's own ------------------------------------------------------------------
+
+OWN_FILE = '''\
+"""Whether two numbers add up to more than nothing, and by how much."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from ist_jax.tasks import Metric, Task
+
+
+def load():
+    def split(seed, n):
+        x = np.random.default_rng(seed).normal(size=(n, 2))
+        return {"x": x, "y": x.sum(1)}
+
+    return split(0, 64), split(1, 32)
+
+
+class Net(nn.Module):
+    width: int = 16
+
+    def unit_axes(self):
+        return {"in/kernel": (None, "hidden"), "in/bias": ("hidden",), "out/kernel": ("hidden", None)}
+
+    def subnet(self, sizes):
+        return self.clone(width=sizes["hidden"])
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1, name="out")(nn.relu(nn.Dense(self.width, name="in")(x)))[:, 0]
+
+
+def squares(y, label, key):
+    return jnp.square(y - label)
+
+
+task = Task("sums", squares, scores={"sign": lambda y, label: (y * label > 0) * 1.0}, metric=Metric("loss"))
+model = Net()
+'''
+OWN_THREE = {"model.name": "own.py:model", "task": "own.py:task", "data.name": "own.py:load"}
+
+
+def test_an_own_model_task_and_data_file_work_in_every_command(folder, capsys):
+    (folder / "own.py").write_text(OWN_FILE)
+    overrides = OWN_THREE | {"rounds": 2}
+    assert main.main(command(folder / "run", **overrides)) == 0
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    assert summary["task"] == "sums" and 0 < summary["test_sign"] <= 1
+    assert main.main(command(folder / "run", **overrides | {"rounds": 3})) == 0  # goes on
+    assert evaluate.main(["evaluate", f"--workdir={folder / 'run'}"]) == 0
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    assert f"test loss {summary['test_loss']:.4g} (sign" in capsys.readouterr().out
+    assert report(["report", f"--workdir={folder / 'run'}"]) == 0
+    own = [flag for flag in command(folder, **overrides)[1:] if "workdir" not in flag]
+    capsys.readouterr()
+    assert plan.main(["plan", *own, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["ist"]
+    rows = {r["cause"]: r for r in json.loads((folder / "run" / "ledger.json").read_text())["rows"]}
+    assert planned["wire_bytes_per_worker_per_round"] == rows["round"]["expected"] > 0
+    (folder / "own.py").write_text(OWN_FILE + "\n# changed\n")
+    for key, named in OWN_THREE.items():
+        with pytest.raises(SystemExit) as refused:
+            main.main(command(folder / "run", **overrides | {"rounds": 4}))
+        assert refused.value.code == 2
+        assert f"{key}={named} is not the file that it was begun with" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as refused:
+        evaluate.main(["evaluate", f"--workdir={folder / 'run'}"])
+    assert refused.value.code == 2
+    assert "the file is not the one that the run was made with" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_methods_are_compared_on_them(folder, capsys):
+    (folder / "own.py").write_text(OWN_FILE)
+    flags = command(folder / "compared", **OWN_THREE)[1:]
+    assert compare.main(["compare", *flags, "--methods=ist,local_sgd", "--seeds=1"]) == 0
+    assert "test loss" in capsys.readouterr().out
+
+
+DOCUMENTED = {  # of the docs' tasks: the other keys of their commands, and the metric
+    "own_regression.py:regression": (
+        {"model.name": "own_regression.py:Net", "data.name": "own_regression.py:load", "method": "local_sgd"},
+        "test_mae",
+    ),
+    "own_denoising.py:denoising": ({"model.name": "own_denoising.py:net"}, "test_psnr"),
+}
+
+
+@pytest.mark.parametrize("task", DOCUMENTED)
+def test_a_task_of_the_docs_is_learned(task, folder):
+    overrides, metric = DOCUMENTED[task]
+    assert len(FILES[task.split(":")[0]].strip().splitlines()) <= 25
+    overrides |= {"task": task, "local_steps": 20, "rounds": 4, "optimizer.learning_rate": 0.02}
+    assert main.main(command(folder / "run", **overrides)) == 0
+    records = files.read_records(folder / "run")
+    assert records[-1]["train_loss"] < 0.7 * records[0]["train_loss"]
+    assert np.isfinite(records[-1][metric])
+
+
+NO_SUCH_THING = {
+    "model.name": "is a int; a flax.linen.Module is needed",
+    "task": "is a int, no ist_jax.tasks.Task and no function",
+    "data.name": "is a int; an ist_jax.data.DataSet is needed",
+}
+
+
+@pytest.mark.parametrize("key", NO_SUCH_THING)
+def test_what_is_no_model_task_or_data_set_is_one_line(key, folder, capsys):
+    (folder / "odd.py").write_text("x = 3")
+    for name, message in (("x", NO_SUCH_THING[key]), ("y", "odd.py has no name 'y'; names there: x")):
+        with pytest.raises(SystemExit) as refused:
+            main.main(command(folder / "run", **{key: f"odd.py:{name}"}))
+        assert refused.value.code == 2
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
+        assert f"{key}=odd.py:{name}" in line and message in line
+
+
+def test_a_run_that_learned_nothing_exits_with_1(folder, capsys):
+    (folder / "own.py").write_text(OWN_FILE.replace("jnp.square(y - label)", "jnp.nan * (y - label)"))
+    assert main.main(command(folder / "run", **OWN_THREE)) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: all workers were left out of all 3 rounds")

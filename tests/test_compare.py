@@ -30,7 +30,7 @@ def test_a_comparison_leaves_a_folder_for_each_run_and_its_figures(compared):
     workdir, result = compared
     assert json.loads((workdir / "compare.json").read_text()) == result
     assert "<html" in (workdir / "report.html").read_text()
-    assert result.keys() == {"methods", "start"}
+    assert result.keys() == {"metric", "methods", "start"}
     for method in ("ist", "local_sgd"):
         figures = result["methods"][method]
         assert figures.keys() == {"accuracy", "seconds", "bytes", "bytes_local_sgd", "bytes_sent", "runs"}

@@ -13,7 +13,7 @@ import reference
 from conftest import ROOT, get_config
 from rounds import copied, run_turn, whole
 
-from ist_jax import data, evaluate, partition, task, train
+from ist_jax import data, evaluate, partition, train
 from ist_jax.config import check
 from ist_jax.data import batches, extreme_classification, sparse
 from ist_jax.exchange.kinds import to_params
@@ -21,6 +21,8 @@ from ist_jax.models import sparse as sparse_layer
 from ist_jax.models.mlp import MLP
 from ist_jax.models.sparse import Sparse
 from ist_jax.runtime import inputs, scoring, setup, stopping
+from ist_jax.tasks import multi_label
+from ist_jax.tasks.task import ACCURACY, Metric
 from ist_jax.workdir import checkpoint
 
 SHARED = ROOT.parent / "shared" / "data" / "xc"
@@ -210,15 +212,22 @@ def test_the_sparse_product_never_makes_a_dense_input():
     assert memory.output_size_in_bytes == 100_000 * 8 * 4
 
 
+def precisions(logits, labels):
+    task = multi_label.make({}, logits.shape[-1])
+    return jnp.stack([score(logits, labels) for score in task.scores.values()], axis=-1)
+
+
 def test_loss_and_precision_by_hand():
     logits = jnp.asarray([[0.0, 3.0, 2.0, 1.0, -1.0, 5.0], [1.0, 0.0, 0.0, 0.0, 0.0, 9.0]])
     labels = jnp.asarray([[1, 2, 0], [0, 6, 6]])  # of 3 labels, and of 1
-    losses, scores = task.multi_label_scores(logits, labels)
+    scores = precisions(logits, labels)
     # best five of the first: 5, 1, 2, 3, 0, of which the last four hold 1, 2 and 0; of the second: 5, 0, ...
     np.testing.assert_allclose(scores, [[0, 2 / 3, 3 / 5], [0, 1 / 3, 1 / 5]], rtol=1e-6)
     sums = np.log(np.exp(np.asarray(logits, np.float64)).sum(1))
-    np.testing.assert_allclose(losses, [sums[0] - (3 + 2 + 0) / 3, sums[1] - 1], rtol=1e-6)
-    _, few = task.multi_label_scores(jnp.asarray([[2.0, 1.0, 3.0]]), jnp.asarray([[2, 0, 3]]))
+    np.testing.assert_allclose(
+        multi_label.softmax_loss(logits, labels), [sums[0] - (3 + 2 + 0) / 3, sums[1] - 1], rtol=1e-6
+    )
+    few = precisions(jnp.asarray([[2.0, 1.0, 3.0]]), jnp.asarray([[2, 0, 3]]))
     np.testing.assert_allclose(few, [[1, 2 / 3, 2 / 5]], rtol=1e-6)
 
 
@@ -259,10 +268,11 @@ def whole_score(run, params):
 
     @reference.plainly
     def score(batch):
-        x, labels = task.eval_fn(batch)
+        x, labels = task.show(batch)
         weight, dense = batch["weight"], x @ jnp.eye(x.width)
-        losses, scores = task.score_fn(run.model.apply({"params": params}, dense, scale=scale), labels)
-        return jnp.concatenate([weight @ jnp.c_[losses, scores], weight.sum()[None]])
+        logits = run.model.apply({"params": params}, dense, scale=scale)
+        judged = [judge(logits, labels) for judge in (task.loss, *task.scores.values())]
+        return jnp.concatenate([weight @ jnp.stack(judged, -1), weight.sum()[None]])
 
     sums = [score(jax.tree.map(itemgetter((0, n)), dealt)) for n in range(dealt["weight"].shape[1])]
     return scoring.total_score(task, np.array(sums))
@@ -370,7 +380,9 @@ def test_patience_counts_evaluations_without_a_better_one(accuracies, patience, 
     records = [{"round": 1}]
     for x in accuracies:
         records += [{"validation_accuracy": x}, {"round": 0}]
-    assert stopping.has_stopped(records, patience) is stopped
+    assert stopping.has_stopped(records, patience, ACCURACY) is stopped
+    mirrored = [{k: -x if x is not None else x for k, x in record.items()} for record in records]
+    assert stopping.has_stopped(mirrored, patience, ACCURACY._replace(higher_is_better=False)) is stopped
 
 
 def test_a_run_stops_by_its_validation_split_and_tests_its_last_state(folder, tmp_path, caplog):
@@ -382,7 +394,7 @@ def test_a_run_stops_by_its_validation_split_and_tests_its_last_state(folder, tm
     assert "has not risen for 2 evaluations: stopped" in caplog.text
     assert all("validation_p3" in line for line in lines)
     assert ["test_p1" in line for line in lines] == [False, False, True]
-    stops = [stopping.has_stopped(lines[:n], config.patience) for n in range(1, 4)]
+    stops = [stopping.has_stopped(lines[:n], config.patience, ACCURACY) for n in range(1, 4)]
     assert stops == [False, False, True]
     run = setup.set_up(config, params=checkpoint.load_params(tmp_path), evaluation_only=True)
     assert train.score(run, run.state).scores["p1"] == pytest.approx(summary["test_p1"], abs=1e-9)
@@ -393,10 +405,11 @@ def test_a_run_stops_by_its_validation_split_and_tests_its_last_state(folder, tm
 
 
 def test_a_state_is_judged_by_the_validation_split_where_there_is_one():
-    assert checkpoint.accuracy({"test_accuracy": 0.5, "validation_accuracy": None}) == 0.5
-    assert checkpoint.accuracy({"test_accuracy": 0.5, "validation_accuracy": 0.25}) == 0.25
-    assert checkpoint.accuracy({"validation_accuracy": 0.25}) == 0.25
-    assert checkpoint.accuracy({"round": 1}) is None
+    assert checkpoint.value_of({"test_accuracy": 0.5, "validation_accuracy": None}, ACCURACY) == 0.5
+    assert checkpoint.value_of({"test_accuracy": 0.5, "validation_accuracy": 0.25}, ACCURACY) == 0.25
+    assert checkpoint.value_of({"validation_accuracy": 0.25}, ACCURACY) == 0.25
+    assert checkpoint.value_of({"round": 1}, ACCURACY) is None
+    assert checkpoint.value_of({"test_loss": 0.5, "test_accuracy": 0.25}, Metric("loss")) == -0.5
 
 
 def test_the_validation_split_is_held_out_by_the_seed(folder):
@@ -438,9 +451,9 @@ def test_real_files_are_read_and_train(tmp_path):
 def test_training_computes_the_first_score_alone(folder):
     run = setup.set_up(tiny(folder), evaluation_only=True)
     task = run.inputs.task
-    loss_fn = scoring.make_loss_fn(run.model, task.score_fn)
-    x, labels = task.batch_fn(jax.tree.map(jnp.asarray, run.inputs.train), jnp.arange(4), None)
+    loss_fn = scoring.make_loss_fn(run.model, task)
+    x, labels = task.batch(jax.tree.map(jnp.asarray, run.inputs.train), jnp.arange(4), None)
     params = reference.flat(to_params(run.layout, run.state.params))
-    text = jax.jit(loss_fn).lower(params, x, labels, None).compile().as_text()
+    text = jax.jit(loss_fn).lower(params, x, labels, None, jax.random.key(0)).compile().as_text()
     assert "topk" not in text.lower()
     assert "sort(" not in text

@@ -80,7 +80,7 @@ def test_arrays_of_features_and_of_images_are_normalised(shape, dtype, monkeypat
     mine = data.ArraySource(x.astype(dtype), y)
     monkeypatch.setitem(data.SETS, "mine", data.Entry(lambda *_: data.DataSet("mine", mine, mine, CLASSES)))
     opened = inputs.open_inputs(wanted_data(get_config("mlp", **{"data.name": "mine"})))
-    shown, labels = opened.task.eval_fn(opened.train)
+    shown, labels = opened.task.show(opened.train)
     assert shown.shape == (60, *shape) + (1,) * (len(shape) == 2)
     assert np.array_equal(labels, y)
     axes = tuple(range(shown.ndim - 1))  # per feature, or per channel
@@ -192,7 +192,7 @@ def test_a_folder_of_small_images_is_held_in_memory(tmp_path):
     assert opened.description == f"image_folder: 81 images of 3 classes in {folder}, tested on test/"
     wanted = wanted_data(get_config("resnet", "cifar10_small", **{"data.name": "image_folder"}))
     fed = inputs.open_inputs(wanted._replace(directory=str(folder)))
-    assert fed.task.example.shape == (1, 8, 8, 3)
+    assert fed.task.example[0].shape == (1, 8, 8, 3)
 
 
 @pytest.mark.slow

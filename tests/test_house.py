@@ -16,7 +16,7 @@ FLOORS = (
     ("costs", "workdir"),
     ("config",),
     ("methods",),
-    ("task",),
+    ("tasks",),
     ("exchange",),
     ("data",),
     ("models",),

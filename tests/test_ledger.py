@@ -11,6 +11,7 @@ import optax
 import pytest
 from conftest import get_config
 from jax import lax
+from rounds import image_task
 
 from ist_jax import partition
 from ist_jax.config import build_model
@@ -27,7 +28,6 @@ from ist_jax.methods.steps import POLICIES
 from ist_jax.models.mlp import MLP
 from ist_jax.models.resnet import ResNet
 from ist_jax.runtime import record, setup
-from ist_jax.task import classification
 
 LEAVES = {"shared": np.zeros(5), "rows": np.zeros((4, 3)), "pairs": np.zeros((8, 4))}
 LEAVES = {path: x.astype(np.float32) for path, x in LEAVES.items()}
@@ -106,7 +106,7 @@ def test_nothing_is_sent_on_one_device(method):
 
 def layout_of(num_workers, **overrides):
     config = get_config("mlp", num_workers=num_workers, **overrides)
-    task = classification(lambda x: x, (8, 8, 1), pad=0, flip=False)
+    task = image_task(8, 8, 1)
     return setup.make_recipe(config, build_model(config, 10), task, num_workers).layout
 
 
@@ -143,6 +143,9 @@ class Whole:
     def __init__(self, model):
         self.init, self.apply, self.subnet = model.init, model.apply, model.subnet
         self.unit_axes = model.unit_axes
+
+    def __call__(self, x, gates=None, scale=None):
+        """What `init` and `apply` call."""
 
 
 @pytest.mark.parametrize("make", [lambda model: model, Whole])

@@ -12,6 +12,7 @@ from conftest import get_config
 from flax import traverse_util
 from jax import lax
 from reference import plainly
+from rounds import image_task
 
 from ist_jax import partition
 from ist_jax.config import build_model
@@ -21,7 +22,6 @@ from ist_jax.models.mlp import MLP
 from ist_jax.models.norm import BatchNorm
 from ist_jax.models.resnet import BLOCKS, ResNet
 from ist_jax.runtime import setup
-from ist_jax.task import classification
 
 
 def shapes(model, *example):
@@ -352,7 +352,7 @@ def test_the_imagenet_config_deals_out_the_blocks_of_section_3(num_workers, bloc
     model = build_model(config, 1000)
     params = shapes(model, config.data.size, config.data.size, 3)
     assert count(params) == 44_549_160 - 11_776  # ResNet101, as above
-    task = classification(lambda x: x, (config.data.size, config.data.size, 3), pad=0, flip=False)
+    task = image_task(config.data.size, config.data.size, 3)
     (group,) = setup.make_recipe(config, model, task, num_workers).layout.groups.values()
     assert (group.size, group.counts) == (22, (blocks,) * num_workers)
     config.rounds = 90

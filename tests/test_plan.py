@@ -192,7 +192,10 @@ def test_a_set_of_ones_own(capsys):
         ([MLP, "--config.data.name=extreme_classification"], "give --example and --classes"),
         ([IMAGENET, "--config.data.validation=0.1"], "data.validation=0.1 is not for streamed images"),
         ([IMAGENET, "--config.data.size=300"], "data.size=300 and data.resize=256"),
-        ([RESNET, "--config.model.name=vit"], "set config.model.name to 'resnet' or 'mlp'"),
+        (
+            [RESNET, "--config.model.name=vit"],
+            "set config.model.name to one of 'resnet', 'mlp', or FILE.py:NAME",
+        ),
         ([RESNET, "--example=32,32", "--classes=10"], "give --example=HEIGHT,WIDTH,CHANNELS"),
         ([MLP, "--example=8,tall"], "--example=8,tall: numbers are needed"),
     ],

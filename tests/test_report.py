@@ -568,7 +568,7 @@ def test_the_bandwidth_that_the_reader_chooses_moves_the_curve(runs, page, brows
         )
         for index, curve in ((0, expected[0]), (1, expected[1]), (3, expected[2])):  # 2: the mean
             x = modelled_seconds(curve.seconds_local, curve.bytes_sent, bits_per_second)
-            np.testing.assert_allclose(drawn[index], [x, curve.accuracy], rtol=1e-12)
+            np.testing.assert_allclose(drawn[index], [x, curve.value], rtol=1e-12)
         cells = browser.execute_script(
             "return [...document.querySelectorAll('[data-seconds-local]')].map((e) => e.innerText.split(' '))"
         )

@@ -94,14 +94,15 @@ def test_one_worker_is_ordinary_sgd(method):
     optimizer = {"optimizer.weight_decay": 1e-3, "optimizer_state": "carry"}
     run = set_up("mlp", method=method, num_workers=1, **optimizer)
     (stage,), settings = run.stages, run.settings["optimizer"]
-    loss_fn = scoring.make_loss_fn(run.model, run.inputs.task.score_fn)
+    loss_fn = scoring.make_loss_fn(run.model, run.inputs.task)
     drawn = [
         stage.recipe.batch_fn(run.inputs.train, batch, jax.random.key(0))
         for index in range(ROUNDS)
         for batch in round_indices(run, index)[0]
     ]
+    key = jax.random.key(0)
     wanted = reference.train_plainly(
-        lambda params, x, y: loss_fn(params, x, y, None), whole(run, run.state.params), drawn,
+        lambda params, x, y: loss_fn(params, x, y, None, key), whole(run, run.state.params), drawn,
         settings["learning_rate"], settings["momentum"], settings["weight_decay"],
     )  # fmt: skip
     assert reference.max_difference(wanted, whole(run, run_all(run, ROUNDS).params)) < 1e-5
@@ -114,7 +115,7 @@ def test_moments_that_are_not_finite_are_no_state(method):
     layout = make_layout(params, {"w": (None,)}, {}, num_workers=1, num_devices=1)
     recipe = Recipe(
         layout, optax.scale_by_adam(), policy=POLICIES["carry"], score_fn=None, init_params=None,
-        loss_fn=lambda params, inputs, labels, gates: (1e30 * (params["w"] * inputs).sum(), jnp.zeros(())),
+        loss_fn=lambda params, inputs, *_: (1e30 * (params["w"] * inputs).sum(), jnp.zeros(())),
         batch_fn=lambda data, batch, key: (data[batch], None),
     )  # fmt: skip
     made = METHODS[method].make(recipe)
@@ -228,7 +229,7 @@ def test_streamed_evaluation_equals_the_whole_model(run):
     ]
     whole_model = scoring.total_score(task, np.array(sums))
     assert streamed.examples == whole_model.examples == len(examples["label"])
-    assert streamed.accuracy == pytest.approx(whole_model.accuracy, abs=1e-9)
+    assert streamed.value == pytest.approx(whole_model.value, abs=1e-9)
     assert streamed.loss == pytest.approx(whole_model.loss, rel=1e-5)
 
 
@@ -257,7 +258,7 @@ def test_the_scale_at_evaluation_can_be_switched_off():
 
         @reference.plainly
         def loss(params, run=run, scale=scale, task=task):
-            inputs, labels = task.eval_fn(run.inputs.test)
+            inputs, labels = task.show(run.inputs.test)
             logits = run.model.apply({"params": params}, inputs, scale={"section2": scale})
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 

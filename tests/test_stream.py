@@ -466,5 +466,5 @@ def test_any_config_streams(folder):
     own = {"data.name": "image_folder", "data.dir": str(folder), "data.size": 8, "data.in_memory": 0}
     config = get_config("mlp", **own, **{"data.processes": 0})
     run = setup.set_up(config)
-    assert run.inputs.task.example.shape == (1, 8, 8, 3)
+    assert run.inputs.task.example[0].shape == (1, 8, 8, 3)
     assert data.facts("image_folder", own).encoded == run.inputs.dataset.encoded

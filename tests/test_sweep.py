@@ -137,8 +137,8 @@ def set_up_case(case):
 def spoilt_by_labels(loss_fn):
     """Labels that are 100 too high make a loss NaN; 200, the gradient of a loss that is finite."""
 
-    def loss(params, inputs, labels, gates):
-        value, accuracy = loss_fn(params, inputs, labels % 100, gates)
+    def loss(params, inputs, labels, gates, key):
+        value, accuracy = loss_fn(params, inputs, labels % 100, gates, key)
         value = jnp.where((labels // 100 == 1).any(), jnp.nan, value)
         return spoil_gradient(value, (labels // 100 == 2).any()), accuracy
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 from conftest import get_config
 from jax import lax
+from rounds import image_task
 
 from ist_jax.config import build_model
 from ist_jax.costs import compiled as hlo
@@ -18,7 +19,6 @@ from ist_jax.methods import METHODS
 from ist_jax.methods.method import AXES
 from ist_jax.methods.steps import POLICIES
 from ist_jax.runtime import devices, programs, setup
-from ist_jax.task import classification
 
 
 def trace(fn, *args, num_devices=2):
@@ -181,7 +181,7 @@ def test_arguments_are_found_by_their_place_in_the_tree(build):
 @pytest.mark.parametrize("build", [mapped, spanning])
 def test_what_a_device_keeps_of_a_carried_adam_is_exact(build):
     config = get_config("mlp", num_workers=4)
-    task = classification(lambda x: x, (8, 8, 1), pad=0, flip=False)
+    task = image_task(8, 8, 1)
     recipe = setup.make_recipe(config, build_model(config, 10), task, 2)
     recipe = recipe._replace(tx=optax.scale_by_adam(), policy=POLICIES["carry"])
     entry, data = METHODS["ist"], {"image": np.zeros((1, 8, 8, 1), np.uint8), "label": np.zeros(1, np.int32)}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, get_config
 from PIL import Image
-from rounds import copied
+from rounds import copied, image_task
 
 from ist_jax import data, evaluate, train
 from ist_jax.config import build_model
@@ -21,7 +21,6 @@ from ist_jax.exchange.kinds import iter_leaves
 from ist_jax.models.mlp import MLP
 from ist_jax.runtime import inputs, setup
 from ist_jax.runtime.record import doubts, last_line
-from ist_jax.task import classification
 from ist_jax.workdir import checkpoint, files, resume
 
 slow = pytest.mark.slow
@@ -193,12 +192,14 @@ def test_a_model_is_told_by_its_text_without_addresses():
 def test_sick_workers_are_named_counted_and_written_as_null(tmp_path, caplog):
     config = get_config("mlp")
     config.optimizer.learning_rate = 1e38
-    summary = train.train(config, tmp_path)
+    with pytest.raises(train.Diverged, match="all workers were left out of all 3 rounds"):
+        train.train(config, tmp_path)
     assert "round 3: worker 1 had a non-finite loss or update, which is left out" in caplog.text
-    assert summary["workers_left_out"] == 6
-    assert read_metrics(tmp_path)[-1]["train_loss"] is None
-    assert "NaN" not in (tmp_path / "summary.json").read_text()
-    assert summary["test_accuracy"] > 0
+    records = read_metrics(tmp_path)
+    assert [r["workers_left_out"] for r in records] == [2, 2, 2]
+    assert records[-1]["train_loss"] is None
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert records[-1]["test_accuracy"] > 0
 
 
 @pytest.mark.parametrize(
@@ -231,7 +232,7 @@ def test_bfloat16_trains_and_keeps_float32_parameters(name, tmp_path):
 @pytest.mark.parametrize("method", ["local_sgd", "data_parallel"])
 def test_baselines_need_no_units(method):
     config = get_config("resnet", method=method, **{"model.sections": (1, 1)})
-    task = classification(lambda x: x, (8, 8, 1), pad=0, flip=False)
+    task = image_task(8, 8, 1)
     recipe = setup.make_recipe(config, build_model(config, 10), task, 2)
     assert recipe.layout.groups == {}
     config.method = "ist"

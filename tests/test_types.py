@@ -88,7 +88,7 @@ def test_the_exchange_has_its_shapes_and_dtypes_checked(case, call):
 
 
 def recipe_of(layout):
-    def loss_fn(params, inputs, labels, gates):
+    def loss_fn(params, inputs, labels, gates, key):
         return jnp.sum((inputs @ params["kernel"] - labels) ** 2), jnp.float32(0)
 
     return Recipe(

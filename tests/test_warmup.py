@@ -52,8 +52,8 @@ def test_a_warmup_scales_branches_as_an_evaluation_does():
     warm = setup.warmup_recipe(recipe, model, opened.task, scale)
     params = recipe.init_params(jax.random.key(0))
     test = {name: x[:32] for name, x in opened.test.items()}
-    inputs, labels = opened.task.eval_fn(test)
-    loss, _ = reference.plainly(warm.loss_fn)(reference.flat(params), inputs, labels, None)
+    inputs, labels = opened.task.show(test)
+    loss, _ = reference.plainly(warm.loss_fn)(reference.flat(params), inputs, labels, None, jax.random.key(0))
 
     @reference.plainly
     def score(params, factor):

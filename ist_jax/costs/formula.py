@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ist_jax.costs import traced
+from ist_jax.data import Split
 from ist_jax.exchange.kinds import kind_of, subnet_shapes
 from ist_jax.exchange.layout import Layout
 from ist_jax.methods.method import Recipe, Told, TracedPhase
-from ist_jax.models.sparse import Sparse
 
 
 def model_parameters(layout: Layout) -> int:
@@ -75,20 +75,19 @@ def memory(recipe: Recipe, phases: Mapping[str, TracedPhase]) -> Memory:
     return Memory(_bytes(every[0].inputs[0]), subnets, at_once * _bytes(fresh))
 
 
-def step_flops(recipe: Recipe, example: jax.Array | Sparse, batch_size: int) -> float:
+def step_flops(recipe: Recipe, data: Split, batch_size: int) -> float:
     """FLOPs of a local step of a subnet with all of its slots filled, as `traced` counts.
 
     Args:
       recipe: what a worker does.
-      example: of the task, one example.
+      data: shapes of the training examples on a device.
       batch_size: examples per step.
     """
-    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct((batch_size, *x.shape[1:]), x.dtype), example)
-    sizes = (batch_size, 1) if isinstance(example, Sparse) else (batch_size,)  # as good as any number
-    labels = jax.ShapeDtypeStruct(sizes, np.int32)
+    numbers, key = jax.ShapeDtypeStruct((batch_size,), np.int32), jax.eval_shape(jax.random.key, 0)
+    inputs, labels = jax.eval_shape(recipe.batch_fn, dict(data), numbers, key)
     groups = recipe.layout.groups.values()
     gates = {g.name: jax.ShapeDtypeStruct((g.slots,), bool) for g in groups if not g.even}
-    return traced.step_flops(recipe.loss_fn, subnet_shapes(recipe.layout), inputs, labels, gates or None)
+    return traced.step_flops(recipe.loss_fn, subnet_shapes(recipe.layout), inputs, labels, gates or None, key)
 
 
 def _bytes(shapes: PyTree) -> int:

@@ -12,8 +12,8 @@ from ist_jax.costs.compiled import Executable
 from ist_jax.costs.sockets import Meter
 from ist_jax.costs.traced import collectives_of, sent
 from ist_jax.costs.traffic import by_cause, round_traffic
+from ist_jax.data import Split
 from ist_jax.methods.method import Recipe, State, Told, TracedPhase
-from ist_jax.models.sparse import Sparse
 from ist_jax.workdir.files import Json
 
 COLUMNS = {
@@ -44,7 +44,6 @@ class Subject(NamedTuple):
       score: the compiled evaluation.
       scored: the same, traced on one device.
       chunks: calls per evaluation.
-      example: of the task.
       steps: (l, B), local steps and the examples of each.
       paper: by cause, bytes of a round as the papers count them, of all workers.
     """
@@ -56,7 +55,6 @@ class Subject(NamedTuple):
     score: Executable
     scored: ClosedJaxpr
     chunks: int
-    example: jax.Array | Sparse
     steps: tuple[int, int]
     paper: Mapping[str, float]
 
@@ -64,6 +62,11 @@ class Subject(NamedTuple):
     def state(self) -> State:
         """Shapes on one device."""
         return next(iter(self.phases.values())).inputs[0]
+
+    @property
+    def data(self) -> Split:
+        """Shapes of the training examples on one device."""
+        return next(iter(self.phases.values())).inputs[2].data
 
 
 def ledger_of(subject: Subject) -> Ledger:
@@ -99,7 +102,7 @@ def ledger_of(subject: Subject) -> Ledger:
     programs = {**subject.programs, "evaluate": subject.score}
     memory += [_row(f"peak of {x}", "bytes", "device", hlo=_peak(program)) for x, program in programs.items()]
     flops = sum(text.flops for text in texts.values()) / (workers * local_steps)
-    by_formula = formula.step_flops(subject.recipe, subject.example, batch_size)
+    by_formula = formula.step_flops(subject.recipe, subject.data, batch_size)
     step = _row("training step", "FLOPs", "worker and step", expected=by_formula, hlo=flops)
     about = {"method": subject.name, "num_workers": layout.num_workers, "num_devices": layout.num_devices}
     return about | {"columns": COLUMNS, "rows": [parameters, *traffic, scoring, *memory, step]}

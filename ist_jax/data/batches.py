@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ist_jax.data.source import Split, select
+from ist_jax.data.source import Split, num_examples, select
 from ist_jax.data.sparse import Rows
 from ist_jax.streams import Use, rng
 
@@ -26,7 +26,7 @@ def split_validation(seed: int, train: Split, fraction: float) -> tuple[Split, S
     Raises:
       ValueError: nothing would remain.
     """
-    total = len(train["label"])
+    total = num_examples(train)
     held_out = count_held_out(total, fraction)
     if held_out == 0:
         return train, None

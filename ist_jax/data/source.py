@@ -11,7 +11,7 @@ from tqdm import tqdm
 from ist_jax.data.sparse import Rows, take
 from ist_jax.key import Key, Options
 
-Split = Mapping[str, PyTree]  # all examples of a split: 'image' or 'feature', and 'label'; arrays or `Rows`
+Split = Mapping[str, PyTree]  # all examples of a split by names, such as 'image' and 'label'; or `Rows`
 Images = TypeVar("Images", np.ndarray, jax.Array)
 Example = Mapping[str, Any]  # one of them: arrays, numbers, or the bytes of an image file
 
@@ -43,20 +43,20 @@ class EncodedSource(Source, Protocol):
 
 
 class DataSet(NamedTuple):
-    """A data set for classification.
+    """A data set.
 
     Attributes:
       description: a line for the log: what it is and where it came from.
-      train: source of the training split.
-      test: source of the test split.
-      classes: names, in the order of the labels.
+      train: source of the training split; or its examples, arrays [N, ...] or pytrees of them by any names.
+      test: the same of the test split.
+      classes: names, in the order of the labels; (): as many as a 'label' of whole numbers has.
       encoded: the sources are `EncodedSource`s, to be streamed.
     """
 
     description: str
-    train: Source
-    test: Source
-    classes: tuple[str, ...]
+    train: Source | Split
+    test: Source | Split
+    classes: tuple[str, ...] = ()
     encoded: bool = False
 
 
@@ -69,6 +69,7 @@ class Facts(NamedTuple):
       num_train: examples in the training split.
       sparse: sparse vectors with several labels each; the example's shape is their length.
       encoded: the sources are `EncodedSource`s, to be streamed.
+      split: a few examples in memory, where they tell more than a shape.
     """
 
     example: tuple[int, ...] | None = None
@@ -76,6 +77,7 @@ class Facts(NamedTuple):
     num_train: int | None = None
     sparse: bool = False
     encoded: bool = False
+    split: Split | None = None
 
 
 class Entry(NamedTuple):
@@ -143,13 +145,20 @@ def with_channels(image: Images) -> Images:
     return image[..., None] if image.ndim == 3 else image
 
 
-def load(source: Source) -> dict[str, PyTree]:
+def load(source: Source | Split) -> dict[str, PyTree]:
     """All examples of a source, decoded once: 'image' [N, H, W, C] or [N, F], 'label' int32 [N].
 
-    Of a `SparseSource`: 'feature' and 'label', `Rows`.
+    Of a `SparseSource`: 'feature' and 'label', `Rows`. Of examples by names: just these, as arrays.
+
+    Raises:
+      ValueError: labels of classes are no whole numbers, or arrays have different lengths.
     """
+    if isinstance(source, Mapping):
+        return _aligned(source)
     if isinstance(source, ArraySource):
-        return {"image": source.image, "label": source.label.astype(np.int32)}
+        if source.label.dtype.kind not in "iu":
+            raise ValueError(f"the labels are {source.label.dtype}; classes are whole numbers, int [N]")
+        return _aligned({"image": source.image, "label": source.label.astype(np.int32)})
     if isinstance(source, SparseSource):
         return {"feature": source.feature, "label": source.label}
     first = source[0]["image"]
@@ -161,6 +170,43 @@ def load(source: Source) -> dict[str, PyTree]:
     return {"image": images, "label": labels}
 
 
+def _aligned(split: Split) -> dict[str, PyTree]:
+    """Examples in memory, of as many bits as the devices keep; ValueError where lengths differ."""
+    if "weight" in split:
+        raise ValueError("no array can be called 'weight': evaluation batches have one of their own")
+    arrays = {name: jax.tree.map(_narrow, x, is_leaf=_is_rows) for name, x in split.items()}
+    flat, _ = jax.tree_util.tree_flatten_with_path(arrays, is_leaf=_is_rows)
+    lengths = {jax.tree_util.keystr(path, simple=True, separator="/"): _length(x) for path, x in flat}
+    if len(set(lengths.values())) != 1 or not all(lengths.values()):
+        found = ", ".join(f"{name} has {length:,}" for name, length in lengths.items()) or "there are none"
+        raise ValueError(f"all arrays of a split need the same number of examples, at least one: {found}")
+    return arrays
+
+
+def _is_rows(x: object) -> bool:
+    return isinstance(x, Rows)
+
+
+def _length(x: Any) -> int:
+    return len(x) if isinstance(x, Rows) or np.ndim(x) else 0
+
+
+def _narrow(x: Any) -> Any:
+    if isinstance(x, Rows):
+        return x
+    array = np.asarray(x)
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
+
+
+def num_examples(split: Split) -> int:
+    """How many there are in a split in memory."""
+    return _length(jax.tree.leaves(dict(split), is_leaf=_is_rows)[0])
+
+
 def select(split: Split, numbers: np.ndarray) -> dict[str, PyTree]:
     """The examples with the given numbers [...], on the host; `Rows` as by `sparse.take`."""
-    return {name: take(x, numbers) if isinstance(x, Rows) else x[numbers] for name, x in split.items()}
+
+    def chosen(x: Any) -> Any:
+        return take(x, numbers) if isinstance(x, Rows) else x[numbers]
+
+    return jax.tree.map(chosen, dict(split), is_leaf=_is_rows)

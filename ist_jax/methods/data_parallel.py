@@ -41,11 +41,11 @@ def make(recipe: Recipe) -> Method:
             def own(args: tuple[Array, Array, Array]) -> tuple[Shards, Told, Array]:
                 worker, here, batch = args
                 key = jax.random.fold_in(steps.worker_key(recipe, turn, worker), number)
-                (loss, accuracy), grads = steps.gradient(recipe, params, turn, batch, key)
+                (loss, score), grads = steps.gradient(recipe, params, turn, batch, key)
                 healthy = jnp.isfinite(loss) & steps.all_finite(grads)
                 counts = healthy & here
                 grads = jax.tree.map(lambda g: jnp.where(counts, g, 0), grads)
-                return grads, Told(loss, accuracy, healthy), counts
+                return grads, Told(loss, score, healthy), counts
 
             workers = steps.worker_numbers(recipe.layout)
             grads, told, counts = steps.sum_over_workers(recipe, own, (workers, turn.present, batches))
@@ -54,7 +54,7 @@ def make(recipe: Recipe) -> Method:
 
         xs = (jnp.arange(len(turn.rates)), turn.indices.swapaxes(0, 1), turn.rates)
         (params, opt_state), told = lax.scan(step, (state.params, state.stays), xs)
-        told = Told(told.loss.mean(0), told.accuracy.mean(0), told.healthy.all(0))
+        told = Told(told.loss.mean(0), told.score.mean(0), told.healthy.all(0))
         return state._replace(params=params, stays=opt_state), told
 
     return Method(init, {"local": local}, lambda state, batches: recipe.score_fn(state.params, batches))

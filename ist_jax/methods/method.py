@@ -21,11 +21,10 @@ from ist_jax.data import Split
 from ist_jax.exchange import wire
 from ist_jax.exchange.layout import AXIS, Layout, Shapes, Shards
 from ist_jax.masking import Params
-from ist_jax.models.sparse import Sparse
 from ist_jax.partition import Draw
 
 Gates = Mapping[str, Bool[Array, "*W n"]]  # False in empty slots, by group
-Losses = tuple[Float[Array, ""], Float[Array, ""]]  # mean loss, mean of the first score
+Losses = tuple[Float[Array, ""], Float[Array, ""]]  # mean loss, mean of the task's first score
 
 
 class Turn(NamedTuple):
@@ -72,10 +71,13 @@ class State(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What is heard of each worker of a device, [W]: means over the steps, and whether all was finite."""
+    """What is heard of each worker of a device, [W]: means over the steps, and whether all was finite.
+
+    The score is the task's first; 0 where it has none.
+    """
 
     loss: Float[Array, " W"]
-    accuracy: Float[Array, " W"]
+    score: Float[Array, " W"]
     healthy: Bool[Array, " W"]
 
 
@@ -120,20 +122,21 @@ class Recipe(NamedTuple):
     Attributes:
       layout: how the model is sharded, and its units.
       tx: gradient transformation before the learning rate; it must not depend on it.
-      loss_fn: (flat params, inputs, labels, gates or None) -> (mean loss, mean of the first score).
+      loss_fn: (flat params, inputs, labels, gates or None, key) -> (mean loss, mean of the first score); the
+        key is for what is random in the model and the loss.
       batch_fn: (data, indices [B], key) -> (inputs, labels).
       score_fn: (shards of the parameters, evaluation batches) -> sums, the `Method.score` of one model.
       init_params: key -> the model's fresh parameters (nested), for methods with more than one model.
       policy: of the optimizer's state.
-      seed: of the augmentation.
+      seed: of the workers' keys.
       vmapped: a device's workers train together by `vmap` instead of one after another.
       unroll: local steps per iteration of the compiled loop.
     """
 
     layout: Layout
     tx: optax.GradientTransformation
-    loss_fn: Callable[[Shards, Array | Sparse, Array, Gates | None], Losses]
-    batch_fn: Callable[[Split, Int[Array, " B"], Key[Array, ""]], tuple[Array | Sparse, Array]]
+    loss_fn: Callable[[Shards, PyTree, PyTree, Gates | None, Key[Array, ""]], Losses]
+    batch_fn: Callable[[Split, Int[Array, " B"], Key[Array, ""]], tuple[PyTree, PyTree]]
     score_fn: Callable[[Shards, Split], Float[Array, "n k"]]
     init_params: Callable[[Key[Array, ""]], Params]
     policy: Policy

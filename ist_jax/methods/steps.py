@@ -54,17 +54,17 @@ def train_worker(
         return update(recipe, *carry, clear_empty_slots(recipe.layout, grads, turn.gates), rate), losses
 
     xs = (jnp.arange(len(turn.rates)), turn.indices, turn.rates)
-    (params, opt_state), (losses, accuracies) = lax.scan(step, (params, opt_state), xs, unroll=recipe.unroll)
+    (params, opt_state), (losses, scores) = lax.scan(step, (params, opt_state), xs, unroll=recipe.unroll)
     healthy = jnp.isfinite(losses).all() & is_sound(params, recipe.policy.end(opt_state))
-    return params, opt_state, Told(losses.mean(), accuracies.mean(), healthy)
+    return params, opt_state, Told(losses.mean(), scores.mean(), healthy)
 
 
 def gradient(
     recipe: Recipe, params: Shards, turn: Turn, batch: Int[Array, " B"], key: Key[Array, ""]
 ) -> tuple[Losses, Shards]:
-    """((mean loss, mean of the first score), gradient) of a batch of a worker; `key`: of its augmentation."""
+    """((mean loss, mean of the first score), gradient) of a batch of a worker; `key`: of its step."""
     inputs, labels = recipe.batch_fn(turn.data, batch, key)
-    return jax.value_and_grad(recipe.loss_fn, has_aux=True)(params, inputs, labels, turn.gates or None)
+    return jax.value_and_grad(recipe.loss_fn, has_aux=True)(params, inputs, labels, turn.gates or None, key)
 
 
 def update(recipe: Recipe, params: Shards, opt_state: PyTree, grads: Shards, rate: Rate) -> Carry:

@@ -1,10 +1,13 @@
 """The models, and what any Flax model must offer to be trained as subnets.
 
-A model is a `flax.linen.Module` with
+A model is a `flax.linen.Module`, or an NNX one in `flax.nnx.bridge.ToLinen`, with
 
-  unit_axes()      the array axes that run over units: see `partition.resolve_axes`.
+  unit_axes()      the array axes that run over units: see `partition.resolve_axes`. Without it a model is
+                   trained by the methods that deal out no units.
   subnet(sizes)    the same architecture with so many units per group (sizes: dict name -> int).
-  __call__(inputs, gates=None, scale=None) -> logits
+  __call__(inputs, train=False, gates=None, scale=None) -> outputs
+                   called with those of these arguments that it has, see `adapter`.
+                   train: whether it is trained (or deterministic: whether not), for Dropout.
                    gates: dict group -> bool [n], given in training where a worker may have empty
                    slots. Their parameters and gradients are held at zero by the engine, so a model
                    whose units contribute nothing at zero may ignore the gates; one that looks at

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from ist_jax.masking import Params
+from ist_jax.models import adapter
 from ist_jax.models.interface import Scale
-from ist_jax.models.sparse import Sparse
 
 Vectors = tuple[jax.Array, ...]
 
@@ -57,9 +57,7 @@ class BatchNorm(nn.Module):
         return y
 
 
-def estimate_batch_stats(
-    model: nn.Module, params: Params, batches: Iterable[jax.Array | Sparse], scale: Scale
-) -> PyTree:
+def estimate_batch_stats(model: nn.Module, params: Params, batches: Iterable[PyTree], scale: Scale) -> PyTree:
     """BatchNorm statistics of the merged model over training batches ("precise BN").
 
     Mean and mean square of every norm's input, averaged over the batches: with them a single example
@@ -76,8 +74,8 @@ def estimate_batch_stats(
     """
 
     @jax.jit
-    def statistics(params: Params, inputs: jax.Array | Sparse) -> PyTree:
-        _, state = model.apply({"params": params}, inputs, scale=scale, mutable=["batch_stats"])
+    def statistics(params: Params, inputs: PyTree) -> PyTree:
+        _, state = adapter.apply(model, {"params": params}, inputs, scale=scale, mutable=["batch_stats"])
         return state.get("batch_stats", {})
 
     collected = [statistics(params, inputs) for inputs in batches]

@@ -38,34 +38,47 @@ _GAP = 0.08  # between the units of a map, of a row
 _STACKED_WORKERS = 16  # more are one bar
 
 
-def accuracy_figures(series: Sequence[Series], bits_per_second: float) -> dict[str, figure]:
-    """Test accuracy against exchanged bytes, modelled time, which the page's script redraws, and examples.
+def metric_figures(series: Sequence[Series], bits_per_second: float) -> dict[str, figure]:
+    """The metric on the test set against exchanged bytes, modelled time and examples.
+
+    The page's script redraws modelled time.
 
     A thin line per run; a thick one with markers for their mean, in a band of one standard error, which the
     frame is never lower than. No mean where runs share no evaluated round.
     """
     largest = max(curve.examples[-1] for s in series for curve in s.curves())
     many, number = next(((name, n) for name, n in _NUMBERS.items() if largest >= n), ("examples", 1.0))
+    metric = series[0].runs[0].metric
+    what, unit = metric.name.replace("_", " "), " %" if metric.percent else ""
     titles = {
-        "exchanged": ("Accuracy against bytes exchanged", "exchanged by a worker (MB)"),
-        "time": ("Accuracy against modelled time", "modelled time (s)"),
-        "examples": ("Accuracy against examples", f"seen by all workers ({many})"),
+        "exchanged": (f"{what.capitalize()} against bytes exchanged", "exchanged by a worker (MB)"),
+        "time": (f"{what.capitalize()} against modelled time", "modelled time (s)"),
+        "examples": (f"{what.capitalize()} against examples", f"seen by all workers ({many})"),
     }
-    figures = {name: _figure(*text, "test accuracy (%)") for name, text in titles.items()}
+    label = f"test {what}{unit and ' (%)'}"
+    figures = {name: _figure(*text, label) for name, text in titles.items()}
     for index, one in enumerate(series):
         means = [mean] if len((mean := one.mean()).round) else []
         for curve, seed in _curves(one, one.curves(), means):
             time = modelled_seconds(curve.seconds_local, curve.bytes_sent, bits_per_second)
             places = {"exchanged": curve.exchanged / 1e6, "time": time, "examples": curve.examples / number}
             for name, x in places.items():
-                columns = {"x": x, "y": curve.accuracy, "round": curve.round}
+                columns = {"x": x, "y": curve.value, "round": curve.round}
                 columns |= {} if seed else _band(curve)
                 if name == "time":  # made of these, for the page's script
                     columns |= {"seconds_local": curve.seconds_local, "bytes_sent": curve.bytes_sent}
                 _add_curve(figures[name], columns, index, one.label, seed)
+    form, corner = (
+        ("0.00" if unit else "0.[0000]"),
+        "bottom_right" if metric.higher_is_better else "top_right",
+    )
     for name, fig in figures.items():
-        tooltips = [("round", "@round{0,0}"), (titles[name][1], "@x{0,0.[00]}"), ("accuracy", "@y{0.00} %")]
-        _finish_curves(fig, tooltips, "bottom_right", len(series))
+        tooltips = [
+            ("round", "@round{0,0}"),
+            (titles[name][1], "@x{0,0.[00]}"),
+            (what, f"@y{{{form}}}{unit}"),
+        ]
+        _finish_curves(fig, tooltips, corner, len(series))
         fig.x_range.start = 0  # type: ignore[attr-defined]
     return figures
 
@@ -102,8 +115,8 @@ def _band(curve: Curve) -> Columns:
     if not np.isfinite(curve.standard_error).all():  # the size of the test set is not known
         return {}
     return {
-        "lower": curve.accuracy - curve.standard_error,
-        "upper": curve.accuracy + curve.standard_error,
+        "lower": curve.value - curve.standard_error,
+        "upper": curve.value + curve.standard_error,
     }
 
 

@@ -22,6 +22,7 @@ from ist_jax.report.runs import (
     modelled_seconds,
     read_run,
 )
+from ist_jax.tasks.task import ACCURACY
 from ist_jax.workdir.files import Json
 
 Row = tuple[str, list[dict[str, Json]]]  # of a table: its name, and by series what the template fills in
@@ -51,8 +52,10 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
 
 def render(runs: Sequence[RunFiles]) -> str:
     """The page as text."""
+    if len(metrics := {run.metric.name for run in runs}) > 1:
+        raise ValueError(f"the runs are compared by {' and '.join(sorted(metrics))}; give runs of one task")
     series, styles = group_by_config(runs), figures.phase_styles(runs)
-    charts = figures.accuracy_figures(series, _BANDWIDTH) | figures.training_figures(series)
+    charts = figures.metric_figures(series, _BANDWIDTH) | figures.training_figures(series)
     charts["phases"] = figures.phase_figure(series)
     for index, one in enumerate(series[:_MOST]):
         label = f"{one.label}, seed {one.runs[0].config['seed']}"
@@ -73,7 +76,7 @@ def render(runs: Sequence[RunFiles]) -> str:
         labels=[s.label for s in series],
         base=series[_base(series)].label,
         logarithmic=len(series) > 1 and all(s.runs[0].column("bytes_per_worker").any() for s in series),
-        test_examples=runs[0].summary.get("test_examples"),
+        test_examples=runs[0].summary.get("test_examples") if runs[0].metric == ACCURACY else None,
         bandwidth=_BANDWIDTH,
         bandwidths=BANDWIDTHS,
         results=_results(series),
@@ -175,15 +178,17 @@ def _results(series: Sequence[Series]) -> list[Row]:
     def plain(name: str, texts: Iterable[str]) -> Row:
         return name, [{"text": text, "ratio": "", "data": {}} for text in texts]
 
+    metric = series[0].runs[0].metric
+    key, what = f"test_{metric.name}", f"test {metric.name.replace('_', ' ')}"
+    scale, form = (100, "{:.2f}") if metric.percent else (1, "{:.4g}")
     errors = [np.mean([run.curve().standard_error[-1] for run in s.runs]) for s in series]
-    accuracy = mean("test_accuracy", 100)
-    every = [", ".join(f"{100 * run.summary['test_accuracy']:.2f}" for run in s.runs) for s in series]
+    every = [", ".join(form.format(scale * run.summary[key]) for run in s.runs) for s in series]
     sent, local = total("bytes_sent"), total("seconds_local")
     costs = [{"seconds_local": a, "bytes_sent": b} for a, b in zip(local, sent, strict=True)]
     return [
-        plain("test accuracy, %", (
-            f"{a:.2f}" + (f" ± {error:.2f}" if np.isfinite(error) else "")
-            for a, error in zip(accuracy, errors, strict=True)
+        plain(what + ", %" * metric.percent, (
+            form.format(value) + (f" ± {error:.2f}" if np.isfinite(error) else "")
+            for value, error in zip(mean(key, scale), errors, strict=True)
         )),
         *([plain("each seed", every)] if any(len(s.runs) > 1 for s in series) else []),
         _row("exchanged, MB", series, [x / 1e6 for x in total("bytes_per_worker")], "{:,.1f}"),
@@ -197,21 +202,31 @@ def _results(series: Sequence[Series]) -> list[Row]:
     ]  # fmt: skip
 
 
-def _targets(series: Sequence[Series]) -> list[tuple[int, list[Row]]]:
-    """What it took to reach some accuracies in whole percent: any's best, all's, nine tenths of that."""
-    means = [s.mean() for s in series]
-    best = [mean.accuracy.max() for mean in means if len(mean.round)]
-    wanted = sorted({int(max(best)), int(min(best)), int(0.9 * min(best))} if best else (), reverse=True)
-    rows: list[tuple[int, list[Row]]] = []
+def _targets(series: Sequence[Series]) -> list[tuple[str, list[Row]]]:
+    """What it took to reach some values of the metric: any's best and all's.
+
+    Accuracies are in whole percent, and nine tenths of all's best is one more.
+    """
+    metric, means = series[0].runs[0].metric, [s.mean() for s in series]
+    best = sorted(
+        (mean.value[metric.better(mean.value).argmax()] for mean in means if len(mean.round)),
+        key=metric.better,
+    )
+    wanted: list[float] = list(dict.fromkeys([best[-1], best[0]])) if best else []
+    if metric.percent and best:
+        wanted = sorted({int(best[-1]), int(best[0]), int(0.9 * best[0])}, reverse=True)
+    what = metric.name.replace("_", " ")
+    rows: list[tuple[str, list[Row]]] = []
     before = None
     for target in wanted:
-        costs = [mean.first(target) for mean in means]
+        costs = [mean.first(target, metric) for mean in means]
         if (rounds := [cost and cost["round"] for cost in costs]) == before:
             continue
         before = rounds
         exchanged = [None if cost is None else cost["exchanged"] / 1e6 for cost in costs]
         measured = [None if cost is None else cost["seconds"] for cost in costs]
-        rows.append((target, [
+        name = f"{target} % test {what}" if metric.percent else f"test {what} {target:.4g}"
+        rows.append((name, [
             _row("exchanged, MB", series, exchanged, "{:,.1f}"),
             _row("measured s", series, measured, "{:,.1f}"),
             _modelled_row(series, costs),

@@ -20,6 +20,7 @@ import numpy as np
 from ist_jax import extension, partition
 from ist_jax.deals import DEALS
 from ist_jax.key import Settings
+from ist_jax.tasks.task import ACCURACY, Metric, metric_of
 from ist_jax.workdir import files
 from ist_jax.workdir.files import Json, Record
 
@@ -53,18 +54,27 @@ class RunFiles(NamedTuple):
         """Of all rounds, float64 [rounds]; 0 in those that had no such phase."""
         return np.nan_to_num(self.column(_SECONDS + phase))
 
+    @property
+    def metric(self) -> Metric:
+        """By which it is compared with others."""
+        return metric_of(self.summary)
+
     def curve(self) -> "Curve":
-        """Test accuracy after each evaluated round."""
-        accuracy, examples = self.column("test_accuracy"), self.column("examples")
+        """The metric on the test set after each evaluated round."""
+        metric, examples = self.metric, self.column("examples")
+        value = self.column(f"test_{metric.name}")
         sums = [self.column(name) for name in ("bytes_per_worker", "bytes_sent", "seconds_round")]
         totals = map(np.cumsum, [*sums, self.seconds("local")])
-        spread = 100 * np.sqrt(accuracy * (1 - accuracy) / self.summary.get("test_examples", np.nan))
-        columns = (self.column("round"), examples, *totals, 100 * accuracy, spread)
-        return Curve(*(column[np.isfinite(accuracy)] for column in columns))
+        error = np.full(len(value), np.nan)
+        if metric == ACCURACY:
+            error = np.sqrt(value * (1 - value) / self.summary.get("test_examples", np.nan))
+        scale = 100 if metric.percent else 1
+        columns = (self.column("round"), examples, *totals, scale * value, scale * error)
+        return Curve(*(column[np.isfinite(value)] for column in columns))
 
 
 class Curve(NamedTuple):
-    """Test accuracy after each evaluated round, of a run or of several on average; float64 [evaluations]."""
+    """The metric on the test set after each evaluated round, of a run or several; float64 [evaluations]."""
 
     round: np.ndarray
     examples: np.ndarray  # of all workers
@@ -72,14 +82,13 @@ class Curve(NamedTuple):
     bytes_sent: np.ndarray  # on the wire, by a worker
     seconds: np.ndarray  # as measured
     seconds_local: np.ndarray  # of them those of the phase "local"
-    accuracy: np.ndarray  # percent
-    standard_error: (
-        np.ndarray
-    )  # percent, binomial: of one accuracy on the test set; NaN: its size is not known
+    value: np.ndarray  # of the metric; of an accuracy percent
+    # percent, binomial: of one accuracy on the test set; NaN: its size is not known, or the metric is another
+    standard_error: np.ndarray
 
-    def first(self, percent: float) -> dict[str, float] | None:
-        """The figures of the first evaluation with such an accuracy; None where there is none."""
-        reached = np.flatnonzero(self.accuracy >= percent)
+    def first(self, target: float, metric: Metric) -> dict[str, float] | None:
+        """The figures of the first evaluation as good as a value of the metric; None where there is none."""
+        reached = np.flatnonzero(metric.better(self.value) >= metric.better(target))
         return {k: float(x[reached[0]]) for k, x in self._asdict().items()} if len(reached) else None
 
 

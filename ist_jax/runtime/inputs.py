@@ -4,22 +4,23 @@ import logging
 from collections.abc import Iterator
 from functools import partial
 from operator import itemgetter
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import jax
 import numpy as np
 
-from ist_jax import data
-from ist_jax.data import augment, batches, images
+from ist_jax import data, extension, tasks
+from ist_jax.data import batches, images
 from ist_jax.data.encoded import EvalBatches, TrainBatches
 from ist_jax.data.feed import InMemoryEvaluation, InMemoryFeed
 from ist_jax.data.sparse import Rows
 from ist_jax.data.stream import Evaluation, Feed, StreamingEvaluation, StreamingFeed, check_shared_memory
-from ist_jax.key import Options
+from ist_jax.key import FILE, Options
 from ist_jax.runtime import devices
 from ist_jax.runtime.devices import Devices
 from ist_jax.streams import Use, rng
-from ist_jax.task import Task, classification, multi_label
+from ist_jax.tasks.classification import classification
+from ist_jax.tasks.task import Task, with_example
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class Wanted(NamedTuple):
 
     Attributes:
       name: of the data set.
+      task: what is learned: 'auto', one of `TASKS`, or FILE.py:NAME.
       directory: of its files.
       options: values of `data.options()`, by whole names.
       pad: pixels of padding before a random crop of a training image.
@@ -47,6 +49,7 @@ class Wanted(NamedTuple):
     """
 
     name: str
+    task: str
     directory: str
     options: Options
     pad: int
@@ -71,8 +74,6 @@ class Inputs(NamedTuple):
       test: the same.
       validation: the part of the training examples that is held out to stop by; None: none is.
       task: what is learned from them.
-      normalization: mean and deviation, per channel or feature, of what a model is shown; None: examples are
-        shown as they are.
     """
 
     wanted: Wanted
@@ -81,59 +82,125 @@ class Inputs(NamedTuple):
     test: Examples
     validation: data.Split | None
     task: Task
-    normalization: augment.Statistics | None = None
 
 
 def count(examples: Examples) -> int:
     """How many there are."""
-    return len(examples["label"] if isinstance(examples, dict) else examples)
+    return data.num_examples(examples) if isinstance(examples, dict) else len(examples)
 
 
-def chance(opened: Inputs) -> float:
-    """Test accuracy of naming the most frequent class every time; 1 / classes, where the set is streamed."""
+def chance(opened: Inputs) -> float | None:
+    """Test accuracy of naming the most frequent class every time; 1 / classes, where the set is streamed.
+
+    None where the test set has no classes.
+    """
     if not isinstance(opened.test, dict):
         return 1 / len(opened.dataset.classes)
-    label = opened.test["label"]
+    label = opened.test.get("label")
+    if not _are_classes(label):
+        return None
     each = label.index[: label.start[-1]] if isinstance(label, Rows) else label  # then come padding
     return float(np.bincount(each).max() / len(label))
 
 
-def open_inputs(wanted: Wanted) -> Inputs:
+def open_inputs(wanted: Wanted, task: tasks.Own | None = None) -> Inputs:
     """The data set that is wanted; decoded, but where it is too large for that.
+
+    Args:
+      wanted: of it.
+      task: what is learned; None: what is wanted.
 
     Raises:
       ValueError: it is not there, or a setting does not fit it; the message names the key.
     """
     dataset = data.open_data_set(wanted.name, wanted.directory, wanted.options)
-    opened = _open_encoded(wanted, dataset) if dataset.encoded else _open_decoded(wanted, dataset)
+    open_set = _open_encoded if dataset.encoded else _open_decoded
+    opened = open_set(wanted, dataset, task)
     held_out = "" if opened.validation is None else f"{count(opened.validation):,} to stop by, "
     counts = f"{count(opened.train):,} to train on, {held_out}{count(opened.test):,} to test on"
     log.info("data: %s; %s", dataset.description, counts)
     return opened
 
 
-def _open_encoded(wanted: Wanted, dataset: data.DataSet) -> Inputs:
+def make_task(wanted: Wanted, split: data.Split, num_classes: int, own: tasks.Own | None = None) -> Task:
+    """What is learned, with an example.
+
+    Args:
+      wanted: of the data.
+      split: the training examples.
+      num_classes: C.
+      own: a task of the user's own; None: what is wanted.
+
+    Raises:
+      ValueError: there is no such task, or it is not for such examples.
+    """
+    if own is None and FILE.fullmatch(wanted.task):
+        own = _load(wanted.task)
+    if own is not None:
+        return with_example(_made(own, wanted, split), split)
+    made = tasks.make(wanted.task, split, num_classes, pad=wanted.pad, flip=wanted.flip)
+    return with_example(made, split)
+
+
+def _load(name: str) -> tasks.Own:
+    """The task that FILE.py:NAME stands for."""
+    try:
+        found: Any = extension.load(name, {})
+    except ValueError as error:
+        raise ValueError(f"task={name}: {error}") from None
+    if not isinstance(found, Task) and not callable(found):
+        raise ValueError(f"task={name} is a {type(found).__name__}, no ist_jax.tasks.Task and no function")
+    return found
+
+
+def _made(own: tasks.Own, wanted: Wanted, split: data.Split) -> Task:
+    """A task of the user's own, for these training examples."""
+    if wanted.pad or wanted.flip:
+        raise ValueError(
+            f"data.pad={wanted.pad} and data.flip={wanted.flip} are for the package's tasks; one of your own "
+            "augments in its `batch`: set config.data.pad to 0 and config.data.flip to False"
+        )
+    task = own if isinstance(own, Task) else own(split)
+    if not isinstance(task, Task):
+        raise ValueError(f"the function for a task returned a {type(task).__name__}, no ist_jax.tasks.Task")
+    return task
+
+
+def _open_encoded(wanted: Wanted, dataset: data.DataSet, own: tasks.Own | None) -> Inputs:
     size = make_transform(wanted).size
     together = wanted.batch_size + wanted.eval_batch_size  # the next round waits while the model is evaluated
     check_shared_memory(wanted.options["data.processes"], together, size)
     normalization = images.channel_statistics(wanted.options)
-    normalize = augment.make_normalize(*normalization)
-    task = classification(normalize, (size, size, 3), pad=0, flip=False)  # they arrive augmented
-    return Inputs(wanted, dataset, dataset.train, dataset.test, None, task, normalization)
-
-
-def _open_decoded(wanted: Wanted, dataset: data.DataSet) -> Inputs:
-    train, held_out = batches.split_validation(wanted.seed, data.load(dataset.train), wanted.validation)
-    pad, flip, normalization = wanted.pad, wanted.flip, None
-    if (pad or flip) and ("image" not in train or train["image"].ndim == 2):
-        raise ValueError("the examples are no images; set config.data.pad to 0, config.data.flip to False")
-    if "image" in train:
-        normalization = augment.channel_statistics(train["image"])
-        normalize = augment.make_normalize(*normalization)
-        task = classification(normalize, train["image"].shape[1:], pad=pad, flip=flip)
+    one = {"image": np.zeros((1, size, size, 3), np.uint8), "label": np.zeros(1, np.int32)}
+    # what is streamed arrives augmented
+    if own is None and not FILE.fullmatch(wanted.task):
+        task = classification(normalization, pad=0, flip=False, num_classes=len(dataset.classes))
     else:
-        task = multi_label(train["feature"].width)
-    return Inputs(wanted, dataset, train, data.load(dataset.test), held_out, task, normalization)
+        task = make_task(wanted._replace(flip=False), one, len(dataset.classes), own)
+    return Inputs(wanted, dataset, dataset.train, dataset.test, None, with_example(task, one))
+
+
+def _open_decoded(wanted: Wanted, dataset: data.DataSet, own: tasks.Own | None) -> Inputs:
+    whole, test = data.load(dataset.train), data.load(dataset.test)
+    if not dataset.classes:
+        dataset = dataset._replace(classes=_numbered(whole, test))
+    train, held_out = batches.split_validation(wanted.seed, whole, wanted.validation)
+    task = make_task(wanted, train, len(dataset.classes), own)
+    for name, split in (("training", whole), ("test", test)):
+        try:
+            task.check(split)
+        except ValueError as error:
+            raise ValueError(f"data.name={wanted.name!r}: in the {name} examples {error}") from None
+    return Inputs(wanted, dataset, train, test, held_out, task)
+
+
+def _numbered(*splits: data.Split) -> tuple[str, ...]:
+    """As many classes as labels, or tokens, of whole numbers tell; none for labels of other kinds."""
+    name, ndim = ("label", 1) if "label" in splits[0] else ("tokens", 2)
+    labels = [split[name] for split in splits if isinstance(split.get(name), np.ndarray)]
+    if len(labels) < len(splits) or any(x.dtype.kind not in "iu" or x.ndim != ndim for x in labels):
+        return ()
+    return tuple(map(str, range(max(0, *(int(x.max()) + 1 for x in labels)))))
 
 
 def make_transform(wanted: Wanted) -> images.Transform:
@@ -152,9 +219,9 @@ def make_transform(wanted: Wanted) -> images.Transform:
 def feed_rounds(inputs: Inputs, chosen: Devices, rounds: int) -> Feed:
     """What feeds the rounds: the whole set on every device, or a chunk per round."""
     wanted, encoded = inputs.wanted, inputs.dataset.encoded
-    labels = np.zeros(count(inputs.train), np.int32)  # no sharing but 'skewed' looks at them
-    if not encoded or wanted.sharing == "skewed":
-        labels = inputs.train.labels if encoded else inputs.train["label"]
+    labels: Any = np.zeros(count(inputs.train), np.int32)  # no sharing but 'skewed' looks at them
+    if wanted.sharing == "skewed":
+        labels = inputs.train.labels if encoded else _classes(inputs.train)
     workers, sharing = wanted.num_workers, wanted.sharing
     shards = batches.share_examples(wanted.seed, labels, workers, sharing, wanted.concentration)
     steps = {"seed": wanted.seed, "local_steps": wanted.local_steps, "batch_size": wanted.batch_size}
@@ -165,6 +232,22 @@ def feed_rounds(inputs: Inputs, chosen: Devices, rounds: int) -> Feed:
     make = TrainBatches(inputs.train, shards, here, make_transform(wanted), **steps)
     put = partial(devices.put, devices=chosen)
     return StreamingFeed(make, len(chosen), rounds, processes=wanted.options["data.processes"], put=put)
+
+
+def _classes(split: data.Split) -> np.ndarray | Rows:
+    """The labels by which examples are shared out askew."""
+    if _are_classes(label := split.get("label")):
+        return label
+    raise ValueError(
+        "data.sharing='skewed' needs a class per example, 'label' int [N]; set config.data.sharing to "
+        "'all' or 'disjoint'"
+    )
+
+
+def _are_classes(label: Any) -> TypeGuard[np.ndarray | Rows]:
+    """One of each example, or several."""
+    one = isinstance(label, np.ndarray) and label.ndim == 1 and label.dtype.kind in "iu"
+    return one or isinstance(label, Rows)
 
 
 def feed_evaluation(wanted: Wanted, split: Examples, chosen: Devices) -> Evaluation:
@@ -185,7 +268,7 @@ def feed_evaluation(wanted: Wanted, split: Examples, chosen: Devices) -> Evaluat
 
 def deal_batches(split: data.Split, batch_size: int, num_devices: int) -> data.Split:
     """The fixed batches [D, n, B, ...] of a split in memory, and the examples' 'weight' float32 [D, n, B]."""
-    plan = batches.eval_batches(len(split["label"]), batch_size, num_devices)
+    plan = batches.eval_batches(data.num_examples(split), batch_size, num_devices)
     return data.select(split, plan.indices) | {"weight": plan.weights}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
+from ist_jax.tasks.task import ACCURACY, Metric
 from ist_jax.workdir.files import Record
 
 log = logging.getLogger(__name__)
@@ -36,22 +37,25 @@ def open_observers(workdir: Path, *, tensorboard: bool, profile: int) -> Iterato
 
 
 @contextmanager
-def show_progress(total: int, desc: str, done: int = 0) -> Iterator[Observer]:
+def show_progress(total: int, desc: str, done: int = 0, metric: Metric = ACCURACY) -> Iterator[Observer]:
     """A bar in rounds on a terminal; elsewhere a plain line about twenty times a run.
 
     Args:
       total: rounds of the run.
       desc: what is being trained.
       done: rounds of earlier sessions.
+      metric: of the task.
     """
     every, score = max(1, total // 20), ""
+    key = metric.name
     plain = not sys.stderr.isatty()
 
     def show(record: Record) -> None:
         nonlocal score
         for split in ("validation", "test"):
-            if f"{split}_accuracy" in record:
-                score = f", {split} accuracy {record[f'{split}_accuracy']:.2%} (round {record['round']})"
+            if f"{split}_{key}" in record:
+                text = metric.text(record[f"{split}_{key}"])
+                score = f", {split} {key} {text} (round {record['round']})"
         text = f"loss {record['train_loss']:.3f}{score}, {record['examples_per_second']:,.0f} examples/s"
         bar.set_postfix_str(text, refresh=False)
         bar.update()

@@ -17,9 +17,12 @@ from ist_jax.methods.method import Told
 from ist_jax.runtime import inputs
 from ist_jax.runtime.compile_options import changing_bits
 from ist_jax.runtime.run import Run, Stage
+from ist_jax.tasks.task import metric_of
 from ist_jax.workdir.files import Json, Record, Summary
 
 log = logging.getLogger(__name__)
+
+Given = dict[str, str | None]
 
 
 def round_record(run: Run, stage: Stage, index: int, told: Told, present: jax.Array | np.ndarray) -> Record:
@@ -40,7 +43,7 @@ def round_record(run: Run, stage: Stage, index: int, told: Told, present: jax.Ar
         "round": index + 1,
         "examples": schedule.examples_after(index),
         "train_loss": _mean_where(merged, told.loss),
-        "train_accuracy": _mean_where(merged, told.accuracy),
+        **{f"train_{name}": _mean_where(merged, told.score) for name in [*run.inputs.task.scores][:1]},
         "lr": float(schedule.learning_rates[index, -1]),
         "bytes_per_worker": sum(stage.apart.paper.values()) / workers,
         "bytes_sent": sum(stage.apart.sent.values()),
@@ -57,11 +60,14 @@ def _mean_where(chosen: jax.Array | np.ndarray, values: jax.Array | np.ndarray) 
     return float(values[chosen].mean()) if chosen.any() else float("nan")
 
 
-def about_checkpoint(run: Run, record: Record, custom_model: str | None) -> dict[str, Json]:
+def about_checkpoint(run: Run, record: Record, given: Given) -> dict[str, Json]:
     """What a checkpoint says of the run and of its last round, by that round's record."""
-    about = {key: record.get(key) for key in ("round", "examples", "test_accuracy", "validation_accuracy")}
+    metric = run.inputs.task.metric
+    scored = (f"{split}_{metric.name}" for split in ("test", "validation"))
+    about = {key: record.get(key) for key in ("round", "examples", *scored)}
+    own = {"task": run.inputs.task.name, "metric": metric._asdict()}
     told = {"config": run.settings, "version": __version__, "compile_options": changing_bits(run.devices)}
-    return about | told | {"custom_model": custom_model}
+    return about | given | own | told
 
 
 def make_ledger(run: Run) -> dict[str, Json]:
@@ -75,20 +81,19 @@ def make_ledger(run: Run) -> dict[str, Json]:
         score=program,
         scored=scored,
         chunks=len(chunks),
-        example=run.inputs.task.example,
         steps=(run.settings["local_steps"], run.settings["batch_size"]),
         paper=stage.apart.paper,
     )
     return ledger.ledger_of(subject)
 
 
-def summarize(run: Run, records: Sequence[Record], custom_model: str | None, params_sha256: str) -> Summary:
+def summarize(run: Run, records: Sequence[Record], given: Given, params_sha256: str) -> Summary:
     """The final figures of a run; bytes as its records count them, times in seconds.
 
     Args:
       run: of which they are.
       records: of all rounds, as in metrics.jsonl.
-      custom_model: from `workdir.resume.describe`.
+      given: 'custom_model' and 'custom_task', as `workdir.resume` describes them; None: the config's.
       params_sha256: hash of the final parameters.
     """
     last, rounds, layout, device = records[-1], len(records), run.layout, run.devices[0]
@@ -125,7 +130,9 @@ def summarize(run: Run, records: Sequence[Record], custom_model: str | None, par
         "device_kind": device.device_kind,
         "compile_options": changing_bits(run.devices),
         "seed": run.settings["seed"],
-        "custom_model": custom_model,
+        **given,
+        "task": run.inputs.task.name,
+        "metric": run.inputs.task.metric._asdict(),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "ist_jax": __version__}
         | {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
@@ -134,7 +141,8 @@ def summarize(run: Run, records: Sequence[Record], custom_model: str | None, par
 
 def _normalization(opened: inputs.Inputs) -> dict[str, Json] | None:
     """As `augment.make_normalize` takes it; None: inputs stay as they are."""
-    return opened.normalization and dict(zip(("mean", "std"), opened.normalization, strict=True))
+    statistics = opened.task.normalization
+    return statistics and dict(zip(("mean", "std"), statistics, strict=True))
 
 
 def doubts(opened: inputs.Inputs, records: Sequence[Record]) -> list[str]:
@@ -150,14 +158,12 @@ def doubts(opened: inputs.Inputs, records: Sequence[Record]) -> list[str]:
         found.append("no round has a finite training loss")
     elif losses[-1] > losses[0]:
         found.append(f"the training loss rose from {losses[0]:.3f} in the first round to {losses[-1]:.3f}")
-    accuracy, chance, examples = (
-        records[-1]["test_accuracy"],
-        inputs.chance(opened),
-        inputs.count(opened.test),
-    )
-    if accuracy <= chance + 2 * np.sqrt(chance * (1 - chance) / examples):  # two standard errors
-        always = f"naming one class every time is right in {chance:.2%}"
-        found.append(f"the test accuracy of {accuracy:.2%} is that of chance: {always}")
+    accuracy, chance = records[-1].get("test_accuracy"), inputs.chance(opened)
+    if accuracy is not None and chance is not None:
+        error = np.sqrt(chance * (1 - chance) / inputs.count(opened.test))
+        if accuracy <= chance + 2 * error:
+            always = f"naming one class every time is right in {chance:.2%}"
+            found.append(f"the test accuracy of {accuracy:.2%} is that of chance: {always}")
     return found
 
 
@@ -172,7 +178,8 @@ def write_report(workdir: Path) -> Path:
 def last_line(summary: Summary) -> str:
     """A run's result in a line for people."""
     exchanged, full = summary["bytes_exchanged_per_worker"], summary["bytes_local_sgd_per_worker"]
-    reached = f"{summary['method']}: test accuracy {summary['test_accuracy']:.2%}"
+    metric = metric_of(summary)
+    reached = f"{summary['method']}: test {metric.name} {metric.text(summary[f'test_{metric.name}'])}"
     cost = f"each worker exchanged {megabytes(exchanged)} MB"
     if exchanged != full:
         cost += f", {share(exchanged, full)} the {megabytes(full)} MB of local SGD"

@@ -16,7 +16,7 @@ class Schedule(NamedTuple):
       examples_per_round: of all workers.
       learning_rates: float32 [rounds, l]; the rows before `first` are not used.
       eval_every: rounds; 0: after the last only.
-      patience: evaluations without a better validation accuracy until the run stops; 0: never.
+      patience: evaluations without a better metric on the validation split until the run stops; 0: never.
       checkpoint_every: rounds; 0: at the end alone.
       checkpoint_keep: the latest ones that are kept.
       max_left_out: rounds in a row that a worker may be left out; 0: any number.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -15,55 +15,61 @@ from jaxtyping import PyTree
 from ist_jax.data import Split
 from ist_jax.exchange.layout import Layout, Shards
 from ist_jax.exchange.streaming import Streamed
-from ist_jax.methods.method import Gates
-from ist_jax.models.sparse import Sparse
-from ist_jax.task import Task
+from ist_jax.methods.method import Gates, Losses
+from ist_jax.models import adapter
+from ist_jax.tasks.task import Metric, Task
 
 Scale: TypeAlias = Mapping[str, float]  # by group, of its units' branches; {} or None: as they are
-Inputs: TypeAlias = jax.Array | Sparse
-Judge: TypeAlias = Callable[..., tuple[jax.Array, jax.Array]]
+_LOSS = 2**31 + 2  # folded into a step's key
 
 
 class Score(NamedTuple):
-    """Means over all examples, each counted once; `scores` by the task's names, accuracy their first."""
+    """What all examples come to, each counted once: the mean loss, and the task's figures by their names."""
 
     loss: float
     scores: dict[str, float]
     examples: int
+    metric: Metric
 
     @property
-    def accuracy(self) -> float:
-        return next(iter(self.scores.values()))
+    def value(self) -> float:
+        """The figure that counts."""
+        return ({"loss": self.loss} | self.scores)[self.metric.name]
 
     def figures(self, split: str) -> dict[str, float]:
-        """For a record: 'test_loss', 'test_accuracy', 'test_examples' and, by their names, the scores."""
-        named = {"loss": self.loss, "accuracy": self.accuracy, "examples": self.examples} | self.scores
+        """For a record: 'test_loss', 'test_examples' and the others by their names, as 'test_accuracy'."""
+        named = {"loss": self.loss, "examples": self.examples} | self.scores
         return {f"{split}_{name}": value for name, value in named.items()}
 
     def __str__(self) -> str:
-        more = ", ".join(f"{name} {value:.2%}" for name, value in self.scores.items() if name != "accuracy")
-        return f"accuracy {self.accuracy:.2%}" + (f" ({more})" if more else "")
+        others = [f"{n} {self.metric.text(x)}" for n, x in self.scores.items() if n != self.metric.name]
+        more = f" ({', '.join(others)})" if others else ""
+        return f"{self.metric.name} {self.metric.text(self.value)}{more}"
 
 
 def is_streamable(model: nn.Module) -> bool:
     """Whether the model can be evaluated with one block or layer in memory at a time."""
-    return hasattr(model, "fetch")
+    return adapter.offers(model, "fetch")
 
 
-def make_loss_fn(model: nn.Module, score_fn: Judge, scale: Scale | None = None) -> Judge:
-    """(flat params, inputs, labels, gates) -> (mean loss, mean of the first score) of a subnet.
+def make_loss_fn(model: nn.Module, task: Task, scale: Scale | None = None) -> Callable[..., Losses]:
+    """(flat params, inputs, labels, gates, key) -> (mean loss, mean of the first score) of a subnet.
 
     Args:
       model: the subnet.
-      score_fn: of the task.
+      task: judges its outputs.
       scale: of its units' branches; None: as they are.
     """
 
-    def loss_fn(params: Shards, inputs: Inputs, labels: jax.Array, gates: Gates | None) -> tuple:
+    first = next(iter(task.scores.values()), lambda outputs, labels: jnp.zeros(1))
+
+    def loss_fn(
+        params: Shards, inputs: PyTree, labels: PyTree, gates: Gates | None, key: jax.Array
+    ) -> Losses:
         variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
-        logits = cast(jax.Array, model.apply(variables, inputs, gates=gates, scale=scale))
-        losses, scores = score_fn(logits, labels)
-        return losses.mean(), scores[:, 0].mean()
+        outputs = adapter.apply(model, variables, inputs, key=key, gates=gates, scale=scale)
+        losses = task.loss(outputs, labels, jax.random.fold_in(key, _LOSS))
+        return losses.mean(), first(outputs, labels).mean()
 
     return loss_fn
 
@@ -76,7 +82,7 @@ def score_shards(
     Args:
       layout: of the store.
       model: the global model; its blocks or layers are gathered one at a time where it can be streamed.
-      task: makes inputs and labels of the batches, and scores the logits.
+      task: makes inputs and labels of the batches, and judges the outputs.
       scale: of the units of each group, from `setup.unit_scale`; {}: none.
       shards: this device's share of the parameters.
       batches: this device's part of `inputs.deal_batches`, [n, B, ...].
@@ -94,11 +100,11 @@ def score_shards(
 
 def score_batch(model: nn.Module, task: Task, scale: Scale, variables: PyTree, batch: Split) -> jax.Array:
     """Weighted sums over a batch, float32 [2 + M]: the loss, the scores, and the weights'."""
-    inputs, labels = task.eval_fn(batch)
-    logits = cast(jax.Array, model.apply(variables, inputs, scale=scale))
-    losses, scores = task.score_fn(logits, labels)
-    weight = batch["weight"]
-    return jnp.concatenate([(weight[:, None] * jnp.c_[losses, scores]).sum(0), weight.sum()[None]])
+    inputs, labels = task.show(batch)
+    outputs = adapter.apply(model, variables, inputs, scale=scale)
+    weight, scores = batch["weight"], (score(outputs, labels) for score in task.scores.values())
+    judged = jnp.stack([task.loss(outputs, labels, None), *scores], axis=-1)
+    return jnp.concatenate([(weight[:, None] * judged).sum(0), weight.sum()[None]])
 
 
 def total_score(task: Task, sums: np.ndarray) -> Score:
@@ -106,4 +112,5 @@ def total_score(task: Task, sums: np.ndarray) -> Score:
     sums = np.asarray(sums, np.float64)
     loss, *scores, weight = sums.reshape(-1, sums.shape[-1]).sum(0).tolist()
     means = {name: score / weight for name, score in zip(task.scores, scores, strict=True)}
-    return Score(loss / weight, means, round(weight))
+    figures = dict(task.figures({"loss": loss / weight} | means))
+    return Score(loss / weight, figures, round(weight), task.metric)

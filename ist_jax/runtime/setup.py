@@ -30,12 +30,14 @@ from ist_jax.exchange.layout import Layout, make_layout, regroup
 from ist_jax.masking import Params
 from ist_jax.methods.method import Method, Recipe, TracedPhase, Turn, replay, trace, trace_init
 from ist_jax.methods.steps import POLICIES
+from ist_jax.models import adapter
 from ist_jax.runtime import compile_options, devices, inputs, processes, programs, scoring
 from ist_jax.runtime.clock import Clock
 from ist_jax.runtime.devices import Devices
 from ist_jax.runtime.run import Run, ScoredSplit, Stage
 from ist_jax.runtime.schedule import NOTHING_DONE, Progress, Schedule, count_rounds
-from ist_jax.task import Task
+from ist_jax.tasks import Own, Task
+from ist_jax.tasks.task import check_fit
 from ist_jax.workdir import checkpoint, files
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ def set_up(
     *,
     start: checkpoint.Saved | None = None,
     evaluation_only: bool = False,
+    task: Own | None = None,
 ) -> Run:
     """Opens the data, places the model on the devices and compiles the programs of a run.
 
@@ -59,16 +62,15 @@ def set_up(
       params: the global parameters to start from (nested dict of host arrays); None: fresh ones.
       start: the checkpoint to go on from.
       evaluation_only: compile no program but the evaluation, and put no training data on the devices.
+      task: as for `train`.
 
     Raises:
       ValueError: a setting that cannot work; the message names the key.
     """
     check(config)
     devices.prepare(-(-(config.num_devices or config.num_workers) // processes.count()))
-    opened = inputs.open_inputs(wanted_data(config))
+    opened = inputs.open_inputs(wanted_data(config), task)
     model = model or build_model(config, len(opened.dataset.classes))
-    if (check_example := getattr(model, "check_example", None)) is not None:
-        check_example(getattr(opened.task.example, "shape", ())[1:])
     chosen = devices.choose(config.num_workers, config.num_devices)
     if start is not None and not evaluation_only:
         compile_options.compare(start.about.get("compile_options", {}), chosen)
@@ -172,11 +174,20 @@ def make_recipe(config: ConfigDict, model: nn.Module, task: Task, num_devices: i
     """
     entry = method_of(config)
 
-    def init_params(key: jax.Array) -> Params:
-        return model.init(key, task.example)["params"]
+    if task.example is None:
+        raise ValueError(f"task {task.name!r} has no example to show to the model")
+    shown = task.example[0]
 
+    def init_params(key: jax.Array) -> Params:
+        return adapter.init(model, key, shown)
+
+    if adapter.offers(model, "check_example"):
+        model.check_example(getattr(shown, "shape", ())[1:])
+    outputs = adapter.check(model, shown)
+    check_fit(task, outputs)
     jaxpr, shapes = jax.make_jaxpr(init_params, return_shape=True)(jax.random.key(0))
-    axes = partition.resolve_axes(shapes, model.unit_axes() if entry.deals_units else {})
+    deals = entry.deals_units and adapter.offers(model, "unit_axes")
+    axes = partition.resolve_axes(shapes, model.unit_axes() if deals else {})
     groups = _make_groups(config, model, shapes, axes) if entry.deals_units else {}
     codec = _load(config, "exchange.codec", CODECS)
     if codec != NONE and not entry.exchanges:
@@ -186,12 +197,17 @@ def make_recipe(config: ConfigDict, model: nn.Module, task: Task, num_devices: i
         )
     layout = make_layout(shapes, axes, groups, config.num_workers, num_devices, codec)
     partition.draw(config.seed, 0, groups, _load(config, "partition.deal", DEALS))  # is it sound?
+    if groups and not adapter.offers(model, "subnet"):
+        raise ValueError(
+            f"method={config.method!r} deals out units, and the model {type(model).__name__} has no method "
+            "`subnet(sizes)`: the same architecture with so many units of each group"
+        )
     subnet = model.subnet({name: group.slots for name, group in groups.items()}) if groups else model
     return Recipe(
         layout=layout,
         tx=make_tx(config.optimizer),
-        loss_fn=scoring.make_loss_fn(subnet, task.score_fn),
-        batch_fn=task.batch_fn,
+        loss_fn=scoring.make_loss_fn(subnet, task),
+        batch_fn=task.batch,
         score_fn=partial(scoring.score_shards, layout, model, task, unit_scale(config, layout)),
         init_params=replay(jaxpr, shapes),
         policy=POLICIES[entry.optimizer_state or config.optimizer_state],
@@ -212,15 +228,15 @@ def _make_groups(
         )
     own, workers = config.partition, config.num_workers
     groups = partition.make_groups(shapes, axes, workers, min_units=own.min_units, shares=tuple(own.shares))
-    if check_groups := getattr(model, "check_groups", None):
-        check_groups(groups)
+    if adapter.offers(model, "check_groups"):
+        model.check_groups(groups)
     return groups
 
 
 def warmup_recipe(recipe: Recipe, model: nn.Module, task: Task, scale: dict[str, float]) -> Recipe:
     """The same where every worker holds all units, scaled as at evaluation (arXiv:2107.00961, footnote 2)."""
     whole = regroup(recipe.layout, partition.with_everyone(recipe.layout.groups))
-    return recipe._replace(layout=whole, loss_fn=scoring.make_loss_fn(model, task.score_fn, scale))
+    return recipe._replace(layout=whole, loss_fn=scoring.make_loss_fn(model, task, scale))
 
 
 def unit_scale(config: ConfigDict, layout: Layout) -> dict[str, float]:

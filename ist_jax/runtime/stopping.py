@@ -3,19 +3,22 @@
 import math
 from collections.abc import Sequence
 
+from ist_jax.tasks.task import Metric
 from ist_jax.workdir.files import Record
 
 
-def has_stopped(records: Sequence[Record], patience: int) -> bool:
-    """Whether the validation accuracy has not risen above its best for `patience` evaluations.
+def has_stopped(records: Sequence[Record], patience: int, metric: Metric) -> bool:
+    """Whether the metric on the validation split has not got better than its best for `patience` evaluations.
 
     Args:
-      records: of all rounds so far, as in metrics.jsonl; those with an evaluation have 'validation_accuracy'.
+      records: of all rounds so far, as in metrics.jsonl; those with an evaluation have its figures.
       patience: evaluations; 0: never stop.
+      metric: of the task.
     """
     # a figure that is not finite is null in metrics.jsonl
-    found = [r["validation_accuracy"] for r in records if "validation_accuracy" in r]
-    scores = [x if x is not None and math.isfinite(x) else -math.inf for x in found]
+    key = f"validation_{metric.name}"
+    found = [r[key] for r in records if key in r]
+    scores = [metric.better(x) if x is not None and math.isfinite(x) else -math.inf for x in found]
     return bool(patience and scores) and len(scores) - 1 - scores.index(max(scores)) >= patience
 
 

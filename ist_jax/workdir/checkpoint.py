@@ -19,6 +19,7 @@ and one of itself: zarr (and orbax) read flipped bits and missing files without 
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -39,8 +40,9 @@ from ist_jax.exchange.kinds import kind_of
 from ist_jax.exchange.layout import Layout, Leaf, restore
 from ist_jax.masking import Params
 from ist_jax.methods.method import State
-from ist_jax.models import norm
+from ist_jax.models import adapter, norm
 from ist_jax.models.sparse import Sparse
+from ist_jax.tasks.task import Metric, metric_of
 from ist_jax.workdir import files
 from ist_jax.workdir.files import Json, Record
 
@@ -290,8 +292,8 @@ def load_params(workdir: str | Path, which: int | str = "last") -> Params:
 
     Args:
       workdir: of the run; or the folder of one checkpoint.
-      which: 'last', 'best' (by validation accuracy where there is one, else by test accuracy; among those
-        that were kept) or the number of a round.
+      which: 'last', 'best' (by the task's metric on the validation split where there is one, else on the test
+        set; among those that were kept) or the number of a round.
 
     Raises:
       ValueError: there is no such checkpoint, or it is damaged.
@@ -303,8 +305,9 @@ def load_params(workdir: str | Path, which: int | str = "last") -> Params:
     if not there:
         raise ValueError(f"{workdir} holds no checkpoint, so no parameters")
     if which == "best":
-        accuracies: dict[int, Json] = {r: accuracy(open_round(workdir, r).about) for r in there}
-        which = max(there, key=lambda r: -1.0 if accuracies[r] is None else accuracies[r])
+        abouts = {r: open_round(workdir, r).about for r in there}
+        values = {r: value_of(about, metric_of(about)) for r, about in abouts.items()}
+        which = max(there, key=lambda r: -math.inf if (value := values[r]) is None else value)
     number = there[-1] if which == "last" else which
     if number not in there:
         raise ValueError(f"{workdir} holds no checkpoint of round {which}; there are {there}")
@@ -353,7 +356,7 @@ def load_model(
 
     @jax.jit
     def apply(variables: PyTree, inputs: Any) -> jax.Array:
-        return cast(jax.Array, model.apply(variables, prepare(inputs), scale=scale))
+        return cast(jax.Array, adapter.apply(model, variables, prepare(inputs), scale=scale))
 
     variables = {"params": params}
     if calibration is not None:
@@ -362,9 +365,10 @@ def load_model(
     return partial(apply, jax.device_put(variables))
 
 
-def accuracy(record: Record) -> float | None:
-    """What a state is judged by, from its record: on the validation split, where there is one."""
-    return record.get("test_accuracy" if record.get("validation_accuracy") is None else "validation_accuracy")
+def value_of(record: Record, metric: Metric) -> float | None:
+    """What a state is judged by, the more the better: on the validation split, where there is one."""
+    found = (record.get(f"{split}_{metric.name}") for split in ("validation", "test"))
+    return next((metric.better(x) for x in found if x is not None), None)
 
 
 def _read_index(folder: Path, process: int) -> dict[str, Json]:

@@ -21,6 +21,7 @@ import tensorstore
 from ist_jax import errors
 from ist_jax.exchange.layout import Layout
 from ist_jax.methods.method import State
+from ist_jax.tasks.task import ACCURACY, Metric
 from ist_jax.workdir import checkpoint
 from ist_jax.workdir.checkpoint import Entry
 from ist_jax.workdir.files import Json, Record
@@ -62,11 +63,12 @@ class Writer:
       workdir: of the run; checkpoints go to `workdir/checkpoints/<round>`.
       layout: of the store.
       keep: how many of the latest to keep, beside the best.
+      metric: of the task.
     """
 
-    def __init__(self, workdir: Path, layout: Layout, *, keep: int):
-        self.layout, self.keep = layout, keep
-        self._accuracies: dict[int, float] = {}
+    def __init__(self, workdir: Path, layout: Layout, *, keep: int, metric: Metric = ACCURACY):
+        self.layout, self.keep, self.metric = layout, keep, metric
+        self._values: dict[int, float] = {}
         folder, handlers = (workdir / checkpoint.FOLDER).resolve(), {checkpoint.ITEM: _Handler()}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self, cleanup_tmp_directories=True, save_root_metadata=False
@@ -82,8 +84,8 @@ class Writer:
           records: of the rounds so far, which say what is best.
         """
         self.wait()
-        scored = ((r["round"], checkpoint.accuracy(r)) for r in records)
-        self._accuracies = {number: accuracy for number, accuracy in scored if accuracy is not None}
+        scored = ((r["round"], checkpoint.value_of(r, self.metric)) for r in records)
+        self._values = {number: value for number, value in scored if value is not None}
         item = _Save(*snapshot(self.layout, state), dict(about))
         try:
             self._manager.save(about["round"], args=ocp.args.Composite(**{checkpoint.ITEM: item}), force=True)
@@ -102,9 +104,9 @@ class Writer:
         self._manager.close()
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
-        """orbax asks what is kept: the latest ones, and the one with the best accuracy."""
-        scored = [c.step for c in checkpoints if c.step in self._accuracies]
-        best = max(scored, key=self._accuracies.__getitem__, default=None)
+        """orbax asks what is kept: the latest ones, and the best one."""
+        scored = [c.step for c in checkpoints if c.step in self._values]
+        best = max(scored, key=self._values.__getitem__, default=None)
         recent = len(checkpoints) - self.keep
         return [i >= recent or c.step == best for i, c in enumerate(checkpoints)]
 

@@ -3,30 +3,35 @@
 import json
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import flax.linen as nn
 
 from ist_jax import __version__, config, errors
 from ist_jax.key import Settings
+from ist_jax.tasks import Own, Task
 from ist_jax.workdir import checkpoint, files
-from ist_jax.workdir.files import Summary
+from ist_jax.workdir.files import Json, Summary
 
 log = logging.getLogger(__name__)
 
 _BEFORE_THE_CONFIG = ("metrics.jsonl", "metrics.part", "config.part")  # what a killed run may leave
 
 
-def find_finished(settings: Settings, workdir: Path, model: nn.Module | None = None) -> Summary | None:
+def find_finished(
+    settings: Settings, workdir: Path, model: nn.Module | None = None, task: Own | None = None
+) -> Summary | None:
     """The summary of the finished run of this config, length and model in the folder; None: there is none.
 
     Args:
       settings: of the run that is asked for, from `config.record`.
       workdir: the folder.
       model: the model, where it is not the config's.
+      task: the same.
 
     Raises:
-      ValueError: it holds a run of another config or model.
+      ValueError: it holds a run of another config, model or task.
     """
     if not files.is_file(workdir / "config.json"):
         return None
@@ -41,7 +46,7 @@ def find_finished(settings: Settings, workdir: Path, model: nn.Module | None = N
     if not files.is_file(workdir / "summary.json"):
         return None
     summary = files.read_summary(workdir)
-    check_model(workdir, summary["custom_model"], model)
+    check_own(workdir, summary, model, task)
     if any(map(config.extends, differing)):
         return None
     log.info("%s is finished already; nothing to do", workdir)
@@ -55,7 +60,9 @@ def _difference(key: str, before: Settings, now: Settings) -> str:
     return f"config.{key} is {before.get(key)!r} there and {now.get(key)!r} here"
 
 
-def find_start(workdir: Path, model: nn.Module | None = None) -> checkpoint.Saved | None:
+def find_start(
+    workdir: Path, model: nn.Module | None = None, task: Own | None = None
+) -> checkpoint.Saved | None:
     """The checkpoint to go on from; None where there is no run yet, or one that did not get that far.
 
     Args:
@@ -85,7 +92,7 @@ def find_start(workdir: Path, model: nn.Module | None = None) -> checkpoint.Save
             )
         log.info("%s holds a run that did not get to its first checkpoint; it starts over", workdir)
         return None
-    check_model(workdir, saved.about["custom_model"], model)
+    check_own(workdir, saved.about, model, task)
     if (version := saved.about.get("version", "an earlier version")) != __version__:
         since = f"this is {__version__}; what may differ since stands in CHANGELOG.md"
         log.warning("%s was begun by ist_jax %s, %s", workdir, version, since)
@@ -111,10 +118,26 @@ def open_workdir(settings: Settings, workdir: Path, start: checkpoint.Saved | No
         raise OSError(f"no result can be written to {workdir}: {error.strerror}") from error
 
 
-def check_model(workdir: Path, recorded: str | None, model: nn.Module | None) -> None:
-    """Raises ValueError when a run was of another model."""
-    if recorded != describe(model):
+def check_own(workdir: Path, recorded: Mapping[str, Json], model: nn.Module | None, task: Own | None) -> None:
+    """Raises ValueError when a run was of another model or task than the given ones.
+
+    Args:
+      workdir: of the run.
+      recorded: its summary, or what a checkpoint says of it.
+      model: the model, where it is not the config's.
+      task: the same.
+    """
+    if recorded["custom_model"] != describe(model):
         raise ValueError(f"{workdir} holds a run of another model; choose another --workdir")
+    before, now = recorded.get("custom_task"), name_of(task)
+    if before != now:
+        was, here = (x or "the config's" for x in (before, now))
+        raise ValueError(f"{workdir} holds a run of the task {was}, not of {here}; choose another --workdir")
+
+
+def name_of(task: Own | None) -> str | None:
+    """A task of the user's own by its name; None for the config's."""
+    return None if task is None else task.name if isinstance(task, Task) else task.__name__
 
 
 def describe(model: nn.Module | None) -> str | None:
