@@ -14,6 +14,7 @@ import logging
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import flax.linen as nn
 
     from ist_jax.runtime.setup import Run
-    from ist_jax.workdir.files import Json, Record
+    from ist_jax.workdir.files import Json, Record, Summary
 
 log = logging.getLogger("ist_jax.compare")  # also where this file is the command
 
@@ -65,7 +66,6 @@ def compare(
       ValueError: a setting that cannot work, or runs that did not begin alike.
       OSError: results could not be written.
     """
-    from ist_jax import train
     from ist_jax.report import page
     from ist_jax.runtime.observers import show_runs
     from ist_jax.workdir import files
@@ -85,13 +85,7 @@ def compare(
                 own.method, own.seed = method, seed
                 folder = workdir / f"{_folder_name(method)}-{seed}"
                 place.enter(f"{method}, seed {seed}")
-
-                def started(run: "Run", folder: Path = folder) -> None:
-                    place.start(run)
-                    if run.schedule.first == 0:
-                        _note_start(folder, run)
-
-                runs[method][folder] = train.train(own, folder, model, started=started, progress=place.go_on)
+                runs[method][folder] = _train(own, folder, model, place)
                 place.leave()
             starts[str(seed)] = _common_start([list(folders)[-1] for folders in runs.values()])
     figures = {}
@@ -102,6 +96,21 @@ def compare(
     files.write_json(workdir / _RESULT, result)
     page.write_report([folder for folders in runs.values() for folder in folders], workdir / _PAGE)
     return result
+
+
+def _train(config: ConfigDict, folder: Path, model: "nn.Module | None", place: "Place") -> "Summary":
+    """Trains a run of the comparison, or what remains of it; returns its summary."""
+    from ist_jax import train
+    from ist_jax.workdir import files
+
+    with ExitStack() as claim:
+        run = train.begin(config, folder, claim, model)
+        if run is None:
+            return files.read_summary(folder)
+        place.start(run)
+        if run.schedule.first == 0:
+            _note_start(folder, run)
+        return train.run_rounds(run, folder, custom_model=model, progress=place.go_on)
 
 
 class Place:

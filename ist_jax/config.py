@@ -19,6 +19,7 @@ from ist_jax.errors import did_you_mean
 from ist_jax.exchange.codec import CODECS
 from ist_jax.key import FILE, Key, Options, Settings, Value
 from ist_jax.methods import METHODS, Entry
+from ist_jax.methods.optimizers import OPTIMIZERS
 from ist_jax.methods.steps import POLICIES
 from ist_jax.models import MODELS
 
@@ -82,10 +83,22 @@ COMMON: dict[str, Key] = {
         True, "scale what units add (an MLP's logits) by the fraction of the workers that held them"
     ),
     "exchange.codec": Key("none", "what an exchange sends; 'none': plain numbers", choices=CODECS, file=True),
+    "optimizer.name": Key("sgd", "what a worker takes its steps by", choices=OPTIMIZERS),
     "optimizer.learning_rate": Key(0.1, "learning rate at its highest", least=0),
     "optimizer.momentum": Key(0.9, "momentum of SGD; 0: none", least=0, most=1),
-    "optimizer.nesterov": Key(False, "Nesterov's momentum"),
-    "optimizer.weight_decay": Key(0.0, "what of each parameter is added to its gradient", least=0),
+    "optimizer.nesterov": Key(False, "Nesterov's momentum, of SGD"),
+    "optimizer.weight_decay": Key(
+        0.0, "SGD: what of each parameter is added to its gradient; others: to its step", least=0
+    ),
+    "optimizer.b1": Key(0.9, "decay of the mean gradient, of AdamW and Lion", least=0, most=1),
+    "optimizer.b2": Key(
+        None,
+        "decay of AdamW's mean square, unset: 0.999; of Lion's mean, unset: 0.99",
+        kind=float,
+        least=0,
+        most=1,
+    ),
+    "optimizer.eps": Key(1e-8, "added to AdamW's root mean square", least=0, above=True),
     "optimizer.schedule": Key(
         "constant", "of the learning rate, by examples seen", choices=("constant", "cosine", "step")
     ),

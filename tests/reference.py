@@ -148,7 +148,7 @@ def _update(recipe):
     @plainly
     def update(params, opt_state, grads, rate):
         updates, opt_state = recipe.tx.update(grads, opt_state, params)
-        return {k: params[k] - rate * updates[k] for k in params}, opt_state
+        return {k: params[k] + rate * updates[k] for k in params}, opt_state
 
     return update
 

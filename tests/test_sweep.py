@@ -57,7 +57,7 @@ class Case(NamedTuple):
 CARRY = {"policy": "carry", "tolerance": 2e-5}
 EXACT = {"dtype": np.float64, "tolerance": 1e-10}
 SOME = {"participation": 0.6}
-ADAM = optax.scale_by_adam(eps=1e-3)
+ADAM = optax.adam(1.0, eps=1e-3)
 CASES = {
     "ist": Case((4, 4)),
     "ist uneven": Case((3, 3), **EXACT, policy="carry", overrides={"partition.shares": (3.0, 2.0, 1.0)}),

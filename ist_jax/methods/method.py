@@ -119,7 +119,7 @@ class Recipe(NamedTuple):
 
     Attributes:
       layout: how the model is sharded, and its units.
-      tx: gradient transformation before the learning rate; it must not depend on it.
+      tx: the optimizer; what it returns, times the learning rate, is added to the parameters.
       loss_fn: (flat params, inputs, labels, gates or None) -> (mean loss, mean of the first score).
       batch_fn: (data, indices [B], key) -> (inputs, labels).
       score_fn: (shards of the parameters, evaluation batches) -> sums, the `Method.score` of one model.

@@ -70,7 +70,7 @@ def gradient(
 def update(recipe: Recipe, params: Shards, opt_state: PyTree, grads: Shards, rate: Rate) -> Carry:
     """(parameters, optimizer state) after one step."""
     updates, opt_state = recipe.tx.update(grads, opt_state, params)
-    return jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), params, updates), opt_state
+    return jax.tree.map(lambda p, u: p + (rate * u).astype(p.dtype), params, updates), opt_state
 
 
 def clear_empty_slots(layout: Layout, grads: Shards, gates: Gates) -> Shards:

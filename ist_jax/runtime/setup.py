@@ -12,7 +12,6 @@ from typing import TypeVar
 import flax.linen as nn
 import jax
 import numpy as np
-import optax
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from ml_collections.config_dict import ConfigDict
@@ -27,7 +26,9 @@ from ist_jax.exchange.codec import CODECS, NONE, Codec
 from ist_jax.exchange.kinds import from_params, shard_shapes
 from ist_jax.exchange.layout import Layout, make_layout, regroup
 from ist_jax.masking import Params
+from ist_jax.methods import optimizers
 from ist_jax.methods.method import Method, Recipe, State, TracedPhase, Turn, trace, trace_init
+from ist_jax.methods.optimizers import NOTHING_GIVEN, Given
 from ist_jax.methods.steps import POLICIES
 from ist_jax.runtime import devices, inputs, processes, programs, scoring
 from ist_jax.runtime.clock import Clock
@@ -49,6 +50,7 @@ def set_up(
     *,
     start: checkpoint.Saved | None = None,
     evaluation_only: bool = False,
+    given: Given = NOTHING_GIVEN,
 ) -> Run:
     """Opens the data, places the model on the devices and compiles the programs of a run.
 
@@ -58,6 +60,7 @@ def set_up(
       params: the global parameters to start from (nested dict of host arrays); None: fresh ones.
       start: the checkpoint to go on from.
       evaluation_only: compile no program but the evaluation, and put no training data on the devices.
+      given: an optimizer and a learning rate in place of the config's.
 
     Raises:
       ValueError: a setting that cannot work; the message names the key.
@@ -67,9 +70,9 @@ def set_up(
     opened = inputs.open_inputs(wanted_data(config))
     model = model or build_model(config, len(opened.dataset.classes))
     chosen = devices.choose(config.num_workers, config.num_devices)
-    settings = record(config)
+    settings = record(config) | given.recorded()
     devices.check_same(settings, chosen)
-    recipe = make_recipe(config, model, opened.task, len(chosen))
+    recipe = make_recipe(config, model, opened.task, len(chosen), given.optimizer)
     layout, method = recipe.layout, method_of(config).make(recipe)
     scale = unit_scale(config, layout)
     started = time.perf_counter()
@@ -81,7 +84,7 @@ def set_up(
         shards = programs.init_shards(layout, recipe.init_params, recipe.seed, chosen)
         state = programs.init_state(method, shards, chosen)
     done = Progress(start.round, start.about["examples"]) if start else NOTHING_DONE
-    schedule = make_schedule(config, inputs.count(opened.train), done)
+    schedule = make_schedule(config, inputs.count(opened.train), done, given.schedule)
     splits = _splits(opened, method, state, chosen)
     feed: Feed = None  # type: ignore[assignment]  # an evaluation has no rounds
     stages = [Stage(schedule.rounds, recipe, method, {}, {}, Traffic({}, {}), Traffic({}, {}), "")]
@@ -144,7 +147,13 @@ def _load(config: ConfigDict, key: str, table: Mapping[str, T]) -> T:
     return found
 
 
-def make_recipe(config: ConfigDict, model: nn.Module, task: Task, num_devices: int) -> Recipe:
+def make_recipe(
+    config: ConfigDict,
+    model: nn.Module,
+    task: Task,
+    num_devices: int,
+    tx: optimizers.Transformation | None = None,
+) -> Recipe:
     """What a config's method is made from, after a warm-up; shapes alone are looked at.
 
     Args:
@@ -152,6 +161,7 @@ def make_recipe(config: ConfigDict, model: nn.Module, task: Task, num_devices: i
       model: the global model.
       task: what is learned.
       num_devices: D, over which the model is sharded.
+      tx: the optimizer; None: the config's.
 
     Raises:
       ValueError: a setting that cannot work; the message names the key.
@@ -172,15 +182,18 @@ def make_recipe(config: ConfigDict, model: nn.Module, task: Task, num_devices: i
         )
     layout = make_layout(shapes, axes, groups, config.num_workers, num_devices, codec)
     partition.draw(config.seed, 0, groups, _load(config, "partition.deal", DEALS))  # is it sound?
+    tx = optimizers.make(config.optimizer.to_dict()) if tx is None else tx
+    policy = entry.optimizer_state or config.optimizer_state
+    optimizers.check(tx, layout, policy)
     subnet = model.subnet({name: group.slots for name, group in groups.items()}) if groups else model
     return Recipe(
         layout=layout,
-        tx=make_tx(config.optimizer),
+        tx=tx,
         loss_fn=scoring.make_loss_fn(subnet, task.score_fn),
         batch_fn=task.batch_fn,
         score_fn=partial(scoring.score_shards, layout, model, task, unit_scale(config, layout)),
         init_params=init_params,
-        policy=POLICIES[entry.optimizer_state or config.optimizer_state],
+        policy=POLICIES[policy],
         seed=config.seed,
         vmapped=config.workers_on_device == "vmap",
     )
@@ -217,21 +230,19 @@ def unit_scale(config: ConfigDict, layout: Layout) -> dict[str, float]:
     return {name: g.share for name, g in layout.groups.items() if config.partition.scale_at_evaluation}
 
 
-def make_tx(optimizer: ConfigDict) -> optax.GradientTransformation:
-    """SGD with weight decay and momentum, before the learning rate."""
-    decay, momentum = optimizer.weight_decay, optimizer.momentum
-    parts = [optax.add_decayed_weights(decay)] if decay else []
-    parts += [optax.trace(momentum, nesterov=optimizer.nesterov)] if momentum else []
-    return optax.chain(*parts) if parts else optax.identity()
-
-
-def make_schedule(config: ConfigDict, num_train: int, done: Progress = NOTHING_DONE) -> Schedule:
+def make_schedule(
+    config: ConfigDict,
+    num_train: int,
+    done: Progress = NOTHING_DONE,
+    learning_rate: optimizers.Schedule | None = None,
+) -> Schedule:
     """How long a run is.
 
     Args:
       config: of the run.
       num_train: examples to train on.
       done: in earlier sessions.
+      learning_rate: of the examples seen; None: the config's.
 
     Raises:
       ValueError: it has more rounds already than the config asks for.
@@ -250,7 +261,7 @@ def make_schedule(config: ConfigDict, num_train: int, done: Progress = NOTHING_D
         rounds=rounds,
         examples_before=done.examples,
         examples_per_round=per_round,
-        learning_rates=learning_rates(config, rounds, done),
+        learning_rates=learning_rates(config, rounds, done, learning_rate),
         eval_every=config.eval_every,
         patience=config.patience,
         checkpoint_every=config.checkpoint.every,
@@ -259,17 +270,32 @@ def make_schedule(config: ConfigDict, num_train: int, done: Progress = NOTHING_D
     )
 
 
-def learning_rates(config: ConfigDict, rounds: int, done: Progress) -> np.ndarray:
+def learning_rates(
+    config: ConfigDict, rounds: int, done: Progress, given: optimizers.Schedule | None = None
+) -> np.ndarray:
     """Learning rates float32 [rounds, l], by the fraction of all examples that all workers have seen.
 
     Args:
       config: of the run.
       rounds: of the whole run.
       done: in earlier sessions; their rows are NaN.
+      given: the rate by the number of examples seen; None: the config's.
+
+    Raises:
+      ValueError: a rate that is given is not finite.
     """
     optimizer, local_steps = config.optimizer, config.local_steps
-    left = (rounds - done.rounds) * local_steps
-    before = done.examples / (config.num_workers * config.batch_size)  # in steps of today's workers
+    left, per_step = (rounds - done.rounds) * local_steps, config.num_workers * config.batch_size
+    past = np.full(rounds * local_steps - left, np.nan)
+    if given is not None:
+        seen = done.examples + per_step * np.arange(left)
+        found = np.asarray(jax.vmap(given)(np.minimum(seen, np.iinfo(np.int32).max).astype(np.int32)))
+        if not np.isfinite(found).all():
+            first = seen[~np.isfinite(found)][0]
+            raise ValueError(f"learning_rate= is not finite after {first:,} examples")
+        found = np.broadcast_to(found, left)
+        return np.concatenate([past, found]).astype(np.float32).reshape(rounds, local_steps)
+    before = done.examples / per_step  # in steps of today's workers
     total, step = before + left, before + np.arange(left)
     warmup = round(optimizer.warmup * total)
     after = (step - warmup) / max(1, total - warmup)  # progress after the warm-up, 0 to 1
@@ -281,7 +307,6 @@ def learning_rates(config: ConfigDict, rounds: int, done: Progress) -> np.ndarra
     }
     ramp = np.minimum(1, (step + 1) / max(1, warmup))
     found = optimizer.learning_rate * ramp * factors[optimizer.schedule]
-    past = np.full(rounds * local_steps - left, np.nan)
     return np.concatenate([past, found]).astype(np.float32).reshape(rounds, local_steps)
 
 
