@@ -67,6 +67,7 @@ def compare(
       OSError: results could not be written.
     """
     from ist_jax.report import page
+    from ist_jax.runtime import setup
     from ist_jax.runtime.observers import show_runs
     from ist_jax.workdir import files
 
@@ -81,8 +82,8 @@ def compare(
         place = Place(show, len(methods) * seeds)
         for seed in range(config.seed, last + 1):
             for method in methods:
-                own = config.copy_and_resolve_references()
-                own.method, own.seed = method, seed
+                own = setup.for_method(config, method)
+                own.seed = seed
                 folder = workdir / f"{_folder_name(method)}-{seed}"
                 place.enter(f"{method}, seed {seed}")
                 runs[method][folder] = _train(own, folder, model, place)

@@ -18,8 +18,9 @@ from ist_jax.deals import DEALS
 from ist_jax.errors import did_you_mean
 from ist_jax.exchange.codec import CODECS
 from ist_jax.key import FILE, Key, Options, Settings, Value
-from ist_jax.methods import METHODS, Entry
+from ist_jax.methods import METHODS, policy_of
 from ist_jax.methods.optimizers import OPTIMIZERS
+from ist_jax.methods.outer import OUTERS
 from ist_jax.methods.steps import POLICIES
 from ist_jax.models import MODELS
 
@@ -107,8 +108,18 @@ COMMON: dict[str, Key] = {
         (0.5, 0.75), "fractions of all examples at which 'step' takes a step", kind=float, least=0, most=1
     ),
     "optimizer.step_factor": Key(0.1, "of the learning rate at a step of 'step'", least=0),
+    "outer.name": Key("none", "what becomes of the means that a round brings", choices=OUTERS),
+    "outer.learning_rate": Key(None, "of the outer optimizer; unset: 0.8, of adam 0.01", kind=float, least=0),
+    "outer.momentum": Key(0.5, "of the outer optimizer; of adam the decay of its mean", least=0, most=0.999),
+    "outer.beta2": Key(0.99, "decay of the mean square of outer adam", least=0, most=0.9999),
+    "outer.by_holders": Key(
+        0.0, "power p: the outer rate of a unit is times (its holders / workers)^p", least=0
+    ),
     "optimizer_state": Key(
-        "reset", "at a round's start; 'reset': new, 'carry': what travels with the units", choices=POLICIES
+        "",
+        "at a round's start; 'reset': new, 'keep': a worker's own of the shared leaves, 'carry': what "
+        "travels with the units; '': the method's default",
+        choices=("", *POLICIES),
     ),
 }
 
@@ -205,9 +216,8 @@ def complete(recorded: Options) -> Settings:
 
 
 def _plainly(settings: Settings, entry: object) -> Settings:
-    """Settings that say what is done: a method with one policy of the optimizer's state has that one."""
-    forced = entry.optimizer_state if isinstance(entry, Entry) else ""
-    return settings | ({"optimizer_state": forced} if forced else {})
+    """Settings that say what is done with the optimizer's state."""
+    return settings | {"optimizer_state": policy_of(entry, settings["optimizer_state"])}
 
 
 def record(config: config_dict.ConfigDict) -> Settings:

@@ -48,7 +48,7 @@ MLP = f"--config={ROOT}/configs/mlp.py:smoke"
         ([MLP, "--config.method=sgd"], "config.method to one of 'ist', 'local_sgd', 'data_parallel'"),
         ([MLP, "--config.workers_on_device=scan"], "'map', 'vmap'"),
         ([MLP, "--config.compute_dtype=float16"], "config.compute_dtype to one of 'float32', 'bfloat16'"),
-        ([MLP, "--config.optimizer_state=keep"], "'reset', 'carry'"),
+        ([MLP, "--config.optimizer_state=kept"], "'', 'reset', 'keep', 'carry'"),
         ([MLP, "--config.optimizer.schedule=linear"], "'constant', 'cosine', 'step'"),
         ([MLP, "--config.num_workers=0"], "num_workers=0; set config.num_workers to 1 or more"),
         ([MLP, "--config.local_steps=0"], "config.local_steps to 1"),

@@ -9,15 +9,16 @@ import optax
 import pytest
 import reference
 from conftest import get_config
-from rounds import run_all, set_up, whole
+from rounds import assert_same_bits, run_all, set_up, whole
 
-from ist_jax import train
+from ist_jax import data, plan, train
 from ist_jax.data import batches
 from ist_jax.extension import fingerprint
+from ist_jax.methods import outer
 from ist_jax.methods.optimizers import OPTIMIZERS, Given, make
 from ist_jax.runtime import scoring, setup
 from ist_jax.runtime.schedule import Progress
-from ist_jax.workdir import files
+from ist_jax.workdir import checkpoint, files
 
 ONE = {"num_workers": 1, "method": "local_sgd", "optimizer_state": "carry", "optimizer.learning_rate": 0.01}
 COSINE = optax.cosine_decay_schedule(0.1, 100)
@@ -160,6 +161,105 @@ def test_what_is_no_optimizer_or_schedule_is_refused(tmp_path):
         with pytest.raises(ValueError, match=told):
             train.train(get_config("mlp"), tmp_path / "run", **given)
     assert not (tmp_path / "run").exists()
+
+
+LOCAL_SGD = {"method": "local_sgd", "optimizer.name": "adamw", "optimizer.learning_rate": 0.01}
+
+
+def test_local_sgd_keeps_its_moments_the_same_on_any_number_of_devices():
+    found = []
+    for num_devices in (4, 2, 1):
+        run = set_up("mlp", **LOCAL_SGD, num_workers=4, num_devices=num_devices)
+        assert run.settings["optimizer_state"] == "keep"
+        state = run_all(run)
+        assert state.travels == state.stays == ()
+        found.append((whole(run, state.params), jax.tree.map(np.concatenate, state.own)))
+    for other in found[1:]:
+        assert_same_bits(other, found[0])
+    counts, means, squares = jax.tree.leaves(found[0][1])[0], *found[0][1][0][1:]
+    assert counts.tolist() == [4] * 4  # two rounds of two steps
+    for tree in (means, squares):
+        assert all(np.ptp(x, axis=0).max() > 0 for x in tree.values())  # each has its own
+
+
+def test_the_moments_of_other_workers_start_at_zero_and_it_is_said(tmp_path, caplog):
+    config = get_config("mlp", **LOCAL_SGD, rounds=1)
+    train.train(config, tmp_path)
+    before = checkpoint.load_params(tmp_path)
+    config.update({"rounds": 2, "num_workers": 3})
+    with caplog.at_level("WARNING"):
+        train.train(config, tmp_path)
+    assert "the moments that 2 workers kept start at zero, for num_workers=3" in caplog.text
+    saved = checkpoint.open_round(tmp_path, 2)
+    assert saved.read("own/0").tolist() == [2] * 3  # Adam's count, of the second round alone
+    assert reference.max_difference(checkpoint.load_params(tmp_path), before) > 0
+
+
+def test_kept_moments_are_memory_and_never_sent():
+    planned = {}
+    for policy in ("reset", "keep", "carry"):
+        config = get_config("mlp", method="local_sgd", optimizer_state=policy, num_workers=4)
+        planned[policy] = plan.predict(config, data.facts("digits", {}))
+    reset, keep, carry = planned.values()
+    assert keep.wire_bytes_per_worker_per_round == reset.wire_bytes_per_worker_per_round
+    assert keep.exchanged_bytes_per_worker_per_round == reset.exchanged_bytes_per_worker_per_round
+    assert carry.wire_bytes_per_worker_per_round > 1.9 * reset.wire_bytes_per_worker_per_round
+    # parameters in the state, twice (before and after) with moments that outlast the round
+    assert reset.state_bytes_per_worker == 3 * 4 * reset.params_per_worker
+    assert keep.state_bytes_per_worker == carry.state_bytes_per_worker == 4 * 4 * keep.params_per_worker
+
+
+@pytest.mark.parametrize("name", ["sgd", "nesterov", "adam"])
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_an_outer_step_is_what_its_operations_are_one_by_one(name, power):
+    # a product and a sum in one operation round once, and in some programs only
+    options = get_config("mlp", **{"outer.name": name, "outer.by_holders": power}).outer.to_dict()
+    made, rng = outer.make(options, 4), np.random.default_rng(0)
+    old, new = ({"w": jnp.asarray(rng.normal(size=(57, 1003)), jnp.float32)} for _ in range(2))
+    moments = tuple(jax.tree.map(lambda x: abs(x) * 3, {"w": old["w"][::-1]}) for _ in made.init(old))
+    if name == "adam":
+        moments = (*moments[:2], {"w": jnp.asarray(rng.integers(0, 9, (57, 1003)), jnp.uint16)})
+    holders = {"w": jnp.asarray(rng.integers(0, 5, (57, 1)), jnp.int32)}
+    assert_same_bits(jax.jit(made.step)(old, new, moments, holders), made.step(old, new, moments, holders))
+
+
+@pytest.mark.parametrize("name", ["nesterov", "adam"])
+def test_an_outer_optimizer_has_the_same_bits_on_any_number_of_devices(name):
+    found = []
+    overrides = {"outer.name": name, "partition.min_units": 12, "participation": 0.7}
+    for num_devices in (4, 1):
+        run = set_up("mlp", num_workers=4, num_devices=num_devices, **overrides)
+        state = run_all(run)
+        found.append(jax.tree.map(np.asarray, whole(run, (state.params, state.stays))))
+    assert_same_bits(*found)
+    plain = set_up("mlp", num_workers=4, **(overrides | {"outer.name": "none"}))
+    assert reference.max_difference(whole(plain, run_all(plain).params), found[0][0]) > 1e-3
+
+
+def test_outer_sgd_without_momentum_at_a_rate_of_one_is_the_plain_round():
+    options = get_config("mlp", **{"outer.name": "sgd", "outer.momentum": 0.0}).outer.to_dict()
+    assert outer.make(options | {"learning_rate": 1.0}, 4) is None
+    assert outer.make(options | {"name": "none"}, 4) is None
+    for other in ({}, {"learning_rate": 1.0, "momentum": 0.1}, {"learning_rate": 1.0, "by_holders": 0.1}):
+        assert outer.make(options | other, 4) is not None
+
+
+def test_an_outer_optimizer_is_memory_and_refused_where_nothing_is_merged():
+    def planned(**overrides):
+        config = get_config("mlp", **{"num_workers": 4, "method": "local_sgd"} | overrides)
+        return plan.predict(config, data.facts("digits", {}))
+
+    plain = planned()
+    for name, bytes_each in (("nesterov", 4), ("adam", 4 + 4 + 2)):
+        cost = planned(**{"outer.name": name})
+        more = cost.state_bytes_per_worker - plain.state_bytes_per_worker
+        assert more == bytes_each * plain.params_per_worker
+        assert cost.wire_bytes_per_worker_per_round == plain.wire_bytes_per_worker_per_round
+    with pytest.raises(ValueError, match="for what a merge brings, and method='data_parallel'"):
+        planned(**{"outer.name": "adam", "method": "data_parallel"})
+    config = get_config("mlp", **{"outer.name": "adam"})
+    assert setup.for_method(config, "local_sgd").outer.name == "adam"
+    assert setup.for_method(config, "data_parallel").outer.name == "none"
 
 
 def test_a_fingerprint_tells_things_by_what_they_do():

@@ -120,6 +120,7 @@ def summarize(run: Run, records: Sequence[Record], custom_model: str | None, par
         "platform": device.platform,
         "device_kind": device.device_kind,
         "seed": run.settings["seed"],
+        "optimizer_state": run.settings["optimizer_state"],
         "custom_model": custom_model,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "ist_jax": __version__}

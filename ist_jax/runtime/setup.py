@@ -26,7 +26,7 @@ from ist_jax.exchange.codec import CODECS, NONE, Codec
 from ist_jax.exchange.kinds import from_params, shard_shapes
 from ist_jax.exchange.layout import Layout, make_layout, regroup
 from ist_jax.masking import Params
-from ist_jax.methods import optimizers
+from ist_jax.methods import optimizers, outer
 from ist_jax.methods.method import Method, Recipe, State, TracedPhase, Turn, trace, trace_init
 from ist_jax.methods.optimizers import NOTHING_GIVEN, Given
 from ist_jax.methods.steps import POLICIES
@@ -132,6 +132,15 @@ def method_of(config: ConfigDict) -> methods.Entry:
     return found if isinstance(found, methods.Entry) else methods.Entry(found, deals_units=True)
 
 
+def for_method(config: ConfigDict, method: str) -> ConfigDict:
+    """The config of another method to compare: what that one cannot have is 'none' in it."""
+    own = config.copy_and_resolve_references()
+    own.method = method
+    if method != config.method and not method_of(own).exchanges:
+        own.exchange.codec = own.outer.name = "none"
+    return own
+
+
 def _load(config: ConfigDict, key: str, table: Mapping[str, T]) -> T:
     """What a key names: of its table, or of a file of the user's own."""
     name = files.flatten(config.to_dict())[key]
@@ -180,10 +189,15 @@ def make_recipe(
             f"exchange.codec={config.exchange.codec!r} is for exchanges of parameters, and method="
             f"{config.method!r} has none; set config.exchange.codec to 'none'"
         )
+    if config.outer.name != "none" and not entry.exchanges:
+        raise ValueError(
+            f"outer.name={config.outer.name!r} is for what a merge brings, and method={config.method!r} has "
+            "none; set config.outer.name to 'none'"
+        )
     layout = make_layout(shapes, axes, groups, config.num_workers, num_devices, codec)
     partition.draw(config.seed, 0, groups, _load(config, "partition.deal", DEALS))  # is it sound?
     tx = optimizers.make(config.optimizer.to_dict()) if tx is None else tx
-    policy = entry.optimizer_state or config.optimizer_state
+    policy = methods.policy_of(entry, config.optimizer_state)
     optimizers.check(tx, layout, policy)
     subnet = model.subnet({name: group.slots for name, group in groups.items()}) if groups else model
     return Recipe(
@@ -194,6 +208,7 @@ def make_recipe(
         score_fn=partial(scoring.score_shards, layout, model, task, unit_scale(config, layout)),
         init_params=init_params,
         policy=POLICIES[policy],
+        outer=outer.make(config.outer.to_dict(), config.num_workers),
         seed=config.seed,
         vmapped=config.workers_on_device == "vmap",
     )
