@@ -217,7 +217,7 @@ def complete(recorded: Options) -> Settings:
 
 def _plainly(settings: Settings, entry: object) -> Settings:
     """Settings that say what is done with the optimizer's state."""
-    return settings | {"optimizer_state": policy_of(entry, settings["optimizer_state"])}
+    return settings | {"optimizer_state": policy_of(entry, settings.get("optimizer_state", ""))}
 
 
 def record(config: config_dict.ConfigDict) -> Settings:
