@@ -115,6 +115,7 @@ SLOW = (
     "resnet strided",
     "data_parallel map",
     "local_sgd bfloat16",
+    "resnet outer",
 )  # another covers what they cover
 
 
@@ -370,4 +371,6 @@ def test_two_processes_do_what_one_does(own, causes, tmp_path):
     rows = {row["cause"]: row for row in files.read_json(tmp_path / "ledger.json")["rows"]}
     for cause in causes:
         assert rows[cause]["expected"] == rows[cause]["hlo"] > 0
-    assert 0 < rows["evaluation"]["hlo"] <= rows["evaluation"]["expected"]
+    evaluation = rows["evaluation"]
+    assert evaluation["hlo"] <= evaluation["expected"]
+    assert (evaluation["hlo"] > 0) == ("gather" in causes)  # whole models are scored without a byte
