@@ -30,6 +30,7 @@ CONFIG = "configs/resnet.py:cifar10_small"
 VARIANTS = {
     "ist": ("ResIST: section 3, 3 of 8 blocks each", ()),
     "local_sgd": ("local SGD", ("method=local_sgd",)),
+    "local_sgd_reset": ("local SGD, momentum restarted", ("method=local_sgd", "optimizer_state=reset")),
     "data_parallel": ("data-parallel SGD", ("method=data_parallel",)),
     "min0": ("ResIST, 2 blocks each: no overlap", ("partition.min_units=0",)),
     "min4": ("ResIST, 4 blocks each", ("partition.min_units=4",)),

@@ -28,6 +28,8 @@ RUNS = {
     "mlp ist, overlap and participation": ("mlp", {**FOUR, "partition.min_units": 12, "participation": 0.5}),
     "mlp ist, carried": ("mlp", {"optimizer_state": "carry"}),
     "mlp ist, uneven shares": ("mlp", {"partition.shares": (1.0, 2.5)}),
+    "mlp local_sgd, reset": ("mlp", {"method": "local_sgd", "optimizer_state": "reset"}),
+    "mlp local_sgd, outer Nesterov": ("mlp", {"method": "local_sgd", "outer.name": "nesterov"}),
     "mlp local_sgd, carried": ("mlp", {**FOUR, "method": "local_sgd", "optimizer_state": "carry"}),
     "mlp ist, several workers a device": ("mlp", SEVERAL),
     "mlp ist, vmap": ("mlp", {**SEVERAL, "workers_on_device": "vmap"}),

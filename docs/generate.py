@@ -52,6 +52,7 @@ TITLES = {
     "partition": "Partition",
     "exchange": "Exchange",
     "optimizer": "Optimizer",
+    "outer": "Outer optimizer",
 }
 
 

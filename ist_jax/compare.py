@@ -15,6 +15,7 @@ import logging
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from ist_jax.runtime.setup import Run
     from ist_jax.tasks import Own
-    from ist_jax.workdir.files import Json, Record
+    from ist_jax.workdir.files import Json, Record, Summary
 
 log = logging.getLogger("ist_jax.compare")  # also where this file is the command
 
@@ -74,8 +75,8 @@ def compare(
       ValueError: a setting that cannot work, or runs that did not begin alike.
       OSError: results could not be written.
     """
-    from ist_jax import train
     from ist_jax.report import page
+    from ist_jax.runtime import setup
     from ist_jax.runtime.observers import show_runs
     from ist_jax.tasks.task import metric_of
     from ist_jax.workdir import files
@@ -91,19 +92,11 @@ def compare(
         place = Place(show, len(methods) * seeds)
         for seed in range(config.seed, last + 1):
             for method in methods:
-                own = config.copy_and_resolve_references()
-                own.method, own.seed = method, seed
+                own = setup.for_method(config, method)
+                own.seed = seed
                 folder = workdir / f"{_folder_name(method)}-{seed}"
                 place.enter(f"{method}, seed {seed}")
-
-                def started(run: "Run", folder: Path = folder) -> None:
-                    place.start(run)
-                    if run.schedule.first == 0:
-                        _note_start(folder, run)
-
-                runs[method][folder] = train.train(
-                    own, folder, model, task=task, started=started, progress=place.go_on
-                )
+                runs[method][folder] = _train(own, folder, (model, task), place)
                 place.leave()
             starts[str(seed)] = _common_start([list(folders)[-1] for folders in runs.values()])
     metric = metric_of(next(iter(next(iter(runs.values())).values())))
@@ -115,6 +108,23 @@ def compare(
     files.write_json(workdir / _RESULT, result)
     page.write_report([folder for folders in runs.values() for folder in folders], workdir / _PAGE)
     return result
+
+
+def _train(
+    config: ConfigDict, folder: Path, own: "tuple[nn.Module | None, Own | None]", place: "Place"
+) -> "Summary":
+    """Trains a run of the comparison, or what remains of it; own: model and task. Returns its summary."""
+    from ist_jax import train
+    from ist_jax.workdir import files
+
+    with ExitStack() as claim:
+        run = train.begin(config, folder, claim, *own)
+        if run is None:
+            return files.read_summary(folder)
+        place.start(run)
+        if run.schedule.first == 0:
+            _note_start(folder, run)
+        return train.run_rounds(run, folder, own=own, progress=place.go_on)
 
 
 class Place:

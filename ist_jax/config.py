@@ -20,7 +20,9 @@ from ist_jax.deals import DEALS
 from ist_jax.errors import did_you_mean
 from ist_jax.exchange.codec import CODECS
 from ist_jax.key import FILE, Key, Options, Settings, Value
-from ist_jax.methods import METHODS, Entry
+from ist_jax.methods import METHODS, policy_of
+from ist_jax.methods.optimizers import OPTIMIZERS
+from ist_jax.methods.outer import OUTERS
 from ist_jax.methods.steps import POLICIES
 from ist_jax.models import MODELS
 from ist_jax.tasks import TASKS
@@ -93,10 +95,22 @@ COMMON: dict[str, Key] = {
         True, "scale what units add (an MLP's logits) by the fraction of the workers that held them"
     ),
     "exchange.codec": Key("none", "what an exchange sends; 'none': plain numbers", choices=CODECS, file=True),
+    "optimizer.name": Key("sgd", "what a worker takes its steps by", choices=OPTIMIZERS),
     "optimizer.learning_rate": Key(0.1, "learning rate at its highest", least=0),
     "optimizer.momentum": Key(0.9, "momentum of SGD; 0: none", least=0, most=1),
-    "optimizer.nesterov": Key(False, "Nesterov's momentum"),
-    "optimizer.weight_decay": Key(0.0, "what of each parameter is added to its gradient", least=0),
+    "optimizer.nesterov": Key(False, "Nesterov's momentum, of SGD"),
+    "optimizer.weight_decay": Key(
+        0.0, "SGD: what of each parameter is added to its gradient; others: to its step", least=0
+    ),
+    "optimizer.b1": Key(0.9, "decay of the mean gradient, of AdamW and Lion", least=0, most=1),
+    "optimizer.b2": Key(
+        None,
+        "decay of AdamW's mean square, unset: 0.999; of Lion's mean, unset: 0.99",
+        kind=float,
+        least=0,
+        most=1,
+    ),
+    "optimizer.eps": Key(1e-8, "added to AdamW's root mean square", least=0, above=True),
     "optimizer.schedule": Key(
         "constant", "of the learning rate, by examples seen", choices=("constant", "cosine", "step")
     ),
@@ -105,8 +119,18 @@ COMMON: dict[str, Key] = {
         (0.5, 0.75), "fractions of all examples at which 'step' takes a step", kind=float, least=0, most=1
     ),
     "optimizer.step_factor": Key(0.1, "of the learning rate at a step of 'step'", least=0),
+    "outer.name": Key("none", "what becomes of the means that a round brings", choices=OUTERS),
+    "outer.learning_rate": Key(None, "of the outer optimizer; unset: 0.8, of adam 0.01", kind=float, least=0),
+    "outer.momentum": Key(0.5, "of the outer optimizer; of adam the decay of its mean", least=0, most=0.999),
+    "outer.beta2": Key(0.99, "decay of the mean square of outer adam", least=0, most=0.9999),
+    "outer.by_holders": Key(
+        0.0, "power p: the outer rate of a unit is times (its holders / workers)^p", least=0
+    ),
     "optimizer_state": Key(
-        "reset", "at a round's start; 'reset': new, 'carry': what travels with the units", choices=POLICIES
+        "",
+        "at a round's start; 'reset': new, 'keep': a worker's own of the shared leaves, 'carry': what "
+        "travels with the units; '': the method's default",
+        choices=("", *POLICIES),
     ),
 }
 
@@ -225,9 +249,8 @@ def complete(recorded: Options) -> Settings:
 
 
 def _plainly(settings: Settings, entry: object) -> Settings:
-    """Settings that say what is done: a method with one policy of the optimizer's state has that one."""
-    forced = entry.optimizer_state if isinstance(entry, Entry) else ""
-    return settings | ({"optimizer_state": forced} if forced else {})
+    """Settings that say what is done with the optimizer's state."""
+    return settings | {"optimizer_state": policy_of(entry, settings.get("optimizer_state", ""))}
 
 
 def record(config: config_dict.ConfigDict) -> Settings:

@@ -95,10 +95,13 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
     from ist_jax.runtime import inputs, scoring, setup
     from ist_jax.workdir import checkpoint, files
 
-    config = configs.restore(files.read_config(workdir))
+    recorded = files.read_config(workdir)
+    config = configs.restore(recorded)
     if (custom := files.read_summary(workdir)["custom_model"]) is not None:
         name = custom.split("(")[0]
         raise ValueError(f"{workdir} holds a model of your own, {name}: evaluate it from Python")
+    if "given" in recorded and recorded["optimizer_state"] != "reset":  # it is part of the state
+        raise ValueError(f"{workdir} holds an optimizer of your own: evaluate it from Python")
     config.num_devices = 0
     if data_dir is not None:
         config.data.dir = data_dir

@@ -1,12 +1,16 @@
 """Things of the user's own, named like those of a table: FILE.py:NAME."""
 
+import functools
 import hashlib
 import importlib.util
+import re
 import sys
 import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
+
+import numpy as np
 
 from ist_jax.errors import did_you_mean, last_line
 from ist_jax.key import FILE, Options
@@ -71,6 +75,37 @@ def digests(settings: Options) -> dict[str, str]:
       ValueError: there is no such file.
     """
     return {key: found for key, x in settings.items() if isinstance(x, str) and (found := digest(x))}
+
+
+def fingerprint(thing: object) -> str:
+    """What a thing given from Python is called, and 16 hexadecimal digits that tell it from another one.
+
+    Functions count by name, code, and what they refer to; so do tuples and the like by their elements.
+    """
+    name = getattr(thing, "__name__", type(thing).__name__)
+    return f"{name} {hashlib.sha256(_text(thing).encode()).hexdigest()[:16]}"
+
+
+def _text(x: object, inside: tuple[object, ...] = ()) -> str:
+    """The same in every process, unlike `repr`, which has addresses in it."""
+    if isinstance(x, types.FunctionType) and x not in inside:  # it may refer to itself
+        closed = [cell.cell_contents for cell in x.__closure__ or ()]
+        parts = _text((x.__code__, x.__defaults__, x.__kwdefaults__, closed), (*inside, x))
+        return f"{x.__module__}.{x.__qualname__} {parts}"
+    if isinstance(x, functools.partial):
+        return _text(("partial", x.func, x.args, x.keywords), inside)
+    if isinstance(x, types.MethodType):
+        return _text(("method", x.__func__, x.__self__), inside)
+    if isinstance(x, types.CodeType):
+        return _text((x.co_code.hex(), x.co_names, x.co_consts), inside)
+    if isinstance(x, Mapping):
+        return _text([*x.items()], inside)
+    if isinstance(x, list | tuple):
+        return f"[{', '.join(_text(part, inside) for part in x)}]"
+    if hasattr(x, "__array__"):
+        array = np.asarray(x)
+        return f"{array.dtype}{array.shape} {array.tobytes().hex()}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(x))
 
 
 def _execute(path: Path, version: str | None) -> types.ModuleType:

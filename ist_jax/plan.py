@@ -172,7 +172,7 @@ def plan(
       ValueError: a setting that cannot work; the message names the key.
     """
     from ist_jax.data import batches
-    from ist_jax.methods import METHODS
+    from ist_jax.methods import METHODS, policy_of
     from ist_jax.runtime import setup
     from ist_jax.runtime.schedule import NOTHING_DONE
 
@@ -197,13 +197,11 @@ def plan(
             hours=[sum(n * seconds(cost, b) for n, cost in parts) / 3600 for b in bandwidths],
         )
 
-    costs, totals, notes = {}, {}, []
+    costs, totals, notes, policies = {}, {}, [], {}
     shown = _shown(config, facts, task)
     for method in dict.fromkeys([*METHODS, config.method]):
-        own = config.copy_and_resolve_references()
-        own.method = method
-        if not setup.method_of(own).exchanges:
-            own.exchange.codec = "none"
+        own = setup.for_method(config, method)
+        policies[method] = policy_of(setup.method_of(own), own.optimizer_state)
         recipe, warm = _recipes(own, facts, shown, model)
         costs[method], warmup = _cost(own, shown, recipe), 0
         if rounds is not None and (num_train is not None or not config.partition.warmup_epochs):
@@ -215,6 +213,7 @@ def plan(
     times = {method: [seconds(cost, b) for b in bandwidths] for method, cost in costs.items()}
     setting = {"num_workers": workers, "num_devices": devices, "local_steps": config.local_steps}
     setting |= {"batch_size": config.batch_size, "rounds": rounds}
+    setting |= {"optimizer_state": policies}
     setting |= {"bits_per_second": list(bandwidths), "flops_per_second": flops}
     planned = {method: _whole(cost) for method, cost in costs.items()}
     run = {method: _whole(found) for method, found in totals.items()} or None

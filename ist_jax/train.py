@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import cast
@@ -17,7 +17,9 @@ from ml_collections import ConfigDict
 from ist_jax import config as configs
 from ist_jax import errors
 from ist_jax.costs import ledger
+from ist_jax.methods import optimizers
 from ist_jax.methods.method import State, Told
+from ist_jax.methods.optimizers import NOTHING_GIVEN, Given
 from ist_jax.runtime import devices, processes, record, scoring, signals
 from ist_jax.runtime.observers import Observer, show_progress
 from ist_jax.runtime.run import Run
@@ -30,7 +32,6 @@ from ist_jax.workdir.files import Json, Record, Summary
 log = logging.getLogger(__name__)
 
 Records = Sequence[Record]
-Started = Callable[[Run], None]
 
 
 def train(
@@ -39,7 +40,8 @@ def train(
     model: nn.Module | None = None,
     *,
     task: Own | None = None,
-    started: Started | None = None,
+    optimizer: optimizers.Transformation | None = None,
+    learning_rate: optimizers.Schedule | None = None,
     progress: Observer | None = None,
 ) -> dict[str, Json]:
     """Trains a model and writes its results.
@@ -50,7 +52,10 @@ def train(
       model: any Flax model that follows `ist_jax.models`; None: the one that the config describes.
       task: an `ist_jax.tasks.Task`, or a function of the training examples that returns one; None: the one
         that the config names.
-      started: called before the first round of this session, if there is one.
+      optimizer: any optax transformation, whose updates are added to the parameters; it gets them as a flat
+        dict, by path. None: the one that the config describes.
+      learning_rate: an optax schedule, but of the examples that all workers have seen: a factor of what the
+        optimizer returns. None: the config's or, of an optimizer that is given, 1.
       progress: called with every record, in place of the bar.
 
     Returns:
@@ -62,11 +67,9 @@ def train(
     """
     workdir = Path(workdir)
     with ExitStack() as claim:
-        run = begin(config, workdir, claim, model, task)
+        run = begin(config, workdir, claim, model, task, Given(optimizer, learning_rate))
         if run is None:
             return files.read_summary(workdir)
-        if started is not None:
-            started(run)
         return run_rounds(run, workdir, own=(model, task), progress=progress)
 
 
@@ -76,6 +79,7 @@ def begin(
     claim: ExitStack,
     model: nn.Module | None = None,
     task: Own | None = None,
+    given: Given = NOTHING_GIVEN,
 ) -> Run | None:
     """Sets a run up in its folder, or what remains of it; None: it is finished already.
 
@@ -85,12 +89,14 @@ def begin(
       claim: keeps other runs out of the folder until it is closed.
       model: as for `train`.
       task: the same.
+      given: the optimizer and learning rate, as for `train`.
 
     Raises:
       ValueError: a setting, data set or folder that cannot work; the message names the key.
       OSError: the folder could not be written to.
     """
-    if (summary := resume.find_finished(configs.record(config), workdir, model, task)) is not None:
+    settings = configs.record(config) | given.recorded()
+    if (summary := resume.find_finished(settings, workdir, model, task)) is not None:
         _say_result(workdir, summary)
         return None
     leads = processes.number() == 0
@@ -98,7 +104,7 @@ def begin(
         claim.enter_context(lock.claimed(workdir))
     with errors.reading():
         start = processes.first_alone(lambda: resume.find_start(workdir, model, task), "the checkpoints")
-        run = set_up(config, model, start=start, task=task)
+        run = set_up(config, model, start=start, task=task, given=given)
     if leads:
         resume.open_workdir(run.settings, workdir, start)
     processes.meet("the folder")

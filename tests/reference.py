@@ -33,21 +33,25 @@ def of_all_workers(turn):
     )
 
 
-def subnets(recipe, axes, send=lambda x: x):
+def subnets(recipe, axes, send=lambda x: x, *, keeps=False):
     """The round of IST; without groups: of local SGD.
 
     Args:
       recipe: what a worker does.
       axes: unit axes by path.
       send: what becomes of an array on its way.
+      keeps: every worker keeps the optimizer's state of the shared leaves.
 
     Returns:
       (params, moments, turn) -> (params, moments, healthy [S]): whole leaves by path; the optimizer's state
-      of them, which is cut out, sent and merged like them, or None: it starts anew; `of_all_workers`.
+      of them, which is cut out, sent and merged like them, or None: it starts anew; or, by worker, that of
+      the shared leaves; `of_all_workers`.
     """
     groups = recipe.layout.groups
     axes = {path: tuple(n if n in groups else None for n in names) for path, names in axes.items()}
     shared = [path for path, names in axes.items() if not any(names)]
+    dealt = [path for path in axes if path not in shared]
+    parts = [shared, dealt] if keeps else [list(axes)]  # leaves with an optimizer to themselves
     workers = range(recipe.layout.num_workers)
     gradient, update = _gradient(recipe), _update(recipe)
 
@@ -73,26 +77,38 @@ def subnets(recipe, axes, send=lambda x: x):
         return subnet
 
     def one_round(params, moments, turn):
-        cut_out = gather(params, turn.draw)
-        carried = _each_tree(lambda x: gather(x, turn.draw), moments, other=lambda x: [x for _ in workers])
+        cut_out, carries = gather(params, turn.draw), moments is not None and not keeps
+        if carries:
+            carried = _each_tree(
+                lambda x: gather(x, turn.draw), moments, other=lambda x: [x for _ in workers]
+            )
         trained, healthy = [], []
         for worker in workers:  # in parallel, on a cluster
             subnet = cut_out[worker]
-            opt_state = jax.tree.map(lambda x, w=worker: x[w], carried, is_leaf=lambda x: isinstance(x, list))
-            opt_state = recipe.tx.init(subnet) if moments is None else opt_state
+            states = [recipe.tx.init({path: subnet[path] for path in part}) for part in parts]
+            if keeps:
+                states[0] = moments[worker]
+            elif carries:
+                is_list = lambda x: isinstance(x, list)  # noqa: E731
+                states = [jax.tree.map(lambda x, w=worker: x[w], carried, is_leaf=is_list)]
             gates = {n: a.gates[worker] for n, a in turn.draw.items() if not groups[n].even}
             sound = True
             for i, batch in enumerate(turn.indices[worker]):
                 loss, grads = gradient(subnet, turn.data, batch, batch_key(recipe, turn, worker, i), gates)
-                subnet, opt_state = update(subnet, opt_state, grads, turn.rates[i])
+                for number, part in enumerate(parts):
+                    own, slopes = ({path: tree[path] for path in part} for tree in (subnet, grads))
+                    own, states[number] = update(own, states[number], slopes, turn.rates[i])
+                    subnet = subnet | own
                 subnet = clear(subnet, gates)
                 sound = sound and is_finite(loss)
-            sound = sound and is_finite((subnet, () if moments is None else opt_state))
-            trained.append((subnet, opt_state))
+            sound = sound and is_finite((subnet, () if moments is None else states[0]))
+            trained.append((subnet, states[0]))
             healthy.append(sound)
         heard = turn.present & np.array(healthy)
         params = merge(params, turn.draw, [subnet for subnet, _ in trained], heard)
-        if moments is not None:
+        if keeps:
+            moments = [new if heard[w] else moments[w] for w, (_, new) in enumerate(trained)]
+        elif carries:
             moments = _each_tree(
                 lambda old, *new: merge(old, turn.draw, new, heard),
                 moments, *(opt_state for _, opt_state in trained),
@@ -101,6 +117,30 @@ def subnets(recipe, axes, send=lambda x: x):
         return params, moments, healthy
 
     return one_round
+
+
+def outer(old, new, state, held, options):
+    """What an outer optimizer makes of a merge: (leaves, state), as the papers write it.
+
+    Args:
+      old, new: whole leaves by path, before the round and after the merge.
+      state: (m, v, n) by path; zeros at first.
+      held: by path and worker, what those hold who were heard, bool.
+      options: values of `config.outer`.
+    """
+    mu, b2, found, after = options["momentum"], options["beta2"], {}, {}
+    for path, x in old.items():
+        holders, delta, (m, v, n) = sum(mask.astype(int) for mask in held[path]), new[path] - x, state[path]
+        rate = options["learning_rate"] * (holders / len(held[path])) ** options["by_holders"]
+        if options["name"] == "adam":
+            m, v, n = mu * m + (1 - mu) * delta, b2 * v + (1 - b2) * delta**2, n + 1
+            ahead = m / (1 - mu**n) / (np.sqrt(v / (1 - b2**n)) + 1e-3)
+        else:
+            m = mu * m + delta
+            ahead = mu * m + delta if options["name"] == "nesterov" else m
+        found[path] = np.where(holders, x + rate * ahead, x)
+        after[path] = [np.where(holders, a, b) for a, b in zip((m, v, n), state[path], strict=True)]
+    return found, after
 
 
 def data_parallel(recipe):
@@ -148,7 +188,7 @@ def _update(recipe):
     @plainly
     def update(params, opt_state, grads, rate):
         updates, opt_state = recipe.tx.update(grads, opt_state, params)
-        return {k: params[k] - rate * updates[k] for k in params}, opt_state
+        return {k: params[k] + rate * updates[k] for k in params}, opt_state
 
     return update
 

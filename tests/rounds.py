@@ -1,5 +1,7 @@
 """Runs that are set up for a test, perhaps with another recipe than the config's, and their rounds."""
 
+from contextlib import ExitStack
+
 import jax
 import numpy as np
 import pytest
@@ -22,6 +24,14 @@ def set_up(name, change=None, *, params=None, evaluation_only=False, **overrides
             patch.setattr(setup, "make_recipe", lambda *args: change(make_recipe(*args)))
         config = get_config(name, **overrides)
         return setup.set_up(config, params=params, evaluation_only=evaluation_only)
+
+
+def train_and_look(config, workdir, model=None):
+    """(summary, run, its first state) of a training as by `train.train`."""
+    with ExitStack() as claim:
+        run = train.begin(config, workdir, claim, model)
+        first = copied(run.state, run)
+        return train.run_rounds(run, workdir, own=(model, None)), run, first
 
 
 def describe(config):

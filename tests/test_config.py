@@ -108,9 +108,8 @@ def test_rounds_win_over_epochs():
 
 
 def test_an_old_folder_lacks_what_was_added_since_and_has_its_default():
-    made = get_config("resnet")
-    now = json.loads(json.dumps(made.to_dict()))
-    old = json.loads(json.dumps(now))
+    old = json.loads(json.dumps(get_config("resnet").to_dict()))
+    now = config.complete(json.loads(json.dumps(old)))
     del old["exchange"], old["partition"]["deal"], old["data"]["size"], old["data"]["mean"]
     assert config.complete(old) == now
     old["seed"] = 5

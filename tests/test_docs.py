@@ -17,6 +17,7 @@ from ist_jax import config, data, models, train
 from ist_jax.deals import DEALS
 from ist_jax.key import Key
 from ist_jax.methods import METHODS
+from ist_jax.workdir import files
 
 spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
 generate = importlib.util.module_from_spec(spec)
@@ -85,6 +86,12 @@ def run_own_data(block, capsys):
     assert summary["rounds"] == 3
 
 
+def run_own_optimizer(block, capsys):
+    run(small(block))
+    rates = [record["lr"] for record in files.read_records(Path("runs/adamw"))]
+    assert 0.0029 < rates[-1] < rates[0] < 0.0031
+
+
 def run_loaded_parameters(block, capsys):
     summary = train.train(get_config("mlp", **{"model.hidden": (1024, 1024), "rounds": 1}), "runs/mlp")
     known = run(block)
@@ -116,6 +123,7 @@ RUNS = {  # by what stands in the block
     "masking.merge(": run_a_merge,
     "unit_axes": run_own_model,
     "data.SETS[": run_own_data,
+    "optax.adamw(": run_own_optimizer,
     "load_model(": run_loaded_parameters,
     "from_torch(": run_from_torch,
 }

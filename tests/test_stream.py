@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import get_config
 from PIL import Image
-from rounds import copied
+from rounds import copied, train_and_look
 
 from ist_jax import data, evaluate, main, train
 from ist_jax.data import batches, stream
@@ -402,13 +402,9 @@ def tiny(folder, **overrides):
 
 
 def test_a_folder_trains_and_a_run_repeats_from_any_round(folder, tmp_path, capsys, monkeypatch):
-    seen = []
-    summary = train.train(
-        tiny(folder), tmp_path / "run", started=lambda run: seen.extend((run, copied(run.state, run)))
-    )
+    summary, first, start = train_and_look(tiny(folder), tmp_path / "run")
     assert "22 images of 2 classes" in summary["data"]
     assert np.isfinite(summary["train_loss"])
-    first, start = seen
 
     def fed_anew():
         feed = inputs.feed_rounds(first.inputs, first.devices, first.schedule.rounds)

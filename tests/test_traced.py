@@ -197,4 +197,4 @@ def test_what_a_device_keeps_of_a_carried_adam_is_exact(build):
     memory = formula.memory(recipe, phases)
     assert (held("[0]") + 4, held("[1][0]")) == (memory.store, memory.subnets)
     assert held("[1][0][1].count") == 4 * 2  # of each worker
-    assert (held("[1][1]"), held("[2].present")) == (2 * (4 + 4 + 1), 2)  # what 2 workers tell
+    assert (held("[1][2]"), held("[2].present")) == (2 * (4 + 4 + 1), 2)  # what 2 workers tell

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, get_config
 from PIL import Image
-from rounds import copied, image_task
+from rounds import image_task, train_and_look
 
 from ist_jax import data, evaluate, train
 from ist_jax.config import build_model
@@ -37,12 +37,8 @@ def trained(tmp_path_factory):
 
     def folder_of(name="mlp", method="ist"):
         if (name, method) not in kept:
-            folder, seen = tmp_path_factory.mktemp(f"{name}-{method}"), []
-            train.train(
-                get_config(name, method=method), folder,
-                started=lambda run: seen.extend((run, copied(run.state, run))),
-            )  # fmt: skip
-            kept[name, method] = folder, *seen
+            folder = tmp_path_factory.mktemp(f"{name}-{method}")
+            kept[name, method] = folder, *train_and_look(get_config(name, method=method), folder)[1:]
         return kept[name, method]
 
     return folder_of
@@ -76,7 +72,8 @@ def test_every_config_and_method_leaves_a_complete_folder(name, method, trained)
     assert summary["test_accuracy"] == records[-1]["test_accuracy"]
     recorded = json.loads((folder / "config.json").read_text())
     assert recorded["method"] == method
-    assert recorded["optimizer_state"] == ("carry" if method == "data_parallel" else "reset")
+    policies = {"ist": "reset", "local_sgd": "keep", "data_parallel": "carry"}
+    assert recorded["optimizer_state"] == summary["optimizer_state"] == policies[method]
     full = 2 * 4 * summary["parameters"] * 3
     assert summary["bytes_local_sgd_per_worker"] == full
     exchanged = {"ist": full * summary["parameters_per_worker"] / summary["parameters"], "local_sgd": full}
@@ -205,7 +202,7 @@ def test_sick_workers_are_named_counted_and_written_as_null(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("method", "optimizer_state"),
     [
-        ("ist", "carry"), ("data_parallel", "carry"), ("local_sgd", "reset"),
+        ("ist", "carry"), ("data_parallel", "carry"), ("local_sgd", "reset"), ("local_sgd", "keep"),
         pytest.param("ist", "reset", marks=slow), pytest.param("local_sgd", "carry", marks=slow),
     ],
 )  # fmt: skip
@@ -329,11 +326,8 @@ def transformer_config(num_workers):
     "num_workers", [pytest.param(2, marks=slow), pytest.param(5, marks=slow)]
 )  # 5 layers: 3 and 2, or one each
 def test_a_model_never_seen_before_trains(num_workers, tmp_path, caplog):
-    config, seen = transformer_config(num_workers), []
-    summary = train.train(
-        config, tmp_path, model=TinyTransformer(),
-        started=lambda run: seen.extend((run, copied(run.state, run))),
-    )  # fmt: skip
+    config = transformer_config(num_workers)
+    summary, *seen = train_and_look(config, tmp_path, TinyTransformer())
     records = read_metrics(tmp_path)
     assert records[-1]["train_loss"] < 0.6 * records[0]["train_loss"]
     assert summary["parameters_per_worker"] < summary["parameters"]

@@ -57,7 +57,7 @@ class Memory(NamedTuple):
     """Bytes that a device keeps while its workers train; not gradients, activations, buffers and data."""
 
     store: int  # its part of the state: global model and moments, padding included
-    subnets: int  # its workers' subnets and their moments, empty slots included
+    subnets: int  # its workers' subnets and their moments that outlast the round, empty slots included
     optimizer: int  # state that is made anew in every round, of the workers that train at the same time
 
 
@@ -70,9 +70,11 @@ def memory(recipe: Recipe, phases: Mapping[str, TracedPhase]) -> Memory:
     """
     every = list(phases.values())
     subnets = max((_bytes(phase.result) for phase in every[:-1]), default=0)
-    fresh = jax.eval_shape(recipe.tx.init, subnet_shapes(recipe.layout)) if recipe.policy.fresh else ()
+    tx = recipe.policy.transform(recipe.layout, recipe.tx)
+    moments = jax.eval_shape(tx.init, subnet_shapes(recipe.layout))
+    fresh = _bytes(moments) - _bytes(recipe.policy.end(moments))
     at_once = recipe.layout.workers_per_device if recipe.vmapped else 1
-    return Memory(_bytes(every[0].inputs[0]), subnets, at_once * _bytes(fresh))
+    return Memory(_bytes(every[0].inputs[0]), subnets, at_once * fresh)
 
 
 def step_flops(recipe: Recipe, data: Split, batch_size: int) -> float:

@@ -75,11 +75,13 @@ def ledger_of(subject: Subject) -> Ledger:
     workers = layout.workers_per_device
     texts = {name: compiled.read(program.as_text()) for name, program in subject.programs.items()}  # type: ignore[arg-type]
     kept, found = formula.memory(subject.recipe, subject.phases)._asdict(), _held(subject.programs)
-    # of the state, subnets hold what goes out
-    held = (subject.state.params, subject.state.travels) if found["subnets"] else subject.state
-    trees = sum(map(layout.is_tree, jax.tree.leaves(held, is_leaf=layout.is_tree)))
-    numbers = found["subnets"] / workers if found["subnets"] else found["store"]
-    figures = {"expected": formula.slot_parameters(layout), "hlo": numbers / trees / layout.dtype.itemsize}
+    slots = formula.slot_parameters(layout)
+    if found["subnets"]:  # their moments aside
+        held = slots * found["subnets"] / kept["subnets"]
+    else:
+        trees = sum(map(layout.is_tree, jax.tree.leaves(subject.state, is_leaf=layout.is_tree)))
+        held = found["store"] / trees / layout.dtype.itemsize
+    figures = {"expected": slots, "hlo": held}
     figures["paper"] = formula.subnet_parameters(layout) / layout.num_workers
     parameters = _row("parameters held", "parameters", "worker", **figures)
     expected = round_traffic(subject.phases, layout).sent

@@ -13,7 +13,7 @@ from ist_jax.exchange.layout import A, Layout, Leaf, Shapes
 from ist_jax.masking import Params
 
 _INIT_PARTS = 2
-Stacked = Mapping[str, Float[Array | np.ndarray, "D ..."]]
+Stacked = Mapping[str, Shaped[Array | np.ndarray, "D ..."]]
 # Files of functions of the same names, of one leaf each; shared leaves alone are exchanged all together.
 KINDS = (shared, rows, pairs)
 

@@ -78,6 +78,22 @@ def put_back(layout: Layout, leaf: Leaf, old: Shard, got: Parts, draw: Draw, fla
     return scatter(old, where, got.reshape(-1, *got.shape[2:]), disjoint=disjoint)
 
 
+def holders(layout: Layout, leaf: Leaf, draw: Draw, flags: Flags) -> Int[Array, "W _ U_out 1"]:
+    """How many of the workers flagged hold each pair of units."""
+    first, second = leaf.groups
+    size = first.strips * first.strip_size
+
+    def held(group: Group, length: int) -> Int[Array, "S U"]:
+        indices = indices_of(group, draw)
+        of_size = jnp.zeros((len(flags), length), jnp.int32)
+        workers = jnp.arange(len(flags))[:, None]
+        return of_size.at[workers, jnp.where(indices < group.size, indices, length)].set(1, mode="drop")
+
+    inputs = held(first, size).reshape(len(flags), first.strips, -1) * flags[:, None, None]
+    inputs = _own(layout, inputs, 1)  # [S, W, U_in / S]
+    return jnp.einsum("swi,so->wio", inputs, held(second, second.size))[..., None]
+
+
 def assigned(leaf: Leaf, num_workers: int) -> int | float:
     """Numbers of the leaf that all workers' subnets hold together, assigned slots only; a mean over draws."""
     first, second = leaf.groups

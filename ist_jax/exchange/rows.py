@@ -7,7 +7,7 @@ pulls exactly n slices from each device.
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf, canonical, cut, indices_of, restore
 from ist_jax.exchange.scatter import scatter
@@ -62,6 +62,17 @@ def put_back(layout: Layout, leaf: Leaf, old: Shard, got: Parts, draw: Draw, fla
     (group,) = leaf.groups
     indices = jnp.where(flags[:, None], indices_of(group, draw), group.size)
     return scatter(old, (indices,), got.reshape(-1, *got.shape[2:]), disjoint=group.disjoint)
+
+
+def holders(layout: Layout, leaf: Leaf, draw: Draw, flags: Flags) -> Int[Array, "U q"]:
+    """How many of the workers flagged hold each number of this device's shard; nobody holds the padding."""
+    (group,) = leaf.groups
+    indices = indices_of(group, draw)
+    counts = jnp.broadcast_to(flags[:, None].astype(jnp.int32), indices.shape)
+    held = jnp.zeros(group.size, jnp.int32).at[indices].add(counts, mode="drop")
+    step = -(-leaf.row_size // layout.num_devices)
+    real = lax.axis_index(AXIS) * step + jnp.arange(step) < leaf.row_size
+    return jnp.where(real, held[:, None], 0)
 
 
 def assigned(leaf: Leaf, num_workers: int) -> int | float:

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf, Shards, cut
 from ist_jax.exchange.wire import Inputs, all_gather
 from ist_jax.masking import ordered_mean
+from ist_jax.partition import Draw
 
 SLICES = "shared leaves"  # the one part that travels
 Stored = Shaped[np.ndarray | np.generic, "*shape"]
@@ -59,6 +60,11 @@ def put_back(layout: Layout, old: Shards, parts: Shards, flags: Flags) -> Shards
     mean = ordered_mean(own, parts[SLICES].reshape(layout.num_workers, -1), flags[:, None])
     whole = jnp.where(flags.any(), all_gather(layout, mean), flat.reshape(-1))  # a codec may round the old
     return unravel(whole[: raveled.size])
+
+
+def holders(layout: Layout, leaf: Leaf, draw: Draw, flags: Flags) -> Int[Array, ""]:
+    """How many of the workers flagged hold the leaf."""
+    return flags.sum(dtype=jnp.int32)
 
 
 def assigned(leaf: Leaf, num_workers: int) -> int | float:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from ist_jax.exchange import shared, wire
 from ist_jax.exchange.kinds import kind_of, unit_leaves
-from ist_jax.exchange.layout import Layout, Shards
+from ist_jax.exchange.layout import Flags, Layout, Shards
 from ist_jax.partition import Draw
 
 _HEALTHY = "health flags"
@@ -54,6 +54,13 @@ def merge(layout: Layout, old: Own, subnets: Subnets, draw: Draw, healthy: Bool[
     Returns:
       Shards as `old`.
     """
+    return merge_heard(layout, old, subnets, draw, healthy)[0]
+
+
+def merge_heard(
+    layout: Layout, old: Own, subnets: Subnets, draw: Draw, healthy: Bool[Array, " W"]
+) -> tuple[Own, Flags]:
+    """The same, and who of all workers was heard, bool [S]."""
     units = unit_leaves(layout)
     send = shared.take_apart(layout, shared_leaves(layout, subnets))
     send |= {path: kind.take_apart(layout, leaf, subnets[path], draw) for path, leaf, kind in units}
@@ -63,7 +70,18 @@ def merge(layout: Layout, old: Own, subnets: Subnets, draw: Draw, healthy: Bool[
     got = wire.all_to_all(layout, send, exact={_HEALTHY: flags})
     heard = got[_HEALTHY].reshape(-1) > 0  # [S]
     new = shared.put_back(layout, shared_leaves(layout, old), got, heard)
-    return new | {p: kind.put_back(layout, leaf, old[p], got[p], draw, heard) for p, leaf, kind in units}
+    new |= {p: kind.put_back(layout, leaf, old[p], got[p], draw, heard) for p, leaf, kind in units}
+    return new, heard
+
+
+def holders(layout: Layout, draw: Draw, heard: Flags) -> Shards:
+    """How many of the workers that were heard held the entries of this device's shards.
+
+    Returns:
+      Flat dict of int32 arrays that broadcast against the shards.
+    """
+    leaves = layout.leaves.items()
+    return {path: kind_of(leaf).holders(layout, leaf, draw, heard) for path, leaf in leaves}
 
 
 def _note(layout: Layout, cause: str, send: Shards) -> None:

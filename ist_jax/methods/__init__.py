@@ -16,18 +16,29 @@ class Entry(NamedTuple):
     Attributes:
       make: the factory.
       deals_units: whether the model's units are dealt out; else the layout has no groups.
-      optimizer_state: the one policy that the method has; '': the config's.
+      policies: of the optimizer's state that the method has, names of `steps.POLICIES`; its default first.
       exchanges: parameters go out and come back, so that a codec has something to encode.
     """
 
     make: Callable[[Recipe], Method]
     deals_units: bool = False
-    optimizer_state: str = ""
+    policies: tuple[str, ...] = ("reset", "keep", "carry")
     exchanges: bool = True
 
 
 METHODS: dict[str, Entry] = {
     "ist": Entry(subnets.make, deals_units=True),
-    "local_sgd": Entry(subnets.make),
-    "data_parallel": Entry(data_parallel.make, optimizer_state="carry", exchanges=False),
+    "local_sgd": Entry(subnets.make, policies=("keep", "reset", "carry")),
+    "data_parallel": Entry(data_parallel.make, policies=("carry",), exchanges=False),
 }
+
+
+def policy_of(method: object, chosen: str) -> str:
+    """The policy of a method's optimizer state: the chosen one or, where it has none such, its default.
+
+    Args:
+      method: an `Entry`, or a factory of the user's own.
+      chosen: a name of `steps.POLICIES`; '': none.
+    """
+    policies = method.policies if isinstance(method, Entry) else Entry._field_defaults["policies"]
+    return chosen if chosen in policies else policies[0]

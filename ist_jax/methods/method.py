@@ -21,6 +21,7 @@ from ist_jax.data import Split
 from ist_jax.exchange import wire
 from ist_jax.exchange.layout import AXIS, Layout, Shapes, Shards
 from ist_jax.masking import Params
+from ist_jax.methods.outer import Outer
 from ist_jax.partition import Draw
 
 Gates = Mapping[str, Bool[Array, "*W n"]]  # False in empty slots, by group
@@ -93,27 +94,32 @@ class Method(NamedTuple):
       phases: by name, in order: (state, value, turn) -> value, where the first value is None; the last phase
         returns (state, `Told`). One called 'local' is the computing, as modelled times take it.
       score: (state, evaluation batches [n, B, ...]) -> sums [n, 2 + M], as `runtime.scoring` adds them up.
+      own_restarts: where the number of workers changes, what they keep is that of `init` again; else such a
+        run cannot go on.
     """
 
     init: Callable[[Shards], State]
     phases: Mapping[str, Phase]
     score: Callable[[State, Split], Float[Array, "n k"]]
+    own_restarts: bool = False
 
 
 class Policy(NamedTuple):
     """What becomes of the optimizer's state between rounds.
 
     Attributes:
-      init: (tx, params) -> what travels with the parameters.
-      start: (tx, params, travels) -> a worker's optimizer state at the start of a round.
-      end: its state after the round -> what travels.
-      fresh: it is made anew in every round.
+      init: (layout, tx, params) -> (what travels with the parameters, what each worker keeps, [W, ...]).
+      start: (layout, tx, params, travels, own) -> a worker's optimizer state at the start of a round.
+      end: its state after the round -> (what travels, what it keeps); the rest is made anew in every round.
+      transform: (layout, tx) -> the optimizer of such a state.
     """
 
-    init: Callable[[optax.GradientTransformation, Shards], PyTree]
-    start: Callable[[optax.GradientTransformation, Shards, PyTree], PyTree]
-    end: Callable[[PyTree], PyTree]
-    fresh: bool = False
+    init: Callable[[Layout, optax.GradientTransformation, Shards], tuple[PyTree, PyTree]]
+    start: Callable[[Layout, optax.GradientTransformation, Shards, PyTree, PyTree], PyTree]
+    end: Callable[[PyTree], tuple[PyTree, PyTree]]
+    transform: Callable[[Layout, optax.GradientTransformation], optax.GradientTransformation] = (
+        lambda layout, tx: tx
+    )
 
 
 class Recipe(NamedTuple):
@@ -121,13 +127,14 @@ class Recipe(NamedTuple):
 
     Attributes:
       layout: how the model is sharded, and its units.
-      tx: gradient transformation before the learning rate; it must not depend on it.
+      tx: the optimizer; what it returns, times the learning rate, is added to the parameters.
       loss_fn: (flat params, inputs, labels, gates or None, key) -> (mean loss, mean of the first score); the
         key is for what is random in the model and the loss.
       batch_fn: (data, indices [B], key) -> (inputs, labels).
       score_fn: (shards of the parameters, evaluation batches) -> sums, the `Method.score` of one model.
       init_params: key -> the model's fresh parameters (nested), for methods with more than one model.
       policy: of the optimizer's state.
+      outer: what becomes of the means of a merge; None: they are taken as they are.
       seed: of the workers' keys.
       vmapped: a device's workers train together by `vmap` instead of one after another.
       unroll: local steps per iteration of the compiled loop.
@@ -140,6 +147,7 @@ class Recipe(NamedTuple):
     score_fn: Callable[[Shards, Split], Float[Array, "n k"]]
     init_params: Callable[[Key[Array, ""]], Params]
     policy: Policy
+    outer: Outer | None = None
     seed: int = 0
     vmapped: bool = False
     unroll: int = 1

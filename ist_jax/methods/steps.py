@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
 from ist_jax.exchange.layout import AXIS, Layout, Shards
+from ist_jax.methods import keep
 from ist_jax.methods.method import Gates, Losses, Policy, Recipe, Told, Turn
 
 Rate = Float[Array, ""]
@@ -22,11 +23,15 @@ PerWorker: TypeAlias = PyTree[Shaped[Array, "W ..."]]
 POLICIES: dict[str, Policy] = {
     # anew in every round, as in the papers
     "reset": Policy(
-        init=lambda *_: (), start=lambda tx, params, _: tx.init(params), end=lambda _: (), fresh=True
+        init=lambda *_: ((), ()), start=lambda layout, tx, params, *_: tx.init(params), end=lambda _: ((), ())
     ),
+    # of the shared leaves kept by each worker, never sent
+    "keep": Policy(keep.init, keep.start, keep.end, keep.transform),
     # exchanged with the parameters, and merged like them
     "carry": Policy(
-        init=lambda tx, params: tx.init(params), start=lambda tx, params, kept: kept, end=lambda state: state
+        init=lambda layout, tx, params: (tx.init(params), ()),
+        start=lambda layout, tx, params, travels, own: travels,
+        end=lambda state: (state, ()),
     ),
 }
 
@@ -70,7 +75,7 @@ def gradient(
 def update(recipe: Recipe, params: Shards, opt_state: PyTree, grads: Shards, rate: Rate) -> Carry:
     """(parameters, optimizer state) after one step."""
     updates, opt_state = recipe.tx.update(grads, opt_state, params)
-    return jax.tree.map(lambda p, u: p - (rate * u).astype(p.dtype), params, updates), opt_state
+    return jax.tree.map(lambda p, u: p + (rate * u).astype(p.dtype), params, updates), opt_state
 
 
 def clear_empty_slots(layout: Layout, grads: Shards, gates: Gates) -> Shards:

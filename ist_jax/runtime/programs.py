@@ -1,6 +1,7 @@
 """The compiled programs of a run, each compiled once, and the state that they start from."""
 
 import contextlib
+import logging
 import os
 import time
 from collections import Counter
@@ -33,6 +34,8 @@ from ist_jax.methods.method import (
 from ist_jax.runtime import devices
 from ist_jax.runtime.devices import Devices
 from ist_jax.workdir import checkpoint
+
+log = logging.getLogger(__name__)
 
 Pending: TypeAlias = Future[Executable]
 _IN_AXES = (0, 0, AXES)  # of (state, value, turn)
@@ -169,11 +172,19 @@ def init_state(method: Method, shards: Shards, chosen: Devices) -> State:
 def restore_state(method: Method, layout: Layout, saved: checkpoint.Saved, chosen: Devices) -> State:
     """The state of a checkpoint, placed array by array: no process ever holds the whole model.
 
+    Of another number of workers, what they kept is not restored, if the method can do without.
+
     Raises:
       ValueError: the checkpoint is not of this model or method, or damaged.
     """
     _, like = trace_init(method, shard_shapes(layout), layout.num_devices)
-    return saved.restore(layout, like, partial(devices.put, devices=chosen))
+    put = partial(devices.put, devices=chosen)
+    if not method.own_restarts or saved.workers in (None, layout.num_workers):
+        return saved.restore(layout, like, put)
+    before, now = f"moments that {saved.workers} workers kept", f"num_workers={layout.num_workers}"
+    log.warning("%s: the %s start at zero, for %s", saved.folder, before, now)
+    state = saved.without_own().restore(layout, like._replace(own=()), put)
+    return state._replace(own=init_state(method, state.params, chosen).own)
 
 
 def on_one_device(tree: PyTree) -> PyTree[jax.ShapeDtypeStruct]:

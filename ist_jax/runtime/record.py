@@ -130,6 +130,7 @@ def summarize(run: Run, records: Sequence[Record], given: Given, params_sha256: 
         "device_kind": device.device_kind,
         "compile_options": changing_bits(run.devices),
         "seed": run.settings["seed"],
+        "optimizer_state": run.settings["optimizer_state"],
         **given,
         "task": run.inputs.task.name,
         "metric": run.inputs.task.metric._asdict(),

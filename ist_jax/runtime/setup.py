@@ -12,7 +12,6 @@ from typing import TypeVar
 import flax.linen as nn
 import jax
 import numpy as np
-import optax
 from jax.extend.core import ClosedJaxpr
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
@@ -28,7 +27,9 @@ from ist_jax.exchange.codec import CODECS, NONE, Codec
 from ist_jax.exchange.kinds import from_params, shard_shapes
 from ist_jax.exchange.layout import Layout, make_layout, regroup
 from ist_jax.masking import Params
+from ist_jax.methods import optimizers, outer
 from ist_jax.methods.method import Method, Recipe, TracedPhase, Turn, replay, trace, trace_init
+from ist_jax.methods.optimizers import NOTHING_GIVEN, Given
 from ist_jax.methods.steps import POLICIES
 from ist_jax.models import adapter
 from ist_jax.runtime import compile_options, devices, inputs, processes, programs, scoring
@@ -53,6 +54,7 @@ def set_up(
     start: checkpoint.Saved | None = None,
     evaluation_only: bool = False,
     task: Own | None = None,
+    given: Given = NOTHING_GIVEN,
 ) -> Run:
     """Opens the data, places the model on the devices and compiles the programs of a run.
 
@@ -63,6 +65,7 @@ def set_up(
       start: the checkpoint to go on from.
       evaluation_only: compile no program but the evaluation, and put no training data on the devices.
       task: as for `train`.
+      given: an optimizer and a learning rate in place of the config's.
 
     Raises:
       ValueError: a setting that cannot work; the message names the key.
@@ -74,15 +77,15 @@ def set_up(
     chosen = devices.choose(config.num_workers, config.num_devices)
     if start is not None and not evaluation_only:
         compile_options.compare(start.about.get("compile_options", {}), chosen)
-    settings = record(config)
+    settings = record(config) | given.recorded()
     devices.check_same(settings, chosen)
-    recipe = make_recipe(config, model, opened.task, len(chosen))
+    recipe = make_recipe(config, model, opened.task, len(chosen), given.optimizer)
     layout, method = recipe.layout, method_of(config).make(recipe)
     scale = unit_scale(config, layout)
     _log_model(config.method, model, layout, chosen)
     started = time.perf_counter()
     done = Progress(start.round, start.about["examples"]) if start else NOTHING_DONE
-    schedule = make_schedule(config, inputs.count(opened.train), done)
+    schedule = make_schedule(config, inputs.count(opened.train), done, given.schedule)
     feed: Feed = None  # type: ignore[assignment]  # an evaluation has no rounds
     stages = [Stage(schedule.rounds, recipe, method, {}, {}, Traffic({}, {}), Traffic({}, {}), "")]
     with programs.Builder() as builder:
@@ -145,6 +148,15 @@ def method_of(config: ConfigDict) -> methods.Entry:
     return found if isinstance(found, methods.Entry) else methods.Entry(found, deals_units=True)
 
 
+def for_method(config: ConfigDict, method: str) -> ConfigDict:
+    """The config of another method to compare: what that one cannot have is 'none' in it."""
+    own = config.copy_and_resolve_references()
+    own.method = method
+    if method != config.method and not method_of(own).exchanges:
+        own.exchange.codec = own.outer.name = "none"
+    return own
+
+
 def _load(config: ConfigDict, key: str, table: Mapping[str, T]) -> T:
     """What a key names: of its table, or of a file of the user's own."""
     name = files.flatten(config.to_dict())[key]
@@ -160,7 +172,13 @@ def _load(config: ConfigDict, key: str, table: Mapping[str, T]) -> T:
     return found
 
 
-def make_recipe(config: ConfigDict, model: nn.Module, task: Task, num_devices: int) -> Recipe:
+def make_recipe(
+    config: ConfigDict,
+    model: nn.Module,
+    task: Task,
+    num_devices: int,
+    tx: optimizers.Transformation | None = None,
+) -> Recipe:
     """What a config's method is made from, after a warm-up; shapes alone are looked at.
 
     Args:
@@ -168,6 +186,7 @@ def make_recipe(config: ConfigDict, model: nn.Module, task: Task, num_devices: i
       model: the global model.
       task: what is learned.
       num_devices: D, over which the model is sharded.
+      tx: the optimizer; None: the config's.
 
     Raises:
       ValueError: a setting that cannot work; the message names the key.
@@ -195,8 +214,16 @@ def make_recipe(config: ConfigDict, model: nn.Module, task: Task, num_devices: i
             f"exchange.codec={config.exchange.codec!r} is for exchanges of parameters, and method="
             f"{config.method!r} has none; set config.exchange.codec to 'none'"
         )
+    if config.outer.name != "none" and not entry.exchanges:
+        raise ValueError(
+            f"outer.name={config.outer.name!r} is for what a merge brings, and method={config.method!r} has "
+            "none; set config.outer.name to 'none'"
+        )
     layout = make_layout(shapes, axes, groups, config.num_workers, num_devices, codec)
     partition.draw(config.seed, 0, groups, _load(config, "partition.deal", DEALS))  # is it sound?
+    tx = optimizers.make(config.optimizer.to_dict()) if tx is None else tx
+    policy = methods.policy_of(entry, config.optimizer_state)
+    optimizers.check(tx, layout, policy)
     if groups and not adapter.offers(model, "subnet"):
         raise ValueError(
             f"method={config.method!r} deals out units, and the model {type(model).__name__} has no method "
@@ -205,12 +232,13 @@ def make_recipe(config: ConfigDict, model: nn.Module, task: Task, num_devices: i
     subnet = model.subnet({name: group.slots for name, group in groups.items()}) if groups else model
     return Recipe(
         layout=layout,
-        tx=make_tx(config.optimizer),
+        tx=tx,
         loss_fn=scoring.make_loss_fn(subnet, task),
         batch_fn=task.batch,
         score_fn=partial(scoring.score_shards, layout, model, task, unit_scale(config, layout)),
         init_params=replay(jaxpr, shapes),
-        policy=POLICIES[entry.optimizer_state or config.optimizer_state],
+        policy=POLICIES[policy],
+        outer=outer.make(config.outer.to_dict(), config.num_workers),
         seed=config.seed,
         vmapped=config.workers_on_device == "vmap",
     )
@@ -247,21 +275,19 @@ def unit_scale(config: ConfigDict, layout: Layout) -> dict[str, float]:
     return {name: g.share for name, g in layout.groups.items() if config.partition.scale_at_evaluation}
 
 
-def make_tx(optimizer: ConfigDict) -> optax.GradientTransformation:
-    """SGD with weight decay and momentum, before the learning rate."""
-    decay, momentum = optimizer.weight_decay, optimizer.momentum
-    parts = [optax.add_decayed_weights(decay)] if decay else []
-    parts += [optax.trace(momentum, nesterov=optimizer.nesterov)] if momentum else []
-    return optax.chain(*parts) if parts else optax.identity()
-
-
-def make_schedule(config: ConfigDict, num_train: int, done: Progress = NOTHING_DONE) -> Schedule:
+def make_schedule(
+    config: ConfigDict,
+    num_train: int,
+    done: Progress = NOTHING_DONE,
+    learning_rate: optimizers.Schedule | None = None,
+) -> Schedule:
     """How long a run is.
 
     Args:
       config: of the run.
       num_train: examples to train on.
       done: in earlier sessions.
+      learning_rate: of the examples seen; None: the config's.
 
     Raises:
       ValueError: it has more rounds already than the config asks for.
@@ -280,7 +306,7 @@ def make_schedule(config: ConfigDict, num_train: int, done: Progress = NOTHING_D
         rounds=rounds,
         examples_before=done.examples,
         examples_per_round=per_round,
-        learning_rates=learning_rates(config, rounds, done),
+        learning_rates=learning_rates(config, rounds, done, learning_rate),
         eval_every=config.eval_every,
         patience=config.patience,
         checkpoint_every=config.checkpoint.every,
@@ -289,17 +315,32 @@ def make_schedule(config: ConfigDict, num_train: int, done: Progress = NOTHING_D
     )
 
 
-def learning_rates(config: ConfigDict, rounds: int, done: Progress) -> np.ndarray:
+def learning_rates(
+    config: ConfigDict, rounds: int, done: Progress, given: optimizers.Schedule | None = None
+) -> np.ndarray:
     """Learning rates float32 [rounds, l], by the fraction of all examples that all workers have seen.
 
     Args:
       config: of the run.
       rounds: of the whole run.
       done: in earlier sessions; their rows are NaN.
+      given: the rate by the number of examples seen; None: the config's.
+
+    Raises:
+      ValueError: a rate that is given is not finite.
     """
     optimizer, local_steps = config.optimizer, config.local_steps
-    left = (rounds - done.rounds) * local_steps
-    before = done.examples / (config.num_workers * config.batch_size)  # in steps of today's workers
+    left, per_step = (rounds - done.rounds) * local_steps, config.num_workers * config.batch_size
+    past = np.full(rounds * local_steps - left, np.nan)
+    if given is not None:
+        seen = done.examples + per_step * np.arange(left)
+        found = np.asarray(jax.vmap(given)(np.minimum(seen, np.iinfo(np.int32).max).astype(np.int32)))
+        if not np.isfinite(found).all():
+            first = seen[~np.isfinite(found)][0]
+            raise ValueError(f"learning_rate= is not finite after {first:,} examples")
+        found = np.broadcast_to(found, left)
+        return np.concatenate([past, found]).astype(np.float32).reshape(rounds, local_steps)
+    before = done.examples / per_step  # in steps of today's workers
     total, step = before + left, before + np.arange(left)
     warmup = round(optimizer.warmup * total)
     after = (step - warmup) / max(1, total - warmup)  # progress after the warm-up, 0 to 1
@@ -311,7 +352,6 @@ def learning_rates(config: ConfigDict, rounds: int, done: Progress) -> np.ndarra
     }
     ramp = np.minimum(1, (step + 1) / max(1, warmup))
     found = optimizer.learning_rate * ramp * factors[optimizer.schedule]
-    past = np.full(rounds * local_steps - left, np.nan)
     return np.concatenate([past, found]).astype(np.float32).reshape(rounds, local_steps)
 
 

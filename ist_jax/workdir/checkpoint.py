@@ -155,6 +155,15 @@ class Saved(NamedTuple):
     def round(self) -> int:
         return self.about["round"]
 
+    @property
+    def workers(self) -> int | None:
+        """How many there were; None where none kept anything."""
+        return next((x["shape"][0] for name, x in self.arrays.items() if name.startswith("own/")), None)
+
+    def without_own(self) -> "Saved":
+        """The same without what workers kept."""
+        return self._replace(arrays={n: x for n, x in self.arrays.items() if not n.startswith("own/")})
+
     def params(self) -> Iterator[tuple[str, np.ndarray]]:
         """(path, whole leaf) of the parameters, one at a time, verified. Raises Damaged."""
         for name in self.arrays:

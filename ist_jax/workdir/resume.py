@@ -57,6 +57,9 @@ def _difference(key: str, before: Settings, now: Settings) -> str:
     if key.startswith("files."):  # what a user's own file held
         named = key.removeprefix("files.")
         return f"config.{named}={now.get(named)} is not the file that it was begun with"
+    if key.startswith("given."):  # from Python
+        argument = key.removeprefix("given.")
+        return f"{argument}= is {before.get(key, 'not given')} there and {now.get(key, 'not given')} here"
     return f"config.{key} is {before.get(key)!r} there and {now.get(key)!r} here"
 
 
