@@ -10,7 +10,7 @@ unit on each of the leaf's unit axes; leaves without unit axes are shared and he
           workers; one that no healthy worker holds keeps its value.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -131,14 +131,30 @@ def ordered_mean(
     Returns:
       The mean, of the dtype of `old`.
     """
-    tally = Tally(jnp.zeros_like(old), old, jnp.zeros(old.shape, bool), jnp.zeros(held.shape[1:], jnp.int32))
+    return mean_of_parts(old, (new, held), lambda part: part)
 
-    def add(tally: Tally, worker: tuple[Array, Array]) -> tuple[Tally, None]:
-        value, holds = worker
+
+def mean_of_parts(
+    old: Float[Array, "*shape"], parts: PyTree, read: Callable[[PyTree], tuple[Array, Array]]
+) -> Float[Array, "*shape"]:
+    """The same where a worker's values have yet to be put in their places.
+
+    Args:
+      old: before the round.
+      parts: arrays [S, ...], what there is of each worker.
+      read: a worker's part -> (its values, of the shape of `old`; bool, whether it holds them).
+    """
+    of_one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
+    holders = jnp.zeros(jax.eval_shape(read, of_one)[1].shape, jnp.int32)
+    tally = Tally(jnp.zeros_like(old), old, jnp.zeros(old.shape, bool), holders)
+
+    def add(tally: Tally, part: PyTree) -> tuple[Tally, None]:
+        value, holds = read(part)
         counted = tally.add(value)
         return jax.tree.map(lambda a, b: jnp.where(holds, a, b), counted, tally), None
 
-    tally, _ = lax.scan(add, tally, (new, held), unroll=min(len(new), 8))
+    workers = len(jax.tree.leaves(parts)[0])
+    tally, _ = lax.scan(add, tally, parts, unroll=min(workers, 8))
     return tally.mean()
 
 

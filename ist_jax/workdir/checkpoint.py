@@ -74,7 +74,7 @@ class Stored(NamedTuple):
         """That part, of such a length, from what the device keeps."""
         if self.leaf is None:
             return kept
-        return kind_of(self.leaf).to_stored(kept, length)
+        return kind_of(self.leaf).to_stored(self.leaf, kept, length)
 
     def split(self, whole: np.ndarray, num_devices: int) -> np.ndarray:
         """What each device keeps, [D, ...]."""
