@@ -2,7 +2,8 @@
 
 This is the semantics of everything else, on one device, with no collectives; `store` does the same
 on a sharded model and must agree bit for bit. A worker *holds* an entry of a leaf when it holds the
-unit on each of the leaf's unit axes; leaves without unit axes are shared and held by all.
+unit on each of the leaf's unit axes; leaves without unit axes are shared and held by all. On an axis of
+`Blocks`, a unit is several entries, and a subnet's axis has the same form with fewer units.
 
   gather  cuts a worker's subnet out of the global parameters: real, small arrays (arXiv:1910.02120).
   merge   puts the trained subnets back. An entry held by one worker is copied; one held by several
@@ -20,7 +21,7 @@ from flax import traverse_util
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ist_jax.partition import Axes, Draw, Names
+from ist_jax.partition import Axes, Blocks, Draw, Names, as_blocks, names_of
 
 Numbers: TypeAlias = Float[Array | np.ndarray, "..."]
 Params: TypeAlias = PyTree[Numbers]
@@ -59,7 +60,7 @@ def gather(params: Params, axes: Axes, assignment: Draw, worker: int) -> Params:
 
     Returns:
       A nested dict of the same structure; every axis of a group has the n slots of the assignment
-      in place of the U units. Empty slots are zero.
+      in place of the U units, of `Blocks` outer x n x inner entries. Empty slots are zero.
 
     Raises:
       ValueError: as for `masks`.
@@ -183,7 +184,7 @@ def check_assignment(flat: Mapping[str, Leaf], axes: Axes, assignment: Draw, wor
     for path, x in flat.items():
         if path not in axes or len(axes[path]) != x.ndim:
             raise ValueError(f"axes of {path} are {axes.get(path)}, but it has {x.ndim} axes")
-        for name in filter(None, axes[path]):
+        for name in names_of(axes[path]):
             if name not in assignment:
                 raise ValueError(f"no assignment for unit group {name!r} of {path}")
             indices, gates = assignment[name]
@@ -198,8 +199,16 @@ def check_assignment(flat: Mapping[str, Leaf], axes: Axes, assignment: Draw, wor
 
 def _grid(shape: tuple[int, ...], names: Names, assignment: Draw, worker: int) -> tuple[Array, ...]:
     """Where the entries that a worker holds are in a leaf, by slots; outside of it for empty ones."""
-    units = [None if name is None else jnp.asarray(assignment[name].indices)[worker] for name in names]
-    return jnp.ix_(*(jnp.arange(n) if own is None else own for n, own in zip(shape, units, strict=True)))
+
+    def along(size: int, blocks: Blocks | None) -> Array:
+        if blocks is None:
+            return jnp.arange(size)
+        units, count = jnp.asarray(assignment[blocks.name].indices)[worker], blocks.count(size)
+        outer, inner = jnp.arange(blocks.outer)[:, None, None], jnp.arange(blocks.inner)
+        entries = (outer * count + units[:, None]) * blocks.inner + inner  # of unit U: the next run's unit 0
+        return jnp.where(units[:, None] < count, entries, size).reshape(-1)
+
+    return jnp.ix_(*map(along, shape, map(as_blocks, names)))
 
 
 def _mask(shape: tuple[int, ...], names: Names, assignment: Draw, worker: int) -> Bool[Array, "..."]:

@@ -11,18 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from ist_jax.exchange.layout import (
-    AXIS,
-    A,
-    Flags,
-    Layout,
-    Leaf,
-    canonical,
-    indices_of,
-    invert,
-    pad,
-    restore,
-)
+from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf, canonical, indices_of, invert, pad, restore
 from ist_jax.exchange.wire import Inputs, inputs_of_all, multiply_slice
 from ist_jax.masking import mean_of_parts
 from ist_jax.partition import Draw, Group

@@ -22,6 +22,7 @@ from ist_jax.exchange.layout import (
     indices_of,
     invert,
     restore,
+    viewed,
 )
 from ist_jax.exchange.wire import Inputs, inputs_of_all, multiply_slice
 from ist_jax.masking import mean_of_parts
@@ -37,7 +38,8 @@ def split(x: Shaped[A, "..."], leaf: Leaf, num_devices: int) -> Shaped[A, "D ...
     Leading axes of x, such as of workers, follow the first one.
     """
     if leaf.unit_last:
-        x = cut(x.reshape(*x.shape[: x.ndim - len(leaf.shape)], -1, x.shape[-1]), num_devices, -2)
+        x = viewed(x, leaf)
+        x = cut(x.reshape(*x.shape[: x.ndim - len(leaf.view)], -1, x.shape[-1]), num_devices, -2)
     else:
         x = cut(canonical(x, leaf), num_devices, -1)
     return _move(x, x.ndim - _from_end(leaf), 0)
@@ -48,7 +50,7 @@ def join(x: Shaped[A, "D ..."], leaf: Leaf) -> Shaped[A, "..."]:
     x = _move(x, 0, x.ndim - _from_end(leaf))
     if leaf.unit_last:
         x = x.reshape(*x.shape[:-3], -1, x.shape[-1])[..., : leaf.row_size, :]
-        return x.reshape(*x.shape[:-2], *leaf.rest, x.shape[-1])
+        return x.reshape(*x.shape[:-2], *leaf.shape_of(x.shape[-1:]))
     return restore(x.reshape(*x.shape[:-2], -1)[..., : leaf.row_size], leaf)
 
 
@@ -108,7 +110,7 @@ def whole(leaf: Leaf, shard: Float[Array, "..."]) -> Float[Array, "..."]:
     """The whole leaf from what all devices keep; from a row's slice, one unit without its unit axis."""
     got = lax.all_gather(shard, AXIS)
     if shard.ndim == 1:  # a scan over the units runs around
-        return got.reshape(-1)[: leaf.row_size].reshape(leaf.rest)
+        return got.reshape(-1)[: leaf.row_size].reshape(leaf.shape[1:])
     return join(got, leaf)
 
 
