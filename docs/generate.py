@@ -214,7 +214,7 @@ def _gather() -> str:
             row.append(_cell(LEFT + unit * (CELL + 6), top, CELL, 28, f"{letter(unit)}{device}", [worker]))
         parts.append(_named(f"device {device} keeps slice {device} of {_list(range(size))}", row))
     y = 34 + DEVICES * 34 + 10
-    parts += _arrow(y, "gather: one all-to-all")
+    parts += _arrow(y, "gather: all-to-all")
     y += 62
     parts.append(_text(0, y + 10, "each worker's subnet, of whole units", bold=True))
     for worker, units in enumerate(held(drawn(APART, 0))):

@@ -2,7 +2,8 @@
 
 This is the semantics of everything else, on one device, with no collectives; `store` does the same
 on a sharded model and must agree bit for bit. A worker *holds* an entry of a leaf when it holds the
-unit on each of the leaf's unit axes; leaves without unit axes are shared and held by all.
+unit on each of the leaf's unit axes; leaves without unit axes are shared and held by all. On an axis of
+`Blocks`, a unit is several entries, and a subnet's axis has the same form with fewer units.
 
   gather  cuts a worker's subnet out of the global parameters: real, small arrays (arXiv:1910.02120).
   merge   puts the trained subnets back. An entry held by one worker is copied; one held by several
@@ -10,7 +11,7 @@ unit on each of the leaf's unit axes; leaves without unit axes are shared and he
           workers; one that no healthy worker holds keeps its value.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -20,7 +21,7 @@ from flax import traverse_util
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ist_jax.partition import Axes, Draw, Names
+from ist_jax.partition import Axes, Blocks, Draw, Names, as_blocks, names_of
 
 Numbers: TypeAlias = Float[Array | np.ndarray, "..."]
 Params: TypeAlias = PyTree[Numbers]
@@ -59,7 +60,7 @@ def gather(params: Params, axes: Axes, assignment: Draw, worker: int) -> Params:
 
     Returns:
       A nested dict of the same structure; every axis of a group has the n slots of the assignment
-      in place of the U units. Empty slots are zero.
+      in place of the U units, of `Blocks` outer x n x inner entries. Empty slots are zero.
 
     Raises:
       ValueError: as for `masks`.
@@ -131,14 +132,30 @@ def ordered_mean(
     Returns:
       The mean, of the dtype of `old`.
     """
-    tally = Tally(jnp.zeros_like(old), old, jnp.zeros(old.shape, bool), jnp.zeros(held.shape[1:], jnp.int32))
+    return mean_of_parts(old, (new, held), lambda part: part)
 
-    def add(tally: Tally, worker: tuple[Array, Array]) -> tuple[Tally, None]:
-        value, holds = worker
+
+def mean_of_parts(
+    old: Float[Array, "*shape"], parts: PyTree, read: Callable[[PyTree], tuple[Array, Array]]
+) -> Float[Array, "*shape"]:
+    """The same where a worker's values have yet to be put in their places.
+
+    Args:
+      old: before the round.
+      parts: arrays [S, ...], what there is of each worker.
+      read: a worker's part -> (its values, of the shape of `old`; bool, whether it holds them).
+    """
+    of_one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), parts)
+    holders = jnp.zeros(jax.eval_shape(read, of_one)[1].shape, jnp.int32)
+    tally = Tally(jnp.zeros_like(old), old, jnp.zeros(old.shape, bool), holders)
+
+    def add(tally: Tally, part: PyTree) -> tuple[Tally, None]:
+        value, holds = read(part)
         counted = tally.add(value)
         return jax.tree.map(lambda a, b: jnp.where(holds, a, b), counted, tally), None
 
-    tally, _ = lax.scan(add, tally, (new, held), unroll=min(len(new), 8))
+    workers = len(jax.tree.leaves(parts)[0])
+    tally, _ = lax.scan(add, tally, parts, unroll=min(workers, 8))
     return tally.mean()
 
 
@@ -167,7 +184,7 @@ def check_assignment(flat: Mapping[str, Leaf], axes: Axes, assignment: Draw, wor
     for path, x in flat.items():
         if path not in axes or len(axes[path]) != x.ndim:
             raise ValueError(f"axes of {path} are {axes.get(path)}, but it has {x.ndim} axes")
-        for name in filter(None, axes[path]):
+        for name in names_of(axes[path]):
             if name not in assignment:
                 raise ValueError(f"no assignment for unit group {name!r} of {path}")
             indices, gates = assignment[name]
@@ -182,8 +199,16 @@ def check_assignment(flat: Mapping[str, Leaf], axes: Axes, assignment: Draw, wor
 
 def _grid(shape: tuple[int, ...], names: Names, assignment: Draw, worker: int) -> tuple[Array, ...]:
     """Where the entries that a worker holds are in a leaf, by slots; outside of it for empty ones."""
-    units = [None if name is None else jnp.asarray(assignment[name].indices)[worker] for name in names]
-    return jnp.ix_(*(jnp.arange(n) if own is None else own for n, own in zip(shape, units, strict=True)))
+
+    def along(size: int, blocks: Blocks | None) -> Array:
+        if blocks is None:
+            return jnp.arange(size)
+        units, count = jnp.asarray(assignment[blocks.name].indices)[worker], blocks.count(size)
+        outer, inner = jnp.arange(blocks.outer)[:, None, None], jnp.arange(blocks.inner)
+        entries = (outer * count + units[:, None]) * blocks.inner + inner  # of unit U: the next run's unit 0
+        return jnp.where(units[:, None] < count, entries, size).reshape(-1)
+
+    return jnp.ix_(*map(along, shape, map(as_blocks, names)))
 
 
 def _mask(shape: tuple[int, ...], names: Names, assignment: Draw, worker: int) -> Bool[Array, "..."]:

@@ -32,7 +32,35 @@ from ist_jax.streams import Use, rng
 
 _DRAWS = 2  # counted up when equal groups, rules and seeds come to give other draws
 
-Names = tuple[str | None, ...]  # of one leaf: the group along each of its axes
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """An axis on which a unit is `inner` neighbouring entries, `outer` times; outer x units x inner long.
+
+    Fused gates [d, 4 h], four gates of h units each, are `(None, Blocks("hidden", outer=4))`. The inputs of a
+    dense layer are `Blocks("channel", outer=49)` behind a flattened [7, 7, channels] and
+    `Blocks("channel", inner=49)` behind a flattened [channels, 7, 7]. A name alone is `Blocks(name)`.
+
+    Attributes:
+      name: of the group.
+      outer: how often the units are run through.
+      inner: neighbouring entries of one unit.
+    """
+
+    name: str
+    outer: int = 1
+    inner: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.outer, self.inner) < 1:
+            raise ValueError(f"{self}: outer and inner must be at least 1")
+
+    def count(self, size: int) -> int:
+        """Units, or slots, on an axis of so many entries."""
+        return size // (self.outer * self.inner)
+
+
+Names = tuple[str | Blocks | None, ...]  # of one leaf: the group along each of its axes
 Axes = Mapping[str, Names]
 Rules = Mapping[str, PyTree]
 
@@ -167,15 +195,15 @@ def resolve_axes(params: PyTree, rules: Rules) -> dict[str, Names]:
       params: nested dict of arrays (or shapes).
       rules: either a pytree of the params' shape or a flat dict of regular expressions that must
         match a whole path such as `section3/blocks/conv1/kernel`; the values are tuples with a
-        group name or None per array axis. A trailing `...` stands for None on all further axes. The
-        first rule that matches counts; a leaf that none matches is shared by all workers.
+        group name, `Blocks` or None per array axis. A trailing `...` stands for None on all further axes.
+        The first rule that matches counts; a leaf that none matches is shared by all workers.
 
     Returns:
-      A flat dict from path to a tuple of group name or None, one per array axis.
+      A flat dict from path to a tuple of group name, `Blocks` or None, one per array axis.
 
     Raises:
-      ValueError: a rule matches nothing, or does not fit the leaf; a leaf has three unit axes; a
-        group has two different sizes.
+      ValueError: a rule matches nothing, or does not fit the leaf; a leaf has three unit axes; an axis
+        is no whole number of blocks; a group has two different sizes.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     patterns = traverse_util.flatten_dict(dict(rules), sep="/")
@@ -188,12 +216,29 @@ def resolve_axes(params: PyTree, rules: Rules) -> dict[str, Names]:
         axes[path] = _fit_rule(path, leaf.ndim, rule)
     sizes: dict[str, int] = {}
     for path, names in axes.items():
-        for size, name in zip(flat[path].shape, names, strict=True):
-            if name is not None and sizes.setdefault(name, size) != size:
+        for size, blocks in zip(flat[path].shape, map(as_blocks, names), strict=True):
+            if blocks is None:
+                continue
+            name, units = blocks.name, blocks.count(size)
+            if size != units * blocks.outer * blocks.inner:
+                raise ValueError(f"{path} has an axis of {size} entries, no whole number of {blocks}")
+            if sizes.setdefault(name, units) != units:
                 raise ValueError(
-                    f"unit group {name!r} has {sizes[name]} units on one leaf and {size} on {path}"
+                    f"unit group {name!r} has {sizes[name]} units on one leaf and {units} on {path}; an axis "
+                    "on which a unit has several entries is named by Blocks, one that joins units and other "
+                    "entries must be a parameter for each"
                 )
     return axes
+
+
+def as_blocks(along: str | Blocks | None) -> Blocks | None:
+    """What runs along an axis, a group's name alone as `Blocks`."""
+    return Blocks(along) if isinstance(along, str) else along
+
+
+def names_of(names: Names) -> list[str]:
+    """The groups of a leaf's unit axes."""
+    return [blocks.name for blocks in map(as_blocks, names) if blocks is not None]
 
 
 def _fit_rule(path: str, ndim: int, rule: Sequence[Any]) -> Names:
@@ -202,7 +247,7 @@ def _fit_rule(path: str, ndim: int, rule: Sequence[Any]) -> Names:
         names = names[:-1] + (None,) * (ndim - len(names) + 1)
     if len(names) != ndim:
         raise ValueError(f"unit_axes names {len(names)} axes for {path}, which has {ndim}")
-    if sum(name is not None for name in names) > 2:
+    if len(names_of(names)) > 2:
         raise ValueError(f"unit_axes names three unit axes on {path}; at most two are supported")
     return names
 
@@ -235,8 +280,13 @@ def make_groups(
             "one per worker, or be empty"
         )
     flat = traverse_util.flatten_dict(params, sep="/")
-    sizes = {n: s for p, ns in axes.items() for s, n in zip(flat[p].shape, ns, strict=True) if n}
-    stratified = {next(n for n in ns if n) for ns in axes.values() if sum(n is not None for n in ns) == 2}
+    sizes = {
+        blocks.name: blocks.count(size)
+        for path, names in axes.items()
+        for size, blocks in zip(flat[path].shape, map(as_blocks, names), strict=True)
+        if blocks is not None
+    }
+    stratified = {names_of(names)[0] for names in axes.values() if len(names_of(names)) == 2}
     most = max(sizes, key=lambda name: sizes[name], default="")
     if min_units < 0 or (most and min_units > sizes[most]):
         raise ValueError(

@@ -13,6 +13,7 @@ import optax
 from flax import traverse_util
 
 from ist_jax import masking
+from ist_jax.partition import as_blocks
 
 plainly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 
@@ -48,7 +49,10 @@ def subnets(recipe, axes, send=lambda x: x, *, keeps=False):
       the shared leaves; `of_all_workers`.
     """
     groups = recipe.layout.groups
-    axes = {path: tuple(n if n in groups else None for n in names) for path, names in axes.items()}
+    axes = {
+        path: tuple(blocks if blocks and blocks.name in groups else None for blocks in map(as_blocks, names))
+        for path, names in axes.items()
+    }
     shared = [path for path, names in axes.items() if not any(names)]
     dealt = [path for path in axes if path not in shared]
     parts = [shared, dealt] if keeps else [list(axes)]  # leaves with an optimizer to themselves
@@ -70,10 +74,11 @@ def subnets(recipe, axes, send=lambda x: x, *, keeps=False):
     @plainly
     def clear(subnet, gates):  # empty slots are no parameters
         for path, names in axes.items():
-            for axis, name in enumerate(names):
-                if name in gates:
+            for axis, blocks in enumerate(names):
+                if blocks and blocks.name in gates:
+                    gate = jnp.tile(jnp.repeat(gates[blocks.name], blocks.inner), blocks.outer)
                     others = [a for a in range(len(names)) if a != axis]
-                    subnet[path] = jnp.where(jnp.expand_dims(gates[name], others), subnet[path], 0)
+                    subnet[path] = jnp.where(jnp.expand_dims(gate, others), subnet[path], 0)
         return subnet
 
     def one_round(params, moments, turn):

@@ -16,14 +16,14 @@ from ist_jax.tasks.classification import classification
 from ist_jax.tasks.task import with_example
 
 
-def set_up(name, change=None, *, params=None, evaluation_only=False, **overrides):
+def set_up(name, change=None, *, model=None, params=None, evaluation_only=False, **overrides):
     """The run of a config, with `change` of the recipe that its method is made from."""
     make_recipe = setup.make_recipe
     with pytest.MonkeyPatch.context() as patch:
         if change is not None:
             patch.setattr(setup, "make_recipe", lambda *args: change(make_recipe(*args)))
         config = get_config(name, **overrides)
-        return setup.set_up(config, params=params, evaluation_only=evaluation_only)
+        return setup.set_up(config, model, params, evaluation_only=evaluation_only)
 
 
 def train_and_look(config, workdir, model=None):

@@ -8,14 +8,16 @@ from flax import traverse_util
 from jaxtyping import TypeCheckError
 
 from ist_jax import deals, masking, partition
-from ist_jax.partition import Assignment
+from ist_jax.partition import Assignment, Blocks
 
 RULES = {
     "in/kernel": (None, "h1"),
     "norm/.*": ("h1",),
     "mid/kernel": ("h1", None, "h2"),
     "square": ("h2", "h2"),
-    "out/kernel": ("h2", None),
+    "out/kernel": (Blocks("h2", outer=2, inner=3), None),
+    "gates/kernel": (None, Blocks("h1", outer=4)),
+    "gates/recurrent": (Blocks("h1", inner=2), Blocks("h1", outer=4)),
 }
 
 
@@ -23,7 +25,8 @@ def make_params(h1, h2, seed=0):
     rng = np.random.default_rng(seed)
     shapes = {
         "in/kernel": (3, h1), "norm/scale": (h1,), "mid/kernel": (h1, 2, h2), "square": (h2, h2),
-        "out/kernel": (h2, 4), "out/bias": (4,), "temperature": (),
+        "out/kernel": (6 * h2, 4), "out/bias": (4,), "temperature": (), "gates/kernel": (3, 4 * h1),
+        "gates/recurrent": (2 * h1, 4 * h1),
     }  # fmt: skip
     flat = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
     return traverse_util.unflatten_dict(flat, sep="/")
@@ -60,6 +63,60 @@ def test_masking_masks_say_what_gather_cuts_out():
             held = np.sort(np.asarray(leaf)[np.asarray(mask[path])].ravel())
             cut = np.sort(np.asarray(subnet[path]).ravel())
             assert np.array_equal(held, cut[cut != 0]), path  # empty slots are zero
+
+
+def test_masking_blocks_are_what_a_reshaped_view_is():
+    rng, groups = np.random.default_rng(0), {"u": partition.Group("u", 5, 2)}
+    assignment = partition.draw(0, 0, groups, deals.random)  # 3 and 2 units
+    view = rng.normal(size=(2, 4, 5, 3)).astype(np.float32)
+    flat, flat_axes = {"x": view.reshape(2, 60)}, {"x": (None, Blocks("u", outer=4, inner=3))}
+    axes = {"x": (None, None, "u", None)}
+    for worker in range(2):
+        subnet = masking.gather(flat, flat_axes, assignment, worker)["x"]
+        meant = masking.gather({"x": view}, axes, assignment, worker)["x"]
+        assert meant.shape == (2, 4, 3, 3) and np.array_equal(subnet, meant.reshape(2, 36))
+        mask = masking.masks(flat, flat_axes, assignment, worker)["x"]
+        meant = masking.masks({"x": view}, axes, assignment, worker)["x"]
+        assert np.array_equal(mask, meant.reshape(2, 60))
+
+
+def test_masking_blocks_by_hand():
+    # 3 units, twice 2 neighbours each: unit 1 is entries 2, 3 and 8, 9
+    params, axes = {"x": np.arange(12, dtype=np.float32)}, {"x": (Blocks("u", outer=2, inner=2),)}
+    assignment = {
+        "u": Assignment(np.array([[1, 3], [0, 2]], np.int32), np.array([[True, False], [True, True]]))
+    }
+    subnets = [masking.gather(params, axes, assignment, worker) for worker in range(2)]
+    assert subnets[0]["x"].tolist() == [2, 3, 0, 0, 8, 9, 0, 0]  # an empty slot is behind each run
+    assert subnets[1]["x"].tolist() == [0, 1, 4, 5, 6, 7, 10, 11]
+    merged = masking.merge(params, axes, assignment, [{"x": -subnets[0]["x"]}, subnets[1]])
+    assert merged["x"].tolist() == [0, 1, -2, -3, 4, 5, 6, 7, -8, -9, 10, 11]
+
+
+def fused_gates(params, x, keep=1.0):
+    """A cell with three fused gates; `keep`: which hidden units there are."""
+    first, second, third = jnp.split(x @ params["gates"], 3, axis=-1)
+    hidden = keep * jax.nn.sigmoid(first) * jnp.tanh(second) + keep * third
+    return jnp.tanh(hidden @ params["recurrent"]) @ params["out"]
+
+
+def test_masking_blocks_keep_the_gates_of_a_unit_together():
+    rng = np.random.default_rng(0)
+    shapes = {"gates": (4, 18), "recurrent": (6, 18), "out": (18, 2)}
+    params = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+    fused = Blocks("hidden", outer=3)
+    axes = partition.resolve_axes(
+        params, {"gates": (None, fused), "recurrent": ("hidden", fused), "out": (fused, None)}
+    )
+    groups = partition.make_groups(params, axes, 2)
+    assert groups["hidden"].size == 6
+    assignment, x = partition.draw(0, 0, groups, deals.random), rng.normal(size=(5, 4)).astype(np.float32)
+    for worker in range(2):
+        mine = masking.gather(params, axes, assignment, worker)
+        assert [x.shape for x in jax.tree.leaves(mine)] == [(4, 9), (9, 2), (3, 9)]
+        keep = np.isin(np.arange(6), assignment["hidden"].indices[worker])
+        whole = params | {"out": params["out"] * np.tile(keep, 3)[:, None]}
+        assert np.allclose(fused_gates(mine, x), fused_gates(whole, x, keep), atol=1e-5)
 
 
 def test_masking_masks_cover_every_entry_of_rows_once_and_all_of_pairs_never():

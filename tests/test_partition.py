@@ -293,3 +293,27 @@ def test_a_fingerprint_tells_rules_and_groups_apart():
     prints = {partition.fingerprint((g,), rule) for g in (group, *others) for rule in ("random", "rolling")}
     assert len(prints) == 10
     assert partition.fingerprint((group, others[0]), "") == partition.fingerprint((others[0], group), "")
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (
+            {"x": (partition.Blocks("u", outer=4), None)},
+            r"x has an axis of 6 entries, no whole number of Blocks\(name='u', outer=4, inner=1\)$",
+        ),
+        (
+            {"x": ("u", None), "joined": ("u", None)},
+            r"'u' has 6 units on one leaf and 10 on joined; .* must be a parameter for each$",
+        ),
+    ],
+)
+def test_axes_that_are_no_blocks_of_units_are_refused(rules, message):
+    params = {"x": np.zeros((6, 2)), "joined": np.zeros((10, 2))}  # [x; h]: 4 inputs and 6 units
+    with pytest.raises(ValueError, match=message):
+        partition.resolve_axes(params, rules)
+
+
+def test_blocks_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="outer and inner must be at least 1"):
+        partition.Blocks("u", outer=0)

@@ -18,6 +18,7 @@ from ist_jax.exchange import store, wire
 from ist_jax.exchange.codec import NONE, Codec
 from ist_jax.exchange.kinds import from_params, shard_shapes, subnet_shapes, to_params
 from ist_jax.exchange.layout import AXIS, make_layout
+from ist_jax.exchange.streaming import Streamed
 from ist_jax.runtime import devices
 
 BFLOAT16 = Codec(encode=lambda x: x.astype(jnp.bfloat16), decode=lambda x: x.astype(jnp.float32))
@@ -145,6 +146,16 @@ def test_exchange_is_bit_identical_on_any_number_of_devices(least, counts):
     for other in results[1:]:
         for path, leaf in leaves(results[0]).items():
             assert np.array_equal(leaves(other)[path], leaf), path
+
+
+@pytest.mark.parametrize("path", ["in/kernel", "gates/kernel", "gates/recurrent", "out/kernel", "square"])
+def test_products_by_a_kernel_that_is_sharded(path):
+    params, axes, groups, _ = make_case(6, 4, 2)
+    layout = make_layout(params, axes, groups, 2, 2)
+    kernel = leaves(params)[path]
+    x = np.random.default_rng(0).normal(size=(2, 3, len(kernel))).astype(np.float32)
+    product = jax.vmap(partial(Streamed(layout).product, path), axis_name=AXIS)
+    assert np.allclose(product(x, from_params(layout, params)[path]), x @ kernel, atol=1e-5)
 
 
 def arguments(layout):

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +36,35 @@ ROUNDS = 2
 BFLOAT16 = Codec(encode=lambda x: x.astype(jnp.bfloat16), decode=lambda x: x.astype(jnp.float32))
 
 
+class LSTM(nn.Module):
+    """Reads an image from above; the four gates of a unit are columns of fused kernels."""
+
+    hidden: int = 10
+
+    def unit_axes(self):
+        fused = partition.Blocks("hidden", outer=4)
+        return {
+            "input/kernel": (None, fused), "input/bias": (fused,), "recurrent/kernel": ("hidden", fused),
+            "head/kernel": ("hidden", None),
+        }  # fmt: skip
+
+    def subnet(self, sizes):
+        return self.clone(hidden=sizes["hidden"])
+
+    @nn.compact
+    def __call__(self, x, gates=None, scale=None):
+        read, recur = (
+            nn.Dense(4 * self.hidden, name="input"),
+            nn.Dense(4 * self.hidden, False, name="recurrent"),
+        )
+        cell = hidden = jnp.zeros((len(x), self.hidden), x.dtype)
+        for rows in jnp.split(x.reshape(len(x), -1), 4, axis=1):
+            enter, forget, new, leave = jnp.split(read(rows) + recur(hidden), 4, axis=1)
+            cell = nn.sigmoid(forget) * cell + nn.sigmoid(enter) * jnp.tanh(new)
+            hidden = nn.sigmoid(leave) * jnp.tanh(cell)
+        return nn.Dense(10, name="head")(hidden)
+
+
 class Case(NamedTuple):
     """A run; `place`: workers, devices and, where there are several on one, how they train.
 
@@ -54,6 +84,7 @@ class Case(NamedTuple):
     outer: Mapping[str, Any] | None = None
     dtype: Any = np.float32
     tolerance: float = 2e-4
+    model: nn.Module | None = None
 
 
 CARRY = {"policy": "carry", "tolerance": 2e-5}
@@ -88,6 +119,7 @@ CASES = {
     "local_sgd keep": Case(
         (4, 2, "vmap"), **EXACT, method="local_sgd", policy="keep", tx=ADAM, overrides=SOME, ill=(1, "update")
     ),
+    "ist blocks": Case((3, 3), **EXACT, policy="carry", model=LSTM()),
     "local_sgd": Case((4, 2, "vmap"), **CARRY, method="local_sgd", ill=(0, "loss")),
     "local_sgd absent": Case((4, 1, "map"), method="local_sgd", overrides=SOME),
     "local_sgd bfloat16": Case((3, 3), **EXACT, method="local_sgd", codec=BFLOAT16, policy="carry"),
@@ -159,7 +191,7 @@ def set_up_case(case):
     settings = {"num_workers": workers, "num_devices": num_devices, "optimizer_state": case.policy}
     settings |= {f"outer.{key}": value for key, value in (case.outer or {}).items()}
     settings |= {"partition.deal": case.deal} | ({"workers_on_device": mode[0]} if mode else {})
-    return set_up(case.config, change, method=case.method, **settings, **case.overrides)
+    return set_up(case.config, change, model=case.model, method=case.method, **settings, **case.overrides)
 
 
 def spoilt_by_labels(loss_fn):

@@ -9,8 +9,7 @@ from jaxtyping import TypeCheckError
 from test_masking import make_case
 
 from ist_jax.exchange import kinds, pairs, rows, shared, store, wire
-from ist_jax.exchange.layout import AXIS, make_layout
-from ist_jax.exchange.scatter import scatter
+from ist_jax.exchange.layout import AXIS, invert, make_layout
 from ist_jax.methods import steps
 from ist_jax.methods.method import Recipe, Turn
 
@@ -70,11 +69,9 @@ def test_a_merge_checks_every_leaf_and_not_the_first_alone(case):
         lambda layout: kinds.from_params(layout, {"a": np.zeros(3, int)}),  # integers
         lambda layout: wire.all_to_all(layout, {"a": jnp.zeros((2, 3)), "b": jnp.zeros((3, 3))}, {}),
         lambda layout: wire.all_gather(layout, jnp.zeros((2, 3))),
-        lambda layout: scatter(jnp.zeros((4, 3)), (jnp.zeros((2, 1)),), jnp.zeros((2, 1, 3)), disjoint=True),
-        lambda layout: scatter(
-            jnp.zeros((4, 3)), (jnp.zeros((2, 1), int),), jnp.zeros((3, 1, 3)), disjoint=True
-        ),
-        lambda layout: rows.to_stored(np.zeros(4), 2),
+        lambda layout: invert(jnp.zeros(3), 4),
+        lambda layout: invert(jnp.zeros((2, 1), int), 4),
+        lambda layout: rows.to_stored(layout.leaves["norm/scale"], np.zeros(4), 2),
         lambda layout: pairs.join(np.zeros((2, 4, 3)), layout.leaves["norm/scale"]),
         lambda layout: shared.put_back(layout, {}, {}, jnp.ones(4)),  # flags are bool
     ],

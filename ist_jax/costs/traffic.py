@@ -58,7 +58,7 @@ def megabytes(size: float) -> str:
 
 
 def by_cause(parts: Sequence[Part], found: Mapping[tuple[str, float], float]) -> dict[str, float]:
-    """Bytes that a device sends in a phase, told apart: the one all-to-all of a merge has several causes.
+    """Bytes that a device sends in a phase, told apart: the all-to-alls of a merge have several causes.
 
     Args:
       parts: of the exchanges in it.

@@ -11,14 +11,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf, canonical, indices_of, pad, restore
-from ist_jax.exchange.scatter import scatter
+from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf, canonical, indices_of, invert, pad, restore
 from ist_jax.exchange.wire import Inputs, inputs_of_all, multiply_slice
+from ist_jax.masking import mean_of_parts
 from ist_jax.partition import Draw, Group
 
 Shard = Float[Array, "W _ U_out R"]
 Parts = Float[Array, "D W strips m n_out R"]  # first axis: destination, then source
-Where = tuple[Int[Array, "S W 1 1"], Int[Array, "S W m 1"], Int[Array, "S 1 1 n"]]
 
 
 def split(x: Shaped[A, "*shape"], leaf: Leaf, num_devices: int) -> Shaped[A, "D W _ U_out R"]:
@@ -40,23 +39,32 @@ def stored_piece(leaf: Leaf, device: int, num_devices: int) -> tuple[int, int, i
     return 0, min(device * step, group.size), min((device + 1) * step, group.size)
 
 
-def to_stored(shard: Shaped[np.ndarray, "W _ U_out R"], length: int) -> Shaped[np.ndarray, "U U_out R"]:
+def to_stored(
+    leaf: Leaf, shard: Shaped[np.ndarray, "W _ U_out R"], length: int
+) -> Shaped[np.ndarray, "U U_out R"]:
     """That part, so many units of the first axis, from what the device keeps."""
     return shard.reshape(-1, *shard.shape[2:])[:length]
 
 
 def cut_out(layout: Layout, leaf: Leaf, shard: Shard, draw: Draw) -> Parts:
     """What a gather sends: [D, W, strips here, m, n_out, R]."""
-    outputs = indices_of(leaf.groups[1], draw)
-    send = shard.at[_entries(layout, leaf, draw, outputs)].get(mode="fill", fill_value=0)
-    return send.reshape(layout.num_devices, layout.workers_per_device, *send.shape[1:])
+    workers = layout.workers_per_device
+    inputs, outputs = _entries(layout, leaf.groups[0], draw), indices_of(leaf.groups[1], draw)
+
+    def cut(inputs: Int[Array, "strips m"], outputs: Int[Array, " n"]) -> Float[Array, "strips m n R"]:
+        rows = _take(shard, inputs, 0)  # by rows first: one index per row, not per number
+        return rows.at[:, :, outputs].get(mode="fill", fill_value=0)
+
+    pieces = [slice(first, first + workers) for first in range(0, layout.num_workers, workers)]
+    return jnp.stack([jax.vmap(cut)(inputs[own], outputs[own]) for own in pieces])  # sent without a copy
 
 
 def assemble(layout: Layout, leaf: Leaf, got: Parts, draw: Draw) -> Float[Array, "W ..."]:
     """The leaf of this device's W subnets, [W, ...], from what has come."""
     got = got.swapaxes(0, 1).reshape(layout.workers_per_device, -1, *got.shape[4:])  # [W, S m, n_out, R]
     if not _is_dense(leaf.groups[0]):
-        place = _invert(_places(layout, leaf.groups[0], draw), leaf.groups[0].slots)  # [W, n_in]
+        places = _places(layout, leaf.groups[0], draw)
+        place = jax.vmap(lambda p: invert(p, leaf.groups[0].slots))(places)  # [W, n_in]
         got = _take(got, place, 0)
     return restore(got, leaf)
 
@@ -72,10 +80,33 @@ def take_apart(layout: Layout, leaf: Leaf, x: Float[Array, "W ..."], draw: Draw)
 
 def put_back(layout: Layout, leaf: Leaf, old: Shard, got: Parts, draw: Draw, flags: Flags) -> Shard:
     """This device's shard after a round, from what has come; `flags`, bool [S]: whose."""
-    outputs = jnp.where(flags[:, None], indices_of(leaf.groups[1], draw), leaf.groups[1].size)
-    where = _entries(layout, leaf, draw, outputs)
-    disjoint = any(group.disjoint for group in leaf.groups)
-    return scatter(old, where, got.reshape(-1, *got.shape[2:]), disjoint=disjoint)
+    first, second = leaf.groups
+    inputs = _entries(layout, first, draw)  # [S, W, m]
+    outputs = jnp.where(flags[:, None], indices_of(second, draw), second.size)
+    new = got.reshape(-1, *got.shape[2:])  # [S, W, m, n_out, R]
+    invert_strips = jax.vmap(lambda p: invert(p, first.strip_size))
+
+    def widen(new: Array, outputs: Int[Array, " n"]) -> tuple[Array, Array]:
+        place = invert(outputs, second.size)  # which slot each entry of a row is from
+        return jnp.take(new, place, 2, mode="clip"), (place < second.slots)[:, None]
+
+    def read(part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        new, inputs, outputs = part
+        place = invert_strips(inputs)
+        values, wide = widen(_take(new, place, 0), outputs)
+        return values, (place < inputs.shape[1])[..., None, None] & wide
+
+    if not first.disjoint:
+        return mean_of_parts(old, (new, inputs, outputs), read)
+
+    def fill(new: Array, inputs: Int[Array, "W m"], outputs: Int[Array, " n"]) -> Array:
+        values, wide = widen(new, outputs)
+        return jnp.where(wide, values, _take(old, inputs, 0))
+
+    rows = jax.vmap(fill)(new, inputs, outputs).swapaxes(0, 1)
+    rows = rows.reshape(len(old), -1, *old.shape[2:])  # [W, S m, U_out, R], those that somebody holds
+    place = invert_strips(inputs.swapaxes(0, 1).reshape(len(old), -1))
+    return jnp.where((place < rows.shape[1])[..., None, None], _take(rows, place, 0), old)
 
 
 def holders(layout: Layout, leaf: Leaf, draw: Draw, flags: Flags) -> Int[Array, "W _ U_out 1"]:
@@ -131,14 +162,11 @@ def _places(layout: Layout, group: Group, draw: Draw) -> Int[Array, "W k"]:
     return _own(layout, _strip_slots(group, draw), 0).reshape(layout.workers_per_device, -1)
 
 
-def _entries(layout: Layout, leaf: Leaf, draw: Draw, outputs: Int[Array, "S n"]) -> Where:
-    """Where in a shard, by strip, unit and `outputs` of the second axis, the workers' entries are."""
-    group = leaf.groups[0]
+def _entries(layout: Layout, group: Group, draw: Draw) -> Int[Array, "S W m"]:
+    """Where in each strip of this device the workers' units are; the strip's size where there is none."""
     indices, slots_of = indices_of(group, draw), _strip_slots(group, draw)
     units = _take(indices, slots_of, group.size) - jnp.arange(group.strips)[:, None] * group.strip_size
-    local = _own(layout, jnp.where(slots_of < indices.shape[1], units, group.strip_size), 1)  # [S, W, m]
-    strip = jnp.broadcast_to(jnp.arange(local.shape[1])[:, None, None], (*local.shape[:2], 1, 1))
-    return strip, local[..., None], outputs[:, None, None, :]
+    return _own(layout, jnp.where(slots_of < indices.shape[1], units, group.strip_size), 1)
 
 
 def _own(layout: Layout, per_worker: Int[Array, "..."], axis: int) -> Int[Array, "..."]:
@@ -150,10 +178,3 @@ def _own(layout: Layout, per_worker: Int[Array, "..."], axis: int) -> Int[Array,
 def _take(x: Shaped[Array, "W ..."], at: Int[Array, "W ..."], fill: int) -> Shaped[Array, "W ..."]:
     """The entries of each worker, `fill` where there is none."""
     return jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=fill))(x, at)
-
-
-def _invert(places: Int[Array, "W k"], slots: int) -> Int[Array, "W n"]:
-    """[W, n]: where each slot stands in `places` [W, k]; k for slots that do not occur."""
-    size = places.shape[1]
-    empty = jnp.full((len(places), slots), size, jnp.int32)
-    return jax.vmap(lambda e, p: e.at[p].set(jnp.arange(size, dtype=jnp.int32), mode="drop"))(empty, places)

@@ -37,7 +37,7 @@ def stored_piece(leaf: Leaf, device: int, num_devices: int) -> tuple[int, int, i
     return 0, 0, (leaf.shape or (1,))[0] if device == 0 else 0
 
 
-def to_stored(shard: Stored, length: int) -> Stored:
+def to_stored(leaf: Leaf, shard: Stored, length: int) -> Stored:
     """That part, from what the device keeps."""
     return shard
 

@@ -3,7 +3,7 @@
 No device holds the global model: the kinds of leaf say what each keeps. The functions here are per device,
 with named-axis collectives: they run the same under `pmap` and under `vmap`. They equal `masking` bit for
 bit, on any number of devices. Shapes are static, so any draw, with overlap and uneven counts, runs in the
-same program. Empty slots are gathered as zeros and scattered nowhere.
+same program. Empty slots are gathered as zeros and put nowhere.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
-"""The collectives of an exchange: one all-to-all per direction, and the all-gather of shared leaves.
+"""The collectives of an exchange: all-to-alls of the leaves, and the all-gather of shared ones.
 
-Per device, over `layout.AXIS`. The parts of all leaves travel in one buffer. Evaluation has collectives of
-its own: inputs and results of products whose kernel stays where it is.
+Per device, over `layout.AXIS`. A large part travels alone, which saves two copies of it; small ones in one
+buffer. Evaluation has collectives of its own: inputs and results of products whose kernel stays where it is.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, PyTree, Shaped, UInt8
 from ist_jax.exchange.layout import AXIS, Layout, Shards
 from ist_jax.models.sparse import Sparse
 
+_ALONE = 2**20  # bytes of a part from which two copies take longer than one more collective
 X = TypeVar("X", bound=jax.Array | Sparse)
 Inputs: TypeAlias = Float[Array, "B I"] | Sparse
 Parts: TypeAlias = PyTree[Shaped[Array, "D ..."]]
@@ -91,10 +92,16 @@ def all_gather(layout: Layout, x: Float[Array, " q"]) -> Float[Array, " p"]:
 
 
 def _exchange(layout: Layout, parts: Shards) -> Shards:
-    devices = layout.num_devices
-    if not parts or devices == 1:
+    if layout.num_devices == 1:
         return parts
-    flat = [x.reshape(devices, -1) for x in parts.values()]
+    alone = {path: lax.all_to_all(x, AXIS, 0, 0) for path, x in parts.items() if x.nbytes >= _ALONE}
+    return alone | _exchange_together({path: x for path, x in parts.items() if path not in alone})
+
+
+def _exchange_together(parts: Shards) -> Shards:
+    if not parts:
+        return {}
+    flat = [x.reshape(len(x), -1) for x in parts.values()]
     got = lax.all_to_all(jnp.concatenate(flat, axis=1), AXIS, 0, 0)
     pieces = jnp.split(got, np.cumsum([x.shape[1] for x in flat])[:-1], axis=1)
     return {path: y.reshape(x.shape) for (path, x), y in zip(parts.items(), pieces, strict=True)}

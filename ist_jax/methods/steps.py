@@ -82,9 +82,10 @@ def clear_empty_slots(layout: Layout, grads: Shards, gates: Gates) -> Shards:
     """Keeps the parameters of empty slots at the zeros that they were gathered as."""
     cleared = dict(grads)
     for path, leaf in layout.leaves.items():
-        for axis, group in zip(leaf.unit_axes, leaf.groups, strict=True):
+        for axis, group, (outer, inner) in zip(leaf.unit_axes, leaf.groups, leaf.blocks, strict=True):
             if group.name in gates:
-                gate = jnp.expand_dims(gates[group.name], [a for a in range(len(leaf.shape)) if a != axis])
+                gate = jnp.tile(jnp.repeat(gates[group.name], inner), outer)  # of every entry
+                gate = jnp.expand_dims(gate, [a for a in range(len(leaf.shape)) if a != axis])
                 cleared[path] = jnp.where(gate, cleared[path], 0)
     return cleared
 

@@ -51,7 +51,8 @@ log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 ITEM = "model"
 PARAMS = "params"
-# what an index says of an array: shape, unit_axes, dtype, chunk, and pieces [axis, start, stop, SHA-256]
+# what an index says of an array: shape, unit_axes, their blocks (outer, inner), dtype, chunk, and pieces
+# [axis, start, stop, SHA-256]
 Entry = dict[str, Json]
 
 
@@ -85,7 +86,7 @@ class Stored(NamedTuple):
         """That part, of such a length, from what the device keeps."""
         if self.leaf is None:
             return kept
-        return kind_of(self.leaf).to_stored(kept, length)
+        return kind_of(self.leaf).to_stored(self.leaf, kept, length)
 
     def split(self, whole: np.ndarray, num_devices: int) -> np.ndarray:
         """What each device keeps, [D, ...]."""
@@ -95,8 +96,8 @@ class Stored(NamedTuple):
 
     def entry(self, num_devices: int) -> Entry:
         """What an index says of the array, the pieces aside."""
-        axes = self.leaf.unit_axes if self.leaf else ()
-        entry: Entry = {"shape": self.shape, "unit_axes": axes, "dtype": str(self.dtype)}
+        axes, blocks = (self.leaf.unit_axes, self.leaf.blocks) if self.leaf else ((), ())
+        entry: Entry = {"shape": self.shape, "unit_axes": axes, "blocks": blocks, "dtype": str(self.dtype)}
         axis, start, stop = self.piece(0, num_devices)
         chunk = tuple(stop - start if a == axis else s for a, s in enumerate(shape_on_disk(entry)))
         return entry | {"chunk": chunk, "pieces": []}
@@ -126,7 +127,7 @@ def stored_arrays(layout: Layout, like: State) -> list[Stored]:
                     "the parameters or a single number; arrays of a worker's own belong into `own`"
                 )
             else:
-                stored.append(Stored(name, (), x.dtype, Leaf((), (), ())))
+                stored.append(Stored(name, (), x.dtype, Leaf((), (), (), ())))
     for number, x in enumerate(jax.tree.leaves(like.own)):
         if x.shape[:1] != (layout.workers_per_device,):
             raise ValueError(
@@ -143,7 +144,7 @@ class Saved(NamedTuple):
     Attributes:
       folder: of the checkpoint.
       about: what the run wrote beside the arrays: 'round', 'examples', 'config', 'custom_model'.
-      arrays: by name, such as 'params/stem/kernel': shape, unit_axes, dtype, and pieces
+      arrays: by name, such as 'params/stem/kernel': shape, unit_axes, blocks, dtype, and pieces
         [axis, start, stop, SHA-256].
     """
 
@@ -207,7 +208,7 @@ class Saved(NamedTuple):
     def read(self, name: str) -> np.ndarray:
         """One whole leaf, verified. Raises Damaged."""
         entry = self.arrays[name]
-        leaf = Leaf(tuple(entry["shape"]), tuple(entry["unit_axes"]), ())
+        leaf = _leaf_of(entry)
         whole = np.empty(shape_on_disk(entry), jnp.dtype(entry["dtype"]))
         try:
             store = tensorstore.open(array_spec(self.folder / ITEM, name)).result()
@@ -400,8 +401,14 @@ def array_spec(folder: Path, name: str) -> dict[str, Json]:
 
 def shape_on_disk(entry: Entry) -> tuple[int, ...]:
     """Of an array: unit axes first and the rest raveled, where it has any."""
-    leaf = Leaf(tuple(entry["shape"]), tuple(entry["unit_axes"]), ())
-    return (*(leaf.shape[a] for a in leaf.unit_axes), leaf.row_size) if leaf.unit_axes else leaf.shape
+    leaf = _leaf_of(entry)
+    return (*leaf.units_in(leaf.shape), leaf.row_size) if leaf.unit_axes else leaf.shape
+
+
+def _leaf_of(entry: Entry) -> Leaf:
+    axes = tuple(entry["unit_axes"])
+    blocks = entry.get("blocks") or [(1, 1)] * len(axes)  # not in checkpoints from before there were any
+    return Leaf(tuple(entry["shape"]), axes, (), tuple((outer, inner) for outer, inner in blocks))
 
 
 def region(ndim: int, axis: int, start: int, stop: int) -> tuple[slice, ...]:
