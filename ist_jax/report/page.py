@@ -32,29 +32,34 @@ DRAWN = 10_000_000  # workers x units x rounds to draw again; about 0.3 s
 _MOST = 4  # groups of units, and histories of rounds, on a page
 
 
-def write_report(folders: Sequence[Path], out: Path) -> None:
+def write_report(folders: Sequence[Path] | Mapping[Path, str], out: Path) -> None:
     """Writes the report of the finished runs in `folders` as one HTML file.
 
     Args:
-      folders: one run, or several to compare; those that differ in the seed alone are one method's.
+      folders: one run, or several to compare; those that differ in the seed alone are drawn as one, under
+        the name that a mapping has for them.
       out: the file.
 
     Raises:
       ValueError: a folder holds no finished run.
       OSError: the file cannot be written.
     """
-    page = render([read_run(Path(folder)) for folder in folders])
+    page = render([read_run(Path(folder)) for folder in folders], _names(folders))
     try:
         Path(out).write_text(page, encoding="utf-8")
     except OSError as error:
         raise OSError(f"cannot write {out}: {error.strerror}") from None
 
 
-def render(runs: Sequence[RunFiles]) -> str:
-    """The page as text."""
+def _names(folders: Sequence[Path] | Mapping[Path, str]) -> Mapping[Path, str]:
+    return folders if isinstance(folders, Mapping) else {}
+
+
+def render(runs: Sequence[RunFiles], names: Mapping[Path, str] | None = None) -> str:
+    """The page as text; names: of what is compared, by the runs' folders."""
     if len(metrics := {run.metric.name for run in runs}) > 1:
         raise ValueError(f"the runs are compared by {' and '.join(sorted(metrics))}; give runs of one task")
-    series, styles = group_by_config(runs), figures.phase_styles(runs)
+    series, styles = group_by_config(runs, names), figures.phase_styles(runs)
     charts = figures.metric_figures(series, _BANDWIDTH) | figures.training_figures(series)
     charts["phases"] = figures.phase_figure(series)
     for index, one in enumerate(series[:_MOST]):

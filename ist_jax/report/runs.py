@@ -11,7 +11,7 @@ of sending with computing.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,10 +146,11 @@ def modelled_seconds(seconds_local: np.ndarray, bytes_sent: np.ndarray, bits_per
     return seconds_local + 8 * bytes_sent / bits_per_second
 
 
-def group_by_config(runs: Sequence[RunFiles]) -> list[Series]:
+def group_by_config(runs: Sequence[RunFiles], names: Mapping[Path, str] | None = None) -> list[Series]:
     """Puts runs together that differ in nothing but the seed, in the order of their first runs.
 
-    Labels are the methods and, where several configs share one, the keys in which they differ.
+    Labels are the names, by the runs' folders; without, the methods and, where several configs share one, the
+    keys in which they differ.
     """
     groups: dict[str, list[RunFiles]] = {}
     for run in runs:
@@ -157,7 +158,7 @@ def group_by_config(runs: Sequence[RunFiles]) -> list[Series]:
         settings["custom_model"] = run.summary["custom_model"]
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     firsts = [group[0] for group in groups.values()]
-    labels = [_label(first, firsts) for first in firsts]
+    labels = [names[first.folder] if names else _label(first, firsts) for first in firsts]
     if len(set(labels)) < len(labels):  # models of the user's own
         labels = [f"{label} ({first.folder.name})" for label, first in zip(labels, firsts, strict=True)]
     return [Series(label, group) for label, group in zip(labels, groups.values(), strict=True)]
