@@ -81,8 +81,9 @@ def compare(
       'metric': that of the task, by its fields; 'variants': by name 'overrides' (the keys that differ),
       'accuracy', or the other metric's name, 'seconds', 'bytes' (exchanged by a worker), 'bytes_local_sgd'
       (what local SGD would have exchanged) and 'bytes_sent' (by a worker, on the wire; None for runs of
-      earlier versions), each with 'mean', 'min' and 'max' over the seeds, and 'runs', the folders; 'start':
-      by seed the hashes of what all variants began with.
+      earlier versions), each with 'mean', 'min' and 'max' over the seeds, 'modelled' (of a run, a mean over
+      the seeds: by link the fields of `costs.link.Link` and `costs.link.Modelled`; None for runs of earlier
+      versions) and 'runs', the folders; 'start': by seed the hashes of what all variants began with.
 
     Raises:
       ValueError: a setting that cannot work, variants that would not see the same examples, or runs that did
@@ -122,11 +123,12 @@ def compare(
                 place.leave()
             starts[str(seed)] = _common_start(folders)
     metric = metric_of(next(iter(next(iter(runs.values())).values())))
-    keys, figures = {metric.name: f"test_{metric.name}"} | _FIGURES, {}
+    keys = {metric.name: f"test_{metric.name}"} | _FIGURES
+    figures: dict[str, dict[str, Json]] = {}
     for name, found in runs.items():
         spread = {figure: _spread([x.get(key) for x in found.values()]) for figure, key in keys.items()}
-        about = {"overrides": dict(variants[name]), "runs": [folder.name for folder in found]}
-        figures[name] = about | spread
+        about = {"overrides": dict(variants[name]), "modelled": _modelled(list(found.values()))}
+        figures[name] = about | spread | {"runs": [folder.name for folder in found]}
     result = {"metric": metric._asdict(), "variants": figures, "start": starts}
     files.write_json(workdir / _RESULT, result)
     page.write_report({folder: name for name, found in runs.items() for folder in found}, workdir / _PAGE)
@@ -322,6 +324,18 @@ def _note_start(folder: Path, run: "Run") -> None:
     files.write_json(folder / "start.json", start)
 
 
+def _modelled(summaries: "Sequence[Summary]") -> "list[dict[str, float]] | None":
+    """The modelled time of a run, a mean over the seeds, by link; None where messages were not counted."""
+    from ist_jax.costs.link import LINKS, modelled
+
+    keys = ("seconds_local", "bytes_sent_per_worker", "messages_sent_per_worker")
+    if any(summary.get(key) is None for summary in summaries for key in keys[1:]):
+        return None
+    # a method without a phase 'local' computes elsewhere, as on the page
+    local, sent, messages = (statistics.mean(x.get(key, 0.0) for x in summaries) for key in keys)
+    return [link._asdict() | modelled(local, sent, messages, link)._asdict() for link in LINKS]
+
+
 def table(result: "Mapping[str, Json]") -> str:
     """The comparison for people: means, and the least and most over the seeds."""
     from ist_jax.costs.traffic import megabytes
@@ -344,7 +358,24 @@ def table(result: "Mapping[str, Json]") -> str:
         sent = "-" if figures["bytes_sent"] is None else megabytes(figures["bytes_sent"]["mean"])
         sizes = f"{megabytes(exchanged):>14}{part:>11}{sent:>12}"
         lines.append(f"{name:{first}}{reached:>24}{seconds:>24}{sizes}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_modelled_table(result["variants"], first)])
+
+
+def _modelled_table(variants: "Mapping[str, Json]", first: int) -> list[str]:
+    """The lines of what is modelled, by link."""
+    from ist_jax.costs.link import LINKS
+
+    links = "".join(f"{f'{link.bandwidth_text}, {link.latency_text}':>28}" for link in LINKS)
+    head = (f"{'s':>10}{'computing':>10}{'overlap':>8}") * len(LINKS)
+    lines = ["", f"{'modelled':{first}}{links}", f"{'':{first}}{head}"]
+    for name, figures in variants.items():
+        cells = [
+            f"{own['seconds']:>10,.1f}{own['utilisation']:>10.1%}{own['overlap_saves']:>8,.1f}"
+            for own in figures["modelled"] or ()
+        ]
+        lines.append(f"{name:{first}}{''.join(cells) or '-'.rjust(10)}")
+    told = "overlap: the seconds that overlapping exchange and steps would save at most; no run did so"
+    return [*lines, told]
 
 
 def _text(figure: Mapping[str, float], factor: float, digits: int) -> str:

@@ -13,6 +13,7 @@ from conftest import ROOT, get_config
 from tensorboardX.proto.event_pb2 import Event
 
 from ist_jax import compare, data, main, train
+from ist_jax.costs.link import LINKS, modelled
 from ist_jax.runtime import observers
 from ist_jax.workdir import files
 
@@ -35,7 +36,7 @@ def test_a_comparison_leaves_a_folder_for_each_run_and_its_figures(compared):
     for method in ("ist", "local_sgd"):
         figures = result["variants"][method]
         costs = {"seconds", "bytes", "bytes_local_sgd", "bytes_sent"}
-        assert figures.keys() == {"overrides", "accuracy", *costs, "runs"}
+        assert figures.keys() == {"overrides", "accuracy", *costs, "modelled", "runs"}
         assert figures["overrides"] == {"method": method}
         assert figures["runs"] == [f"{method}-0"]
         summary = json.loads((workdir / f"{method}-0" / "summary.json").read_text())
@@ -45,6 +46,11 @@ def test_a_comparison_leaves_a_folder_for_each_run_and_its_figures(compared):
         assert figures["bytes"]["mean"] == summary["bytes_exchanged_per_worker"]
         records = files.read_records(workdir / f"{method}-0")
         assert figures["bytes_sent"]["mean"] == sum(record["bytes_sent"] for record in records)
+        keys = ("seconds_local", "bytes_sent", "messages_sent")
+        totals = [sum(record[key] for record in records) for key in keys]
+        assert all(totals)
+        wanted = [link._asdict() | modelled(*totals, link)._asdict() for link in LINKS]
+        assert figures["modelled"] == [pytest.approx(own) for own in wanted]
 
 
 def test_finished_runs_are_not_repeated_and_seeds_give_a_spread(compared, capsys):
@@ -68,15 +74,19 @@ def test_finished_runs_are_not_repeated_and_seeds_give_a_spread(compared, capsys
 
 def test_the_table_has_one_headline_and_no_share_of_local_sgd_in_itself(compared):
     _, result = compared
-    rows = {line.split()[0]: line.split()[1:] for line in compare.table(result).splitlines()[2:]}
+    lines = compare.table(result).splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2 : lines.index("")]}
     # accuracy, seconds, MB exchanged, share, MB sent; one seed has no spread
     assert [len(rows[method]) for method in ("ist", "local_sgd")] == [5, 4]
     whole = 3 * 2 * 4 * (64 * 32 + 32 * 32 + 32 * 10 + 4 * 32)  # 3 rounds, both ways
     part = 3 * 2 * 4 * (64 * 16 + 16 * 16 + 16 * 10 + 4 * 16)
     assert rows["ist"][2:4] == [f"{part / 1e6:.3g}", f"{part / whole:.1%}"]
     assert rows["local_sgd"][2] == f"{whole / 1e6:.3g}"
-    old = dict(result["variants"]["ist"], bytes_sent=None)
-    assert compare.table({"variants": {"ist": old}}).endswith(" -")
+    old = dict(result["variants"]["ist"], bytes_sent=None, modelled=None)
+    assert [line[-2:] for line in compare.table({"variants": {"ist": old}}).splitlines()[2:7:4]] == [
+        " -",
+        " -",
+    ]
 
 
 def test_variants_by_flag_and_by_file_make_one_table_and_one_page(tmp_path, capsys):
@@ -105,8 +115,10 @@ def test_variants_by_flag_and_by_file_make_one_table_and_one_page(tmp_path, caps
         json.loads((tmp_path / "runs" / "outer-0" / "config.json").read_text())["outer"]["name"] == "nesterov"
     )
     assert len({own["accuracy"]["mean"] for own in result["variants"].values()}) > 1
-    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:-1]]
-    assert rows == names
+    lines = capsys.readouterr().out.splitlines()
+    for head in (2, lines.index("") + 3):  # what was measured, and what is modelled
+        assert [line.split()[0] for line in lines[head : head + 3]] == names
+    assert max(map(len, lines)) <= 100
     page = (tmp_path / "runs" / "report.html").read_text()
     assert f"<title>ist_jax: {', '.join(names)} on digits</title>" in page
 
