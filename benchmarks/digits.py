@@ -24,9 +24,9 @@ def rows(config: str, folder: Path, seeds: int) -> list[str]:
     probe = flags.FlagValues()
     config_flags.DEFINE_config_file("config", config, flag_values=probe, sys_argv=[])
     probe([""])
-    result = compare.compare(probe.config, folder, methods=METHODS, seeds=seeds)
+    result = compare.compare(probe.config, folder, variants=compare.of_methods(METHODS), seeds=seeds)
     lines = []
-    for method, figures in result["methods"].items():
+    for method, figures in result["variants"].items():
         summaries = [json.loads((folder / run / "summary.json").read_text()) for run in figures["runs"]]
         each = ", ".join(f"{100 * summary['test_accuracy']:.2f}" for summary in summaries)
         lines.append(

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from ist_jax.errors import did_you_mean, fail, last_line
+from ist_jax.key import Value
 
 _PLAINLY = {
     "invalid literal for int() with base 10:": "a whole number is needed, not",
@@ -35,8 +37,9 @@ def define_config(values: flags.FlagValues, argv: Sequence[str], default: str | 
     """
     if path := _config_path(argv, default):
         config = _load_config(path)
-        for key in re.findall(r"^--?(?:no)?config\.([\w.]+)", "\n".join(argv[1:]), re.M):
-            _check_key(config, key)
+        with errors(ValueError):
+            for key in re.findall(r"^--?(?:no)?config\.([\w.]+)", "\n".join(argv[1:]), re.M):
+                check_key(config, key)
     text = (
         "experiment, such as configs/resnet.py or configs/resnet.py:smoke; every key of it is a flag "
         "(--config.num_workers=8), listed by --config=FILE --help"
@@ -64,14 +67,40 @@ def _load_config(path: str) -> config_dict.ConfigDict:
     return probe.config
 
 
-def _check_key(config: config_dict.ConfigDict, key: str) -> None:
+def check_key(config: config_dict.ConfigDict, key: str) -> None:
+    """Raises ValueError, with the keys there, where a config has no such key."""
     level = config
     for part in key.split("."):
         keys = sorted(level) if isinstance(level, config_dict.ConfigDict) else []
         if part not in keys:
             hint = did_you_mean(part, keys)
-            raise fail(f"unknown key config.{key}; {hint}keys there: {', '.join(keys) or 'none'}")
+            raise ValueError(f"unknown key config.{key}; {hint}keys there: {', '.join(keys) or 'none'}")
         level = level[part] if level.get_type(part) is not type(None) else None
+
+
+def parse_value(config: config_dict.ConfigDict, key: str, text: str) -> Value:
+    """The value of a key in the words of a command line, as of --config.KEY=TEXT.
+
+    Raises:
+      ValueError: there is no such key, or it takes no such value.
+    """
+    check_key(config, key)
+    values, argv = flags.FlagValues(), ["", f"--config.{key}={text}"]
+    own = config.copy_and_resolve_references()
+    config_flags.DEFINE_config_dict("config", own, flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+    except (flags.Error, TypeError, ValueError) as error:
+        raise ValueError(_plainly(error)) from error
+    return functools.reduce(lambda level, part: level[part], key.split("."), values.config)
+
+
+def _plainly(error: Exception) -> str:
+    """What absl says of a value, in a line."""
+    text = str(error).strip().splitlines()[-1]
+    for python, plain in _PLAINLY.items():
+        text = text.replace(python, plain)
+    return text
 
 
 def define_compilation_cache(values: flags.FlagValues) -> None:
@@ -107,10 +136,7 @@ def parse(
     try:
         rest = values(list(argv))[1:]
     except (flags.Error, TypeError, ValueError) as error:
-        text = str(error).strip().splitlines()[-1]
-        for python, plain in _PLAINLY.items():
-            text = text.replace(python, plain)
-        raise fail(f"{text} (see --help)") from error
+        raise fail(f"{_plainly(error)} (see --help)") from error
     for name in required:
         if values[name].value is None:
             raise fail(f"--{name} is missing; usage: {usage}")

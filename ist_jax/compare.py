@@ -1,10 +1,15 @@
-"""The methods side by side: the same initial parameters, the same examples, several seeds.
+"""Variants of a config side by side: the same initial parameters, the same examples, several seeds.
 
 python -m ist_jax.compare --config=configs/resnet.py [--methods=ist,local_sgd,data_parallel] [--seeds=3]
+                          [--variant NAME:key=value,key=value ...] [--variants=FILE.py]
                           [--workdir=DIR] [--config.num_workers=8 ...]
 
-Every run has a folder of its own, DIR/METHOD-SEED, as by `ist_jax.main`; those that are finished are not
-repeated, one that was stopped goes on. DIR/compare.json holds, by method, mean and spread of accuracy (or of
+A variant is a name and the keys that differ in it: `--variant outer:outer.name=nesterov,outer.momentum=0.5`,
+or `VARIANTS = {"outer": {"outer.name": "nesterov"}}` in a file; `--variant plain` is the config as it is, and
+each of `--methods` a variant of the method alone. Without any of them, all methods are compared.
+
+Every run has a folder of its own, DIR/NAME-SEED, as by `ist_jax.main`; those that are finished are not
+repeated, one that was stopped goes on. DIR/compare.json holds, by variant, mean and spread of accuracy (or of
 another metric of the task; of the last evaluation), seconds (of all rounds, evaluation included) and bytes
 (of a worker: exchanged, by the papers' count, and sent on the wire), and the runs' folders; DIR/report.html
 draws them.
@@ -12,18 +17,19 @@ draws them.
 
 import json
 import logging
+import re
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from ist_jax import cli, errors
-from ist_jax.key import FILE
+from ist_jax.key import FILE, Options, Value
 
 if TYPE_CHECKING:
     import flax.linen as nn
@@ -34,7 +40,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ist_jax.compare")  # also where this file is the command
 
-USAGE = "python -m ist_jax.compare --config=FILE[:MODE] [--methods=LIST] [--seeds=N] [--workdir=DIR]"
+Variants: TypeAlias = Mapping[str, Options]  # by name, the keys that differ
+USAGE = (
+    "python -m ist_jax.compare --config=FILE[:MODE] [--methods=LIST] [--variant NAME:KEY=VALUE,... ...] "
+    "[--variants=FILE.py] [--seeds=N] [--workdir=DIR]"
+)
+# Keys, or sections, with another value of which a run sees other examples.
+_EXAMPLES = ("seed", "num_workers", "batch_size", "epochs", "data")
 # Keys of compare.json, beside that of the task's metric, and of the summary that they come from.
 _FIGURES = {
     "seconds": "seconds_total",
@@ -43,77 +55,205 @@ _FIGURES = {
     "bytes_sent": "bytes_sent_per_worker",
 }
 _PAGE, _RESULT = "report.html", "compare.json"
+_NAME = re.compile(r"\w[\w.+-]*")  # of a folder
 
 
 def compare(
     config: ConfigDict,
     workdir: Path,
     *,
-    methods: Sequence[str],
+    variants: Variants,
     seeds: int,
     model: "nn.Module | None" = None,
     task: "Own | None" = None,
 ) -> "dict[str, Json]":
-    """Trains every method with every seed, and writes what compare.json holds.
+    """Trains every variant with every seed, and writes what compare.json holds.
 
     Args:
       config: as from `configs/`; its seed is the first.
       workdir: holds a folder for each run, compare.json and report.html.
-      methods: such as ('ist', 'local_sgd').
+      variants: by name, such as {'outer': {'outer.name': 'nesterov'}}; `of_methods` makes those of methods.
       seeds: how many.
       model: as for `train.train`.
       task: the same.
 
     Returns:
-      'metric': that of the task, by its fields; 'methods': by method 'accuracy', or the other metric's name,
-      'seconds', 'bytes' (exchanged by a worker), 'bytes_local_sgd' (what local SGD would have exchanged) and
-      'bytes_sent' (by a worker, on the wire; None for runs of earlier versions), each with 'mean', 'min' and
-      'max' over the seeds, and 'runs', the folders; 'start': by seed the hashes of what all methods began
-      with.
+      'metric': that of the task, by its fields; 'variants': by name 'overrides' (the keys that differ),
+      'accuracy', or the other metric's name, 'seconds', 'bytes' (exchanged by a worker), 'bytes_local_sgd'
+      (what local SGD would have exchanged) and 'bytes_sent' (by a worker, on the wire; None for runs of
+      earlier versions), each with 'mean', 'min' and 'max' over the seeds, 'modelled' (of a run, a mean over
+      the seeds: by link the fields of `costs.link.Link` and `costs.link.Modelled`; None for runs of earlier
+      versions) and 'runs', the folders; 'start': by seed the hashes of what all variants began with.
 
     Raises:
-      ValueError: a setting that cannot work, or runs that did not begin alike.
+      ValueError: a setting that cannot work, variants that would not see the same examples, or runs that did
+        not begin alike.
       OSError: results could not be written.
     """
     from ist_jax.report import page
-    from ist_jax.runtime import setup
     from ist_jax.runtime.observers import show_runs
     from ist_jax.tasks.task import metric_of
     from ist_jax.workdir import files
 
-    if len({_folder_name(method) for method in methods}) < len(methods):
-        raise ValueError(f"two of the methods {', '.join(methods)} have one name; give one of them another")
-    _check_folder(workdir, [f"{_folder_name(m)}-{config.seed + n}" for m in methods for n in range(seeds)])
-    runs: dict[str, dict[Path, dict[str, Json]]] = {method: {} for method in methods}
-    starts, last = {}, config.seed + seeds - 1
+    if len({_folder_name(name) for name in variants}) < len(variants):
+        raise ValueError(f"two of the variants {', '.join(variants)} have one name; give one of them another")
+    configs = _configs(config, variants)
+    _check_folder(workdir, [f"{_folder_name(x)}-{config.seed + n}" for x in variants for n in range(seeds)])
+    runs: dict[str, dict[Path, Summary]] = {name: {} for name in variants}
+    starts, last, total = {}, config.seed + seeds - 1, len(variants) * seeds
     named = f"seed {config.seed}" if seeds == 1 else f"seeds {config.seed} to {last}"
-    log.info("%s, %s: %d runs in %s", ", ".join(methods), named, len(methods) * seeds, workdir)
-    with show_runs(len(methods) * seeds) as show:
-        place = Place(show, len(methods) * seeds)
+    log.info("%s, %s: %d runs in %s", ", ".join(variants), named, total, workdir)
+    with show_runs(total) as show:
+        place = Place(show, total)
         for seed in range(config.seed, last + 1):
-            for method in methods:
-                own = setup.for_method(config, method)
+            folders: list[Path] = []
+            for name, own in configs.items():
                 own.seed = seed
-                folder = workdir / f"{_folder_name(method)}-{seed}"
-                place.enter(f"{method}, seed {seed}")
-                runs[method][folder] = _train(own, folder, (model, task), place)
+                folders.append(workdir / f"{_folder_name(name)}-{seed}")
+                place.enter(f"{name}, seed {seed}")
+
+                def started(run: "Run", folders: Sequence[Path] = tuple(folders)) -> None:
+                    place.start(run)
+                    _check_lengths(configs, run)
+                    if run.schedule.first == 0:
+                        _note_start(folders[-1], run)
+                    _common_start(folders)
+
+                runs[name][folders[-1]] = _train(own, folders[-1], (model, task), started, place)
                 place.leave()
-            starts[str(seed)] = _common_start([list(folders)[-1] for folders in runs.values()])
+            starts[str(seed)] = _common_start(folders)
     metric = metric_of(next(iter(next(iter(runs.values())).values())))
-    keys, figures = {metric.name: f"test_{metric.name}"} | _FIGURES, {}
-    for method, folders in runs.items():
-        found = {name: _spread([x.get(key) for x in folders.values()]) for name, key in keys.items()}
-        figures[method] = found | {"runs": [folder.name for folder in folders]}
-    result = {"metric": metric._asdict(), "methods": figures, "start": starts}
+    keys = {metric.name: f"test_{metric.name}"} | _FIGURES
+    figures: dict[str, dict[str, Json]] = {}
+    for name, found in runs.items():
+        spread = {figure: _spread([x.get(key) for x in found.values()]) for figure, key in keys.items()}
+        about = {"overrides": dict(variants[name]), "modelled": _modelled(list(found.values()))}
+        figures[name] = about | spread | {"runs": [folder.name for folder in found]}
+    result = {"metric": metric._asdict(), "variants": figures, "start": starts}
     files.write_json(workdir / _RESULT, result)
-    page.write_report([folder for folders in runs.values() for folder in folders], workdir / _PAGE)
+    page.write_report({folder: name for name, found in runs.items() for folder in found}, workdir / _PAGE)
     return result
 
 
+def of_methods(methods: Iterable[str]) -> Variants:
+    """The variants that differ in the method alone, by its name."""
+    return {method: {"method": method} for method in methods}
+
+
+def of_texts(config: ConfigDict, texts: Sequence[str]) -> Variants:
+    """Variants as --variant has them, 'NAME:key=value,key=value' or 'NAME'.
+
+    Raises:
+      ValueError: a key that is not there or given twice, a value that it cannot have, or a name given twice.
+    """
+    variants: dict[str, Options] = {}
+    for text in texts:
+        name, _, rest = text.partition(":")
+        if name in variants:
+            raise ValueError(f"--variant {name} is given twice; give one of them another name")
+        found: dict[str, Value] = {}
+        for pair in re.split(r",(?=[\w.]+=)", rest) if rest else ():  # a tuple has commas of its own
+            key, is_pair, value = pair.partition("=")
+            if not is_pair or key in found:
+                wrong = f"{key} is given twice" if is_pair else f"{pair!r} is no key=value"
+                raise ValueError(f"--variant {text}: {wrong}; give NAME:key=value,key=value")
+            with _named(name):
+                found[key] = cli.parse_value(config, key, value)
+        variants[name] = found
+    return variants
+
+
+def of_file(path: str) -> Variants:
+    """Variants as --variants has them: a file's dict VARIANTS, by name the keys that differ.
+
+    Raises:
+      ValueError: there is no such file, or no such dict in it.
+    """
+    from ist_jax import extension
+
+    found: Value = extension.load(f"{path}:VARIANTS", {})
+    every = [found, *found.values()] if isinstance(found, Mapping) else [None]
+    if not all(isinstance(own, Mapping) and all(isinstance(key, str) for key in own) for own in every):
+        raise ValueError(
+            f"VARIANTS of {path} must be a dict of dicts, such as {{'whole': {{'method': 'local_sgd'}}}}"
+        )
+    return found
+
+
+def _configs(config: ConfigDict, variants: Variants) -> dict[str, ConfigDict]:
+    """By name, the config of each variant.
+
+    Raises:
+      ValueError: it cannot work, would see other examples, or is the same as another.
+    """
+    from ist_jax import config as configs
+    from ist_jax.runtime import setup
+
+    made: dict[str, ConfigDict] = {}
+    for name, overrides in variants.items():
+        if not _NAME.fullmatch(_folder_name(name)):
+            raise ValueError(f"variant {name!r}: a name has letters, digits, '_', '.', '+' and '-' alone")
+        with _named(name):
+            for key in overrides:
+                cli.check_key(config, key)
+                if key in _EXAMPLES or key.split(".")[0] in _EXAMPLES:
+                    raise ValueError(
+                        f"with another {key} a run sees other examples, which is no comparison; set it for "
+                        f"all of them, --config.{key}={overrides[key]}"
+                    )
+            own = setup.for_method(config, overrides.get("method", config.method))
+            try:
+                own.update_from_flattened_dict(dict(overrides))
+            except TypeError as error:
+                raise ValueError(errors.one_line(error)) from error
+            configs.check(own)
+            for other, before in made.items():
+                if configs.record(before) == configs.record(own):
+                    raise ValueError(f"it has the settings of variant {other}; leave one of them out")
+        made[name] = own
+    return made
+
+
+@contextmanager
+def _named(variant: str) -> Iterator[None]:
+    """Says of which variant a mistake is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"variant {variant}: {error}") from error
+
+
+def _check_lengths(configs: Mapping[str, ConfigDict], run: "Run") -> None:
+    """Raises ValueError where the variants take different numbers of steps; run: any of them, set up."""
+    from ist_jax.runtime import inputs, setup
+
+    count = inputs.count(run.inputs.train)
+    rounds = {name: setup.make_schedule(own, count).rounds for name, own in configs.items()}
+    steps = {name: rounds[name] * own.local_steps for name, own in configs.items()}
+    if len(set(steps.values())) > 1:
+        told = ", ".join(f"{name} {rounds[name]} x {own.local_steps}" for name, own in configs.items())
+        raise ValueError(
+            f"the variants do not take the same number of steps (rounds x local_steps: {told}), so they see "
+            "other examples; set rounds and local_steps of each"
+        )
+
+
 def _train(
-    config: ConfigDict, folder: Path, own: "tuple[nn.Module | None, Own | None]", place: "Place"
+    config: ConfigDict,
+    folder: Path,
+    own: "tuple[nn.Module | None, Own | None]",
+    started: "Callable[[Run], None]",
+    place: "Place",
 ) -> "Summary":
-    """Trains a run of the comparison, or what remains of it; own: model and task. Returns its summary."""
+    """Trains a run of the comparison, or what remains of it, and returns its summary.
+
+    Args:
+      config: of the run.
+      folder: its folder.
+      own: model and task.
+      started: is told of the run when it is set up.
+      place: is told of its rounds.
+    """
     from ist_jax import train
     from ist_jax.workdir import files
 
@@ -121,9 +261,7 @@ def _train(
         run = train.begin(config, folder, claim, *own)
         if run is None:
             return files.read_summary(folder)
-        place.start(run)
-        if run.schedule.first == 0:
-            _note_start(folder, run)
+        started(run)
         return train.run_rounds(run, folder, own=own, progress=place.go_on)
 
 
@@ -163,13 +301,13 @@ def _check_folder(workdir: Path, planned: Sequence[str]) -> None:
         raise ValueError(f"{workdir} holds {foreign}, but no comparison; choose a new or empty --workdir")
 
 
-def _folder_name(method: str) -> str:
-    """What the folders of a method's runs begin with; FILE.py:NAME without its path."""
-    return Path(method).name.replace(".py:", "-")
+def _folder_name(variant: str) -> str:
+    """What the folders of a variant's runs begin with; a method FILE.py:NAME without its path."""
+    return Path(variant).name.replace(".py:", "-") if FILE.fullmatch(variant) else variant
 
 
 def _note_start(folder: Path, run: "Run") -> None:
-    """Writes hashes of what a run begins with: parameters, and the examples of its first and last round."""
+    """Writes hashes of what a run begins with: parameters, and the examples of its first and last step."""
     import hashlib
 
     from ist_jax.data import batches
@@ -178,11 +316,24 @@ def _note_start(folder: Path, run: "Run") -> None:
 
     settings, digest = run.settings, hashlib.sha256()
     size = {"local_steps": settings["local_steps"], "batch_size": settings["batch_size"]}
-    for index in (0, run.schedule.rounds - 1):
-        digest.update(batches.train_indices(settings["seed"], index, run.feed.shards, **size).tobytes())
+    for index, step in ((0, 0), (run.schedule.rounds - 1, -1)):
+        shown = batches.train_indices(settings["seed"], index, run.feed.shards, **size)
+        digest.update(shown[:, step].tobytes())
     params = files.params_sha256(iter_leaves(run.layout, run.state.params))
     start = {"params_sha256": params, "examples_sha256": digest.hexdigest()}
     files.write_json(folder / "start.json", start)
+
+
+def _modelled(summaries: "Sequence[Summary]") -> "list[dict[str, float]] | None":
+    """The modelled time of a run, a mean over the seeds, by link; None where messages were not counted."""
+    from ist_jax.costs.link import LINKS, modelled
+
+    keys = ("seconds_local", "bytes_sent_per_worker", "messages_sent_per_worker")
+    if any(summary.get(key) is None for summary in summaries for key in keys[1:]):
+        return None
+    # a method without a phase 'local' computes elsewhere, as on the page
+    local, sent, messages = (statistics.mean(x.get(key, 0.0) for x in summaries) for key in keys)
+    return [link._asdict() | modelled(local, sent, messages, link)._asdict() for link in LINKS]
 
 
 def table(result: "Mapping[str, Json]") -> str:
@@ -193,21 +344,38 @@ def table(result: "Mapping[str, Json]") -> str:
 
     metric = metric_of(result)
     factor, digits, unit = (100, 2, " %") if metric.percent else (1, 4, "")
-    first = max(14, *(len(method) + 1 for method in result["methods"]))
+    first = max(14, *(len(name) + 1 for name in result["variants"]))
     heads = f"{f'test {metric.name}{unit}':>24}{'seconds':>24}"
     heads += f"{'MB exchanged':>14}{'share of':>11}{'MB sent on':>12}"
     lines = [
         f"{'':{first}}{heads}",
         f"{'':{first}}{'':48}{'by a worker':>14}{'local SGD':>11}{'the wire':>12}",
     ]
-    for method, figures in result["methods"].items():
+    for name, figures in result["variants"].items():
         reached, seconds = _text(figures[metric.name], factor, digits), _text(figures["seconds"], 1, 1)
         exchanged, full = figures["bytes"]["mean"], figures["bytes_local_sgd"]["mean"]
         part = "" if exchanged == full else share(exchanged, full).removesuffix(" of")
         sent = "-" if figures["bytes_sent"] is None else megabytes(figures["bytes_sent"]["mean"])
         sizes = f"{megabytes(exchanged):>14}{part:>11}{sent:>12}"
-        lines.append(f"{method:{first}}{reached:>24}{seconds:>24}{sizes}")
-    return "\n".join(lines)
+        lines.append(f"{name:{first}}{reached:>24}{seconds:>24}{sizes}")
+    return "\n".join([*lines, *_modelled_table(result["variants"], first)])
+
+
+def _modelled_table(variants: "Mapping[str, Json]", first: int) -> list[str]:
+    """The lines of what is modelled, by link."""
+    from ist_jax.costs.link import LINKS
+
+    links = "".join(f"{f'{link.bandwidth_text}, {link.latency_text}':>28}" for link in LINKS)
+    head = (f"{'s':>10}{'computing':>10}{'overlap':>8}") * len(LINKS)
+    lines = ["", f"{'modelled':{first}}{links}", f"{'':{first}}{head}"]
+    for name, figures in variants.items():
+        cells = [
+            f"{own['seconds']:>10,.1f}{own['utilisation']:>10.1%}{own['overlap_saves']:>8,.1f}"
+            for own in figures["modelled"] or ()
+        ]
+        lines.append(f"{name:{first}}{''.join(cells) or '-'.rjust(10)}")
+    told = "overlap: the seconds that overlapping exchange and steps would save at most; no run did so"
+    return [*lines, told]
 
 
 def _text(figure: Mapping[str, float], factor: float, digits: int) -> str:
@@ -235,22 +403,43 @@ def _common_start(folders: Sequence[Path]) -> dict[str, str]:
     return starts[0]
 
 
+def _together(*every: Variants) -> Variants:
+    """All variants. Raises ValueError where there are none, or two of one name."""
+    names = [name for variants in every for name in variants]
+    if not names:
+        raise ValueError("there is no variant to compare; VARIANTS is empty")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"variant {twice[0]} is given twice; give one of them another name")
+    return {name: own for variants in every for name, own in variants.items()}
+
+
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code."""
     values = flags.FlagValues()
     cli.define_config(values, argv, None)
-    flags.DEFINE_list("methods", None, "methods to compare; default: all", values)
-    flags.DEFINE_integer("seeds", 3, "runs of each method", flag_values=values, lower_bound=1)
+    flags.DEFINE_list("methods", None, "methods to compare; default: all, if no variant is given", values)
+    text = "a variant to compare, NAME:key=value,key=value; may be given several times"
+    flags.DEFINE_multi_string("variant", [], text, flag_values=values)
+    text = "a file with a dict VARIANTS: by name, the keys that differ, by name"
+    flags.DEFINE_string("variants", None, text, flag_values=values)
+    flags.DEFINE_integer("seeds", 3, "runs of each", flag_values=values, lower_bound=1)
     flags.DEFINE_string("workdir", None, "folder for the runs; default: a new one under runs/", values)
     cli.define_compilation_cache(values)
     cli.parse(values, argv, USAGE, required=["config"])
     from ist_jax.methods import METHODS  # JAX starts here
 
-    methods = list(METHODS) if values.methods is None else list(dict.fromkeys(values.methods))
+    others = bool(values.variant or values.variants)
+    methods = ([] if others else list(METHODS)) if values.methods is None else values.methods
     unknown = [method for method in methods if method not in METHODS and not FILE.fullmatch(method)]
-    if unknown or not methods:
+    if unknown or not (methods or others):
         known = ", ".join(METHODS)
         raise errors.fail(f"--methods={','.join(methods)}; give some of {known}, or FILE.py:NAME")
+    with cli.errors(ValueError):
+        variants = _together(
+            of_methods(methods),
+            of_file(values.variants) if values.variants is not None else {},
+            of_texts(values.config, values.variant),
+        )
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     log.setLevel(logging.INFO)  # of the runs themselves, warnings alone
 
@@ -265,7 +454,7 @@ def main(argv: list[str]) -> int:
         kept = compilation_cache.kept(values.compilation_cache)
         with cli.errors(ValueError), signals.handled(deferred=False), logging_redirect_tqdm(), kept:
             check_writable(workdir)
-            result = compare(values.config, workdir, methods=methods, seeds=values.seeds)
+            result = compare(values.config, workdir, variants=variants, seeds=values.seeds)
     except signals.Interrupted as stop:
         print(stop, file=sys.stderr)
         return stop.exit_code

@@ -1,12 +1,13 @@
 """What a config will cost, for all methods side by side: without its data, its devices or a step.
 
-python -m ist_jax.plan --config=configs/resnet.py:cifar100 [--json] [--bandwidth=1e8,1e9,1e10] [--flops=1e13]
-                       [--config.num_workers=8 ...]
+python -m ist_jax.plan --config=configs/resnet.py:cifar100 [--json] [--bandwidth=1e8@10ms,1e9@1ms]
+                       [--flops=1e13] [--config.num_workers=8 ...]
 
 Only shapes are traced, so the largest nets fit a laptop. The costs of a round are those after a warm-up;
 those of a run have the warm-up in them. `--json` prints an object: by method, the fields of `Cost`; beside
-the methods, 'seconds_per_round' (by method, one per bandwidth), 'run' (by method, the fields of `Total`;
-null where its length is not known), 'setting', and 'notes', on settings that make no sense.
+the methods, 'seconds_per_round', 'utilisation' and 'overlap_saves_per_round' (by method, one per link:
+`costs.link.Modelled`), 'run' (by method, the fields of `Total`; null where its length is not known),
+'setting', and 'notes', on settings that make no sense.
 """
 
 import json
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from ist_jax import BANDWIDTHS, cli
+from ist_jax import cli
+from ist_jax.costs.link import LINKS, Link, Modelled, modelled, parse
 from ist_jax.key import FILE
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class Cost(NamedTuple):
       state_bytes_per_worker: parameters and optimizer state that a device keeps while its workers train,
         shared out among them: `formula.Memory`.
       flops_per_worker_per_step: of the largest subnet, as `flops` counts.
+      messages_per_device_per_round: that a device sends one after another, as `traced.messages` counts.
     """
 
     params_per_worker: int
@@ -58,6 +61,7 @@ class Cost(NamedTuple):
     wire_bytes_per_worker_per_round: float
     state_bytes_per_worker: float
     flops_per_worker_per_step: float
+    messages_per_device_per_round: float
 
 
 class Total(NamedTuple):
@@ -67,7 +71,7 @@ class Total(NamedTuple):
       exchanged_bytes_per_worker: by the papers' count, a mean over the workers.
       paper_gigabytes: the same of all workers together, in 10^9 bytes.
       wire_bytes_per_worker: bytes that leave a device, shared out among its workers.
-      hours: one per bandwidth; without start and evaluation.
+      hours: one per link; without start and evaluation.
     """
 
     exchanged_bytes_per_worker: float
@@ -126,6 +130,7 @@ def _cost(config: config_dict.ConfigDict, shown: "Shown", recipe: "Recipe") -> C
         wire_bytes_per_worker_per_round=sum(moved.sent.values()) / workers,
         state_bytes_per_worker=sum(formula.memory(recipe, phases)) / workers,
         flops_per_worker_per_step=formula.step_flops(recipe, data, config.batch_size),
+        messages_per_device_per_round=moved.messages,
     )
 
 
@@ -153,7 +158,7 @@ def plan(
     config: config_dict.ConfigDict,
     facts: "data.Facts",
     *,
-    bandwidths: Sequence[float],
+    links: Sequence[Link],
     flops: float,
     model: "nn.Module | None" = None,
     task: "tasks.Own | None" = None,
@@ -163,7 +168,7 @@ def plan(
     Args:
       config: of any of the methods.
       facts: of its data set.
-      bandwidths: of a device's link, in bits per second each way.
+      links: of a device.
       flops: that a device sustains per second.
       model: as for `train.train`.
       task: the same.
@@ -182,10 +187,11 @@ def plan(
         num_train -= batches.count_held_out(num_train, config.data.validation)
         rounds = setup.make_schedule(config, num_train).rounds
 
-    def seconds(cost: Cost, bandwidth: float) -> float:
-        computing = config.local_steps * cost.flops_per_worker_per_step / flops
-        sending = 8 * cost.wire_bytes_per_worker_per_round / bandwidth
-        return workers // devices * (computing + sending)
+    def on_device(cost: Cost, link: Link) -> Modelled:
+        here = workers // devices
+        computing = here * config.local_steps * cost.flops_per_worker_per_step / flops
+        sent = here * cost.wire_bytes_per_worker_per_round
+        return modelled(computing, sent, cost.messages_per_device_per_round, link)
 
     def total(parts: Sequence[tuple[int, Cost]]) -> Total:
         return Total(
@@ -194,7 +200,7 @@ def plan(
             ),
             paper_gigabytes=sum(n * cost.paper_gigabytes_per_round for n, cost in parts),
             wire_bytes_per_worker=sum(n * cost.wire_bytes_per_worker_per_round for n, cost in parts),
-            hours=[sum(n * seconds(cost, b) for n, cost in parts) / 3600 for b in bandwidths],
+            hours=[sum(n * on_device(cost, link).seconds for n, cost in parts) / 3600 for link in links],
         )
 
     costs, totals, notes, policies = {}, {}, [], {}
@@ -210,14 +216,20 @@ def plan(
             totals[method] = total([*first, (rounds - warmup, costs[method])])
         if method == config.method:
             notes = _notes(workers, recipe.layout.groups, rounds, warmup)
-    times = {method: [seconds(cost, b) for b in bandwidths] for method, cost in costs.items()}
+    found = {method: [on_device(cost, link) for link in links] for method, cost in costs.items()}
+    times = {
+        f"{field}_per_round" if field != "utilisation" else field: {
+            method: [getattr(each, field) for each in own] for method, own in found.items()
+        }
+        for field in Modelled._fields
+    }
     setting = {"num_workers": workers, "num_devices": devices, "local_steps": config.local_steps}
     setting |= {"batch_size": config.batch_size, "rounds": rounds}
     setting |= {"optimizer_state": policies}
-    setting |= {"bits_per_second": list(bandwidths), "flops_per_second": flops}
+    setting |= {"links": [link._asdict() for link in links], "flops_per_second": flops}
     planned = {method: _whole(cost) for method, cost in costs.items()}
     run = {method: _whole(found) for method, found in totals.items()} or None
-    return planned | {"seconds_per_round": times, "run": run, "setting": setting, "notes": notes}
+    return planned | times | {"run": run, "setting": setting, "notes": notes}
 
 
 def _whole(figures: Cost | Total) -> "dict[str, Json]":
@@ -264,7 +276,7 @@ def _notes(workers: int, groups: "Mapping[str, Group]", rounds: int | None, warm
 
 
 def table(planned: "dict[str, Json]") -> str:
-    """The plan for people, at most 100 columns wide with up to 6 bandwidths."""
+    """The plan for people, at most 100 columns wide with up to 6 links."""
     setting, times, run = planned["setting"], planned["seconds_per_round"], planned["run"]
     count = setting["rounds"]
     rounds = "rounds" if count is None else "one round" if count == 1 else f"{count:,} rounds"
@@ -282,7 +294,7 @@ def table(planned: "dict[str, Json]") -> str:
         *(_row(name, first, *cells) for name, *cells in heads),
     ]
     for method in times:
-        params, exchanged, paper, wire, state, step = Cost(**planned[method])
+        params, exchanged, paper, wire, state, step, _ = Cost(**planned[method])
         sizes = [f"{params:,}", _size(exchanged, 1e6), _size(wire, 1e6), f"{paper:,.3f}"]
         lines.append(_row(method, first, *sizes, f"{state / 1e6:,.1f}", f"{step / 1e9:,.3f}"))
     if run:
@@ -298,13 +310,26 @@ def table(planned: "dict[str, Json]") -> str:
             exchanged, paper, wire, _ = Total(**total)
             lines.append(_row(method, first, _size(exchanged, unit), _size(wire, unit), f"{paper:,.3f}"))
     rate = f"{setting['flops_per_second'] / 1e12:g} TFLOP/s"
-    links = _row("", first, *(f"{b / 1e9:g} Gb/s" for b in setting["bits_per_second"]))
-    lines += ["", f"seconds a round of a device that computes at {rate} and whose link carries", links]
-    lines += [_row(method, first, *(f"{s:,.3f}" for s in times[method])) for method in times]
+    links = [Link(**link) for link in setting["links"]]
+    heading = [
+        _row("", first, *(link.bandwidth_text for link in links)),
+        _row("and latency", first, *(link.latency_text for link in links)),
+    ]
+    blocks = {
+        "seconds_per_round": (f"modelled seconds a round, at {rate} a device over a link of", "{:,.3f}"),
+        "utilisation": ("share of them in which a device computes", "{:.1%}"),
+        "overlap_saves_per_round": (
+            "seconds that overlapping exchange and steps would save (modelled)",
+            "{:,.3f}",
+        ),
+    }
+    for key, (title, form) in blocks.items():
+        lines += ["", title, *(heading if key == "seconds_per_round" else [])]
+        lines += [_row(method, first, *map(form.format, own)) for method, own in planned[key].items()]
     if run:
         shortest = min(min(total["hours"]) for total in run.values())
         seconds, name = (1, "hours") if shortest >= 0.05 else (3600, "seconds")
-        lines += ["", f"{name} the whole run, without start and evaluation", links]
+        lines += ["", f"{name} the whole run, without start and evaluation", *heading]
         for method, total in run.items():
             lines.append(_row(method, first, *(f"{hours * seconds:,.3f}" for hours in total["hours"])))
     else:
@@ -327,14 +352,15 @@ def main(argv: list[str]) -> int:
     values = flags.FlagValues()
     cli.define_config(values, argv, None)
     flags.DEFINE_boolean("json", False, "print JSON instead of a table", values)
-    usual = [f"{b:g}" for b in BANDWIDTHS]
-    flags.DEFINE_list("bandwidth", usual, "of a device's link, in bits per second each way", values)
+    usual = [f"{link.bits_per_second:g}@{link.latency_text.replace(' ', '')}" for link in LINKS]
+    text = "of a device's link, in bits per second each way, with its latency: 1e9@1ms; without one: 1e9"
+    flags.DEFINE_list("bandwidth", usual, text, values)
     flags.DEFINE_float("flops", _FLOPS, "that a device sustains, per second", flag_values=values)
     flags.DEFINE_list("example", [], "shape of an example, of a data set that is not known: 32,32,3", values)
     flags.DEFINE_integer("classes", 0, "classes of such a data set", lower_bound=0, flag_values=values)
     cli.parse(values, argv, USAGE, required=["config"])
     with cli.errors():
-        bandwidths = _positive("bandwidth", values.bandwidth)
+        links = parse(values.bandwidth)
         (rate,) = _positive("flops", [str(values.flops)])
         sizes = _positive("example", values.example)
         if any(size % 1 for size in sizes):
@@ -344,7 +370,7 @@ def main(argv: list[str]) -> int:
         import jax
 
         jax.config.update("jax_platforms", "cpu")  # shapes need no accelerator
-        planned = plan(values.config, facts, bandwidths=bandwidths, flops=rate)
+        planned = plan(values.config, facts, links=links, flops=rate)
     if values.json:
         print(json.dumps(planned, indent=2))
     else:

@@ -76,7 +76,7 @@ def test_plan_and_compare_know_them(folder, capsys):
     assert own["state_bytes_per_worker"] > ist["state_bytes_per_worker"]  # the momentum of the owner
     methods = f"--methods=ist,{OWN['method']}"
     assert compare.main(["compare", *flags, methods, "--seeds=1", f"--workdir={folder / 'c'}"]) == 0
-    compared = json.loads((folder / "c" / "compare.json").read_text())["methods"]
+    compared = json.loads((folder / "c" / "compare.json").read_text())["variants"]
     assert compared.keys() == {"ist", OWN["method"]}
 
 

@@ -1,4 +1,4 @@
-"""Comparisons of methods, and what looks on while a run goes round by round."""
+"""Comparisons of variants, and what looks on while a run goes round by round."""
 
 import errno
 import json
@@ -13,27 +13,31 @@ from conftest import ROOT, get_config
 from tensorboardX.proto.event_pb2 import Event
 
 from ist_jax import compare, data, main, train
+from ist_jax.costs.link import LINKS, modelled
 from ist_jax.runtime import observers
 from ist_jax.workdir import files
 
 Run, Length = namedtuple("Run", "schedule"), namedtuple("Length", "first rounds")
 MLP = f"--config={ROOT}/configs/mlp.py:smoke"
+METHODS = compare.of_methods(["ist", "local_sgd"])
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("compared")
-    return workdir, compare.compare(get_config("mlp"), workdir, methods=["ist", "local_sgd"], seeds=1)
+    return workdir, compare.compare(get_config("mlp"), workdir, variants=METHODS, seeds=1)
 
 
 def test_a_comparison_leaves_a_folder_for_each_run_and_its_figures(compared):
     workdir, result = compared
     assert json.loads((workdir / "compare.json").read_text()) == result
     assert "<html" in (workdir / "report.html").read_text()
-    assert result.keys() == {"metric", "methods", "start"}
+    assert result.keys() == {"metric", "variants", "start"}
     for method in ("ist", "local_sgd"):
-        figures = result["methods"][method]
-        assert figures.keys() == {"accuracy", "seconds", "bytes", "bytes_local_sgd", "bytes_sent", "runs"}
+        figures = result["variants"][method]
+        costs = {"seconds", "bytes", "bytes_local_sgd", "bytes_sent"}
+        assert figures.keys() == {"overrides", "accuracy", *costs, "modelled", "runs"}
+        assert figures["overrides"] == {"method": method}
         assert figures["runs"] == [f"{method}-0"]
         summary = json.loads((workdir / f"{method}-0" / "summary.json").read_text())
         assert summary["method"] == method
@@ -42,6 +46,11 @@ def test_a_comparison_leaves_a_folder_for_each_run_and_its_figures(compared):
         assert figures["bytes"]["mean"] == summary["bytes_exchanged_per_worker"]
         records = files.read_records(workdir / f"{method}-0")
         assert figures["bytes_sent"]["mean"] == sum(record["bytes_sent"] for record in records)
+        keys = ("seconds_local", "bytes_sent", "messages_sent")
+        totals = [sum(record[key] for record in records) for key in keys]
+        assert all(totals)
+        wanted = [link._asdict() | modelled(*totals, link)._asdict() for link in LINKS]
+        assert figures["modelled"] == [pytest.approx(own) for own in wanted]
 
 
 def test_finished_runs_are_not_repeated_and_seeds_give_a_spread(compared, capsys):
@@ -53,7 +62,7 @@ def test_finished_runs_are_not_repeated_and_seeds_give_a_spread(compared, capsys
     runs = [json.loads((workdir / f"ist-{seed}" / "summary.json").read_text()) for seed in (0, 1)]
     low, high = sorted(run["test_accuracy"] for run in runs)
     assert low < high
-    assert result["methods"]["ist"]["accuracy"] == {"mean": (low + high) / 2, "min": low, "max": high}
+    assert result["variants"]["ist"]["accuracy"] == {"mean": (low + high) / 2, "min": low, "max": high}
     assert result["start"]["0"] == first["start"]["0"]
     assert len({start["params_sha256"] for start in result["start"].values()}) == 2
     assert len({start["examples_sha256"] for start in result["start"].values()}) == 2
@@ -65,15 +74,142 @@ def test_finished_runs_are_not_repeated_and_seeds_give_a_spread(compared, capsys
 
 def test_the_table_has_one_headline_and_no_share_of_local_sgd_in_itself(compared):
     _, result = compared
-    rows = {line.split()[0]: line.split()[1:] for line in compare.table(result).splitlines()[2:]}
+    lines = compare.table(result).splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2 : lines.index("")]}
     # accuracy, seconds, MB exchanged, share, MB sent; one seed has no spread
     assert [len(rows[method]) for method in ("ist", "local_sgd")] == [5, 4]
     whole = 3 * 2 * 4 * (64 * 32 + 32 * 32 + 32 * 10 + 4 * 32)  # 3 rounds, both ways
     part = 3 * 2 * 4 * (64 * 16 + 16 * 16 + 16 * 10 + 4 * 16)
     assert rows["ist"][2:4] == [f"{part / 1e6:.3g}", f"{part / whole:.1%}"]
     assert rows["local_sgd"][2] == f"{whole / 1e6:.3g}"
-    old = dict(result["methods"]["ist"], bytes_sent=None)
-    assert compare.table({"methods": {"ist": old}}).endswith(" -")
+    old = dict(result["variants"]["ist"], bytes_sent=None, modelled=None)
+    assert [line[-2:] for line in compare.table({"variants": {"ist": old}}).splitlines()[2:7:4]] == [
+        " -",
+        " -",
+    ]
+
+
+def test_variants_by_flag_and_by_file_make_one_table_and_one_page(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text('VARIANTS = {"outer": {"outer.name": "nesterov"}}')
+    flags = [
+        MLP,
+        "--seeds=1",
+        "--methods=ist",
+        f"--variants={tmp_path}/mine.py",
+        f"--workdir={tmp_path}/runs",
+    ]
+    often = "--variant=often:local_steps=1,rounds=6,model.hidden=(32,32)"  # 3 x 2 steps otherwise
+    assert compare.main(["compare", *flags, often]) == 0
+    names = ["ist", "outer", "often"]
+    result = json.loads((tmp_path / "runs" / "compare.json").read_text())
+    assert list(result["variants"]) == names
+    assert [own["runs"] for own in result["variants"].values()] == [[f"{name}-0"] for name in names]
+    assert result["variants"]["often"]["overrides"] == {
+        "local_steps": 1,
+        "rounds": 6,
+        "model.hidden": [32, 32],
+    }
+    starts = {(tmp_path / "runs" / f"{name}-0" / "start.json").read_text() for name in names}
+    assert len(starts) == 1
+    assert (
+        json.loads((tmp_path / "runs" / "outer-0" / "config.json").read_text())["outer"]["name"] == "nesterov"
+    )
+    assert len({own["accuracy"]["mean"] for own in result["variants"].values()}) > 1
+    lines = capsys.readouterr().out.splitlines()
+    for head in (2, lines.index("") + 3):  # what was measured, and what is modelled
+        assert [line.split()[0] for line in lines[head : head + 3]] == names
+    assert max(map(len, lines)) <= 100
+    page = (tmp_path / "runs" / "report.html").read_text()
+    assert f"<title>ist_jax: {', '.join(names)} on digits</title>" in page
+
+
+def test_variants_of_unlike_steps_are_refused_before_any_trains(tmp_path):
+    variants = {"ist": {}, "once": {"local_steps": 1}}
+    with pytest.raises(ValueError, match=r"the same number of steps .*: ist 3 x 2, once 3 x 1\)"):
+        compare.compare(get_config("mlp"), tmp_path, variants=variants, seeds=1)
+    assert not files.read_records(tmp_path / "ist-0")
+
+
+@pytest.mark.slow
+def test_a_variant_of_other_parameters_is_refused_before_it_trains(tmp_path):
+    variants = {"ist": {}, "wide": {"model.hidden": (64, 32)}}
+    with pytest.raises(ValueError, match="wide-0 did not begin as ist-0 did"):
+        compare.compare(get_config("mlp"), tmp_path, variants=variants, seeds=1)
+    assert not files.read_records(tmp_path / "wide-0")
+
+
+def test_what_is_given_in_a_variant_can_be_of_every_kind():
+    config = get_config("mlp")
+    (found,) = compare.of_texts(
+        config, ["x:partition.shares=(1,3),optimizer.nesterov=true,optimizer.name=adam,rounds=7"]
+    ).values()
+    assert found == {
+        "partition.shares": (1, 3),
+        "optimizer.nesterov": True,
+        "optimizer.name": "adam",
+        "rounds": 7,
+    }
+    assert compare.of_texts(config, ["plain", "also:"]) == {"plain": {}, "also": {}}
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        (
+            ["x:local_step=2"],
+            "variant x: unknown key config.local_step; did you mean 'local_steps'? keys there",
+        ),
+        (["x:optimizer.rate=2"], "variant x: unknown key config.optimizer.rate; "),
+        (["x:local_steps=many"], "variant x: flag --config.local_steps=many: a whole number is needed"),
+        (["x:local_steps=0"], "variant x: local_steps=0; set config.local_steps to 1 or more"),
+        (["x:model=3"], "variant x: "),
+        (["x:method=sgd"], "variant x: method=sgd: 'sgd' is not there"),
+        (["x:local_steps"], "--variant x:local_steps: 'local_steps' is no key=value; give NAME:"),
+        (["x:seed=1,seed=2"], "--variant x:seed=1,seed=2: seed is given twice"),
+        (["x", "x:method=local_sgd"], "--variant x is given twice; give one of them another name"),
+        (
+            ["x:seed=1"],
+            "variant x: with another seed a run sees other examples, which is no comparison;",
+        ),
+        (["x:data.flip=True"], "variant x: with another data.flip a run sees other examples"),
+        (["x:epochs=2"], "for all of them, --config.epochs=2"),
+        (["x", "y:method=ist"], "variant y: it has the settings of variant x; leave one of them out"),
+        (["x/y"], "variant 'x/y': a name has letters"),
+        ([""], "variant '': a name has letters"),
+    ],
+)
+def test_a_mistake_in_a_variant_is_one_line_and_exit_2(variants, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["compare", MLP, f"--workdir={tmp_path}", *(f"--variant={text}" for text in variants)])
+    assert stop.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert message in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot read "),
+        ("VARIANT = {}", "has no name 'VARIANTS'; did you mean 'VARIANT'?"),
+        ("VARIANTS = {}", "there is no variant to compare; VARIANTS is empty"),
+        ("VARIANTS = [1]", "must be a dict of dicts, such as"),
+        ("VARIANTS = {'x': 1}", "must be a dict of dicts, such as"),
+        ("VARIANTS = {1: {}}", "must be a dict of dicts, such as"),
+        ("VARIANTS = {'x': {'local_steps': 'many'}}", "variant x: Could not override field 'local_steps'"),
+        ("VARIANTS = {'plain': {}}", "variant plain is given twice; give one of them another name"),
+        ("1 / 0", "mine.py fails: division by zero"),
+    ],
+)
+def test_a_mistake_in_a_file_of_variants_is_one_line_and_exit_2(text, message, capsys, tmp_path):
+    if text is not None:
+        (tmp_path / "mine.py").write_text(text)
+    flags = ["--variant=plain"] if "plain" in (text or "") else []
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["compare", MLP, f"--workdir={tmp_path}/runs", f"--variants={tmp_path}/mine.py", *flags])
+    assert stop.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert message in line
 
 
 def test_one_line_of_progress_over_all_runs_with_the_time_left(compared, capsys, monkeypatch, tmp_path):
@@ -109,7 +245,9 @@ def test_a_folder_with_anything_else_is_no_comparisons(compared, capsys, tmp_pat
     assert stop.value.code == 2
     assert f"error: {tmp_path} holds notes.txt, but no comparison" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"config.json, .* but no comparison"):
-        compare.compare(get_config("mlp"), compared[0] / "ist-0", methods=["ist"], seeds=1)
+        compare.compare(
+            get_config("mlp"), compared[0] / "ist-0", variants=compare.of_methods(["ist"]), seeds=1
+        )
     with pytest.raises(ValueError, match=r"holds compare.json, ist-0, .* but no run"):
         train.train(get_config("mlp"), compared[0])
 
@@ -122,10 +260,10 @@ def test_runs_that_did_not_begin_alike_are_no_comparison(compared, key):
     try:
         files.write_json(path, json.loads(before) | {key: "another"})
         with pytest.raises(ValueError, match="local_sgd-0 did not begin as ist-0 did"):
-            compare.compare(get_config("mlp"), workdir, methods=["ist", "local_sgd"], seeds=1)
+            compare.compare(get_config("mlp"), workdir, variants=METHODS, seeds=1)
         path.unlink()
         with pytest.raises(ValueError, match="local_sgd-0 is of a run by itself"):
-            compare.compare(get_config("mlp"), workdir, methods=["ist", "local_sgd"], seeds=1)
+            compare.compare(get_config("mlp"), workdir, variants=METHODS, seeds=1)
     finally:
         path.write_text(before)
 

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, get_config
 
 from ist_jax import data, plan, train
+from ist_jax.costs.link import Link, modelled, parse
 from ist_jax.runtime import inputs, record, setup
 
 RESNET = f"--config={ROOT}/configs/resnet.py:cifar100"
@@ -57,32 +58,64 @@ def run(capsys, *flags):
 
 
 def test_json_has_the_documented_keys(capsys):
-    planned = json.loads(run(capsys, MLP, "--json", "--bandwidth=1e9,2e9", "--flops=1e6"))
-    others = {"seconds_per_round", "run", "setting", "notes"}
+    planned = json.loads(run(capsys, MLP, "--json", "--bandwidth=1e9,2e9@3ms", "--flops=1e6"))
+    modelled = {"seconds_per_round", "utilisation", "overlap_saves_per_round"}
+    others = {*modelled, "run", "setting", "notes"}
     assert planned.keys() == {"ist", "local_sgd", "data_parallel", *others}
     for method in ("ist", "local_sgd", "data_parallel"):
         assert planned[method].keys() == set(plan.Cost._fields)
         cost, (slow, fast) = plan.Cost(**planned[method]), planned["seconds_per_round"][method]
         computing = 2 * cost.flops_per_worker_per_step / 1e6  # l = 2
         assert slow == pytest.approx(computing + 8 * cost.wire_bytes_per_worker_per_round / 1e9)
-        assert fast == pytest.approx(computing + 8 * cost.wire_bytes_per_worker_per_round / 2e9)
+        waiting = 3e-3 * cost.messages_per_device_per_round
+        assert fast == pytest.approx(computing + waiting + 8 * cost.wire_bytes_per_worker_per_round / 2e9)
+        assert planned["utilisation"][method] == pytest.approx([computing / slow, computing / fast])
+        saved = [min(computing, slow - computing), min(computing, fast - computing)]
+        assert planned["overlap_saves_per_round"][method] == pytest.approx(saved)
         total = plan.Total(**planned["run"][method])
         assert total.hours == pytest.approx([3 * slow / 3600, 3 * fast / 3600])
         assert total.paper_gigabytes == pytest.approx(3 * cost.paper_gigabytes_per_round)
     assert planned["setting"]["rounds"] == 3
+    assert planned["setting"]["links"] == [
+        {"bits_per_second": 1e9, "latency": 0},
+        {"bits_per_second": 2e9, "latency": 0.003},
+    ]
+
+
+def test_messages_of_an_mlp_by_hand():
+    # of 4 workers: 3 messages in an all-to-all or an all-gather, 6 in the ring of an all-reduce. A round
+    # of IST is two all-to-alls, one of local SGD an all-to-all and an all-gather; each of 2 steps of
+    # data-parallel SGD is an all-reduce of all gradients.
+    config = get_config("mlp", num_workers=4)
+    messages = {}
+    for config.method in ("ist", "local_sgd", "data_parallel"):
+        messages[config.method] = plan.predict(config, data.facts("digits")).messages_per_device_per_round
+    assert messages == {"ist": 2 * 3, "local_sgd": 2 * 3, "data_parallel": 2 * 6}
+    config.num_workers = 1
+    assert plan.predict(config, data.facts("digits")).messages_per_device_per_round == 0
+
+
+def test_what_is_modelled_by_hand():
+    # 3 s of steps; 4 messages of 0.5 s and 1 GB over 1 Gb/s take 2 + 8 s
+    found = modelled(3.0, 1e9, 4, Link(1e9, 0.5))
+    assert found == (13.0, 3 / 13, 3.0)
+    assert modelled(30.0, 1e9, 4, Link(1e9, 0.5)) == (40.0, 0.75, 10.0)
+    assert parse(["1e9@1ms", "2e9@3us", "5@0.5s", "7"]) == [
+        pytest.approx(own) for own in ((1e9, 1e-3), (2e9, 3e-6), (5.0, 0.5), (7.0, 0.0))
+    ]
 
 
 def test_several_workers_on_a_device_take_turns_and_share_its_link():
     config, facts = get_config("mlp", num_workers=4), data.facts("digits")
-    alone = plan.plan(config, facts, bandwidths=[1e99], flops=1e9)["seconds_per_round"]
+    alone = plan.plan(config, facts, links=[Link(1e99)], flops=1e9)["seconds_per_round"]
     config.num_devices = 2
-    shared = plan.plan(config, facts, bandwidths=[1e99], flops=1e9)["seconds_per_round"]
+    shared = plan.plan(config, facts, links=[Link(1e99)], flops=1e9)["seconds_per_round"]
     for method, (seconds,) in alone.items():
         assert shared[method] == [pytest.approx(2 * seconds)]
 
 
 def test_the_table_is_legible_at_100_columns(capsys):
-    lines = run(capsys, RESNET, "--bandwidth=1e8,1e9,1e10,1e11,4e11").splitlines()
+    lines = run(capsys, RESNET, "--bandwidth=1e8@10ms,1e9@1ms,1e10,1e11,4e11").splitlines()
     assert max(map(len, lines)) <= 100
     assert lines[0] == f"{ROOT}/configs/resnet.py:cifar100"
     assert lines[1] == "4 workers on 4 devices, 313 rounds of 50 local steps on 128 examples each"
@@ -181,8 +214,15 @@ def test_a_set_of_ones_own(capsys):
         ([], "--config is missing"),
         ([MLP, "--jsn"], "jsn"),
         ([MLP, "stray"], "unexpected argument 'stray'"),
-        ([MLP, "--bandwidth=fast"], "--bandwidth=fast: numbers are needed"),
-        ([MLP, "--bandwidth=1e9,0"], "--bandwidth=1e9,0: numbers above 0"),
+        ([MLP, "--bandwidth=fast"], "--bandwidth=fast: give bits per second above 0 and, after an @"),
+        ([MLP, "--bandwidth=1e9,0"], "--bandwidth=1e9,0: give bits per second above 0"),
+        ([MLP, "--bandwidth="], "--bandwidth=: give bits per second above 0"),
+        ([MLP, "--bandwidth=1e9,"], "--bandwidth=1e9,: give"),
+        ([MLP, "--bandwidth=1e9@"], "--bandwidth=1e9@: give"),
+        ([MLP, "--bandwidth=1e9@1"], "a latency of 0 or more in s, ms or us: 1e8@10ms,1e9"),
+        ([MLP, "--bandwidth=1e9@-1ms"], "--bandwidth=1e9@-1ms: give"),
+        ([MLP, "--bandwidth=1e9@xms"], "--bandwidth=1e9@xms: give"),
+        ([MLP, "--bandwidth=nan@1ms"], "--bandwidth=nan@1ms: give"),
         ([MLP, "--flops=-1"], "--flops=-1.0: numbers above 0"),
         ([MLP, "--flops=many"], "a number is needed, not 'many'"),
         ([MLP, "--config.num_workers=64"], "leaves a worker without a neuron"),
@@ -239,7 +279,7 @@ def test_the_chosen_words_are_the_classes(capsys):
 def test_examples_that_are_held_out_are_not_trained_on(validation):
     config = get_config("mlp", local_steps=1, batch_size=1, num_workers=1, rounds=None, epochs=1.0)
     config.data.validation = validation
-    planned = plan.plan(config, data.facts("digits"), bandwidths=[1e9], flops=1e9)
+    planned = plan.plan(config, data.facts("digits"), links=[Link(1e9)], flops=1e9)
     assert planned["setting"]["rounds"] == inputs.count(inputs.open_inputs(setup.wanted_data(config)).train)
 
 

@@ -13,12 +13,13 @@ from bokeh.document import Document
 from bokeh.models import Legend, Segment
 from conftest import get_config
 
-from ist_jax import BANDWIDTHS, data, partition, plan, train
+from ist_jax import data, partition, plan, train
+from ist_jax.costs.link import LINKS, Link, modelled, modelled_seconds
 from ist_jax.deals import DEALS
 from ist_jax.report import figures
 from ist_jax.report.__main__ import main as report_main
 from ist_jax.report.page import DRAWN, render, write_report
-from ist_jax.report.runs import RunFiles, draw_maps, group_by_config, modelled_seconds, read_run
+from ist_jax.report.runs import RunFiles, draw_maps, group_by_config, read_run
 from ist_jax.runtime import setup as experiment
 
 ROUNDS = 4
@@ -47,7 +48,7 @@ def write_like(folder, other, changes, *, factor):
         (other / f"{name}.json").write_text(json.dumps(content))
     records = read_records(folder)
     for record in records:
-        for key in ("seconds_local", "bytes_sent", "bytes_per_worker", "test_accuracy"):
+        for key in ("seconds_local", "bytes_sent", "messages_sent", "bytes_per_worker", "test_accuracy"):
             if key in record:
                 record[key] *= factor if key != "test_accuracy" else 1 / factor
     (other / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -70,6 +71,7 @@ def synthetic(*, rounds, units, workers, **changes):
     same |= {
         "test_accuracy": 0.5,
         "bytes_sent": 1e9,
+        "messages_sent": 3,
         "bytes_per_worker": 2e9,
         "workers_absent": 0,
         "workers_left_out": 0,
@@ -109,9 +111,10 @@ def read_records(folder):
 
 
 def test_modelled_time_of_two_rounds_by_hand():
-    # 0.5 s and 0.25 s of local steps; 1 MB and 2 MB over 100 Mb/s take 0.08 s and 0.16 s
-    seconds = modelled_seconds(np.array([0.5, 0.25]), np.array([1e6, 2e6]), 1e8)
-    np.testing.assert_allclose(seconds, [0.58, 0.41], rtol=1e-15)
+    # 0.5 s and 0.25 s of local steps; 1 MB and 2 MB over 100 Mb/s take 0.08 s and 0.16 s; 3 and 1 messages
+    local, sent, messages = np.array([0.5, 0.25]), np.array([1e6, 2e6]), np.array([3, 1])
+    seconds = modelled_seconds(local, sent, messages, Link(1e8, 0.01))
+    np.testing.assert_allclose(seconds, [0.61, 0.42], rtol=1e-15)
 
 
 def test_the_curves_are_those_of_the_metrics_files(runs, page):
@@ -126,12 +129,13 @@ def test_the_curves_are_those_of_the_metrics_files(runs, page):
         for curve in (examples, exchanged, modelled):
             np.testing.assert_array_equal(curve["y"], accuracy)
             np.testing.assert_array_equal(curve["round"], [2, 4])
-        local, sent, total = (
+        local, sent, messages, total = (
             np.cumsum([r[key] for r in records])[[1, 3]]
-            for key in ("seconds_local", "bytes_sent", "bytes_per_worker")
+            for key in ("seconds_local", "bytes_sent", "messages_sent", "bytes_per_worker")
         )
+        assert messages.all()
         np.testing.assert_allclose(exchanged["x"], total / 1e6)  # MB, as the papers count
-        np.testing.assert_allclose(modelled["x"], local + sent * 8 / 1e9)
+        np.testing.assert_allclose(modelled["x"], local + 1e-3 * messages + sent * 8 / 1e9)
     for index, (folder, seed) in enumerate(zip(runs[:2], (", seed 0", ", seed 1"), strict=True)):
         loss, records = drawn["loss"][index], read_records(folder)
         np.testing.assert_array_equal(loss["x"], [1, 2, 3, 4])
@@ -180,11 +184,11 @@ def test_bytes_and_time_to_a_target_and_their_ratios():
         ("80 % test accuracy", []),
         ("exchanged, MB", [("3,000.0", ""), ("-", "")]),
         ("measured s", [("6.0", ""), ("-", "")]),
-        ("modelled s", [("15.00", ""), ("-", "")]),  # 3 s, and 3 x 0.5 GB at 1 Gb/s
+        ("modelled s", [("15.01", ""), ("-", "")]),  # 3 s, 3 x 0.5 GB at 1 Gb/s, 3 x 3 messages of 1 ms
         ("60 % test accuracy", []),
         ("exchanged, MB", [("3,000.0", "0.375"), ("8,000.0", "")]),
         ("measured s", [("6.0", "1.5"), ("4.0", "")]),
-        ("modelled s", [("15.00", "0.441"), ("34.00", "")]),  # 2 s, and 2 x 2 GB
+        ("modelled s", [("15.01", "0.441"), ("34.01", "")]),  # 2 s, 2 x 2 GB, 2 x 3 messages
     ]  # nine tenths of it, 54 %, was reached with 60 %
 
 
@@ -303,7 +307,8 @@ def test_phases_are_those_of_the_records_whatever_a_method_calls_them():
     drawn = read_figures(render([other]))
     assert "gather" not in drawn["history0"][0]
     np.testing.assert_allclose(drawn["history0"][0]["x"], [3] * 4)
-    np.testing.assert_allclose(drawn["time"][0]["x"], 8 * np.arange(1, 5))  # 1 GB a round at 1 Gb/s, no more
+    each = 8 + 3 * 1e-3  # 1 GB a round at 1 Gb/s and 3 messages of 1 ms, no more
+    np.testing.assert_allclose(drawn["time"][0]["x"], each * np.arange(1, 5))
 
 
 def test_the_map_is_the_partition_that_was_trained(runs, page):
@@ -561,18 +566,24 @@ def test_the_bandwidth_that_the_reader_chooses_moves_the_curve(runs, page, brows
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     expected = [group_by_config([read_run(folder)])[0].mean() for folder in runs]
     pictures, last = [], []
-    for bits_per_second in BANDWIDTHS:
-        browser.execute_script(f"document.querySelector('input[value=\"{bits_per_second:.0f}\"]').click()")
+    for link in LINKS:
+        value = f"{link.bits_per_second:.0f}"
+        browser.execute_script(f"document.querySelector('input[value=\"{value}\"]').click()")
         drawn = browser.execute_script(
             "return [...sources(figures.time)].map((s) => [Array.from(s.data.x), Array.from(s.data.y)])"
         )
         for index, curve in ((0, expected[0]), (1, expected[1]), (3, expected[2])):  # 2: the mean
-            x = modelled_seconds(curve.seconds_local, curve.bytes_sent, bits_per_second)
+            x = modelled_seconds(curve.seconds_local, curve.bytes_sent, curve.messages, link)
             np.testing.assert_allclose(drawn[index], [x, curve.value], rtol=1e-12)
         cells = browser.execute_script(
             "return [...document.querySelectorAll('[data-seconds-local]')].map((e) => e.innerText.split(' '))"
         )
         last.append((drawn[3][0][-1], float(cells[1][0])))
+        end = [
+            column[-1] for column in (expected[2].seconds_local, expected[2].bytes_sent, expected[2].messages)
+        ]
+        _, share, saved = modelled(*end, link)
+        assert [cells[3], cells[5]] == [[f"{share:.1%}"], [f"{saved:,.2f}"]]
         ratio = drawn[2][0][-1] / drawn[3][0][-1]  # of the totals, to local SGD's
         assert float(cells[0][1][:-1]) == pytest.approx(ratio, rel=0.006)
         pictures.append(browser.execute_async_script(
@@ -588,12 +599,13 @@ def test_the_bandwidth_that_the_reader_chooses_moves_the_curve(runs, page, brows
 def test_the_script_and_python_model_the_same_time(page, browser):
     open_page(browser, page)
     rng = np.random.default_rng(0)
-    seconds, sent = rng.uniform(0, 100, 50), rng.integers(0, 10**12, 50)
-    for bits_per_second in (*BANDWIDTHS, 12345.678):
+    parts = [rng.uniform(0, 100, 50), rng.integers(0, 10**12, 50), rng.integers(0, 1000, 50)]
+    for link in (*LINKS, Link(12345.678, 0.3)):
+        given = {"bitsPerSecond": link.bits_per_second, "latency": link.latency}
         found = browser.execute_script(
-            "return modelledSeconds(...arguments)", seconds.tolist(), sent.tolist(), bits_per_second
+            "return modelledSeconds(...arguments)", *(part.tolist() for part in parts), given
         )
-        np.testing.assert_allclose(found, modelled_seconds(seconds, sent, bits_per_second), rtol=1e-14)
+        np.testing.assert_allclose(found, modelled_seconds(*parts, link), rtol=1e-14)
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -113,11 +113,17 @@ def test_its_ledger_and_plan_agree(measurements, tmp_path):
 
 
 def test_methods_are_compared_by_its_metric(measurements, tmp_path):
+    methods = compare.of_methods(["ist", "local_sgd"])
     measurements.rounds = 2
     result = compare.compare(
-        measurements, tmp_path, methods=["ist", "local_sgd"], seeds=1, model=Net(), task=REGRESSION
+        measurements,
+        tmp_path,
+        variants=methods,
+        seeds=1,
+        model=Net(),
+        task=REGRESSION,
     )
-    assert result["methods"]["ist"]["rmse"]["mean"] > 0
+    assert result["variants"]["ist"]["rmse"]["mean"] > 0
     assert "test rmse" in compare.table(result)
 
 

@@ -107,6 +107,36 @@ def nested(x, branch):
     return lax.fori_loop(0, 7, lambda _, c: send(c), total), ys
 
 
+def test_messages_are_those_of_all_runs_of_a_collective():
+    def fn(x):
+        x = lax.scan(lambda c, _: (lax.psum(c, AXIS), None), x, None, length=5)[0]
+        x = lax.all_to_all(x, AXIS, 0, 0) + lax.ppermute(x, AXIS, [(i, (i + 1) % 4) for i in range(4)])
+        return lax.all_gather(lax.psum_scatter(x, AXIS, tiled=True), AXIS)
+
+    found = trace(fn, np.zeros((4, 4), np.float32), num_devices=4)
+    assert [(c.kind, c.runs, c.messages) for c in found] == [
+        ("all-reduce", 5, 5 * 2 * 3),  # a ring: to reduce and to gather
+        ("all-to-all", 1, 3),  # one to each of the others
+        ("collective-permute", 1, 1),
+        ("reduce-scatter", 1, 3),
+        ("all-gather", 1, 3),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fn", "messages"),
+    [
+        (lambda x: [lax.psum(x + i, AXIS) * 2 for i in range(5)], 6),
+        (lambda x: lax.psum(2 * lax.psum(x, AXIS), AXIS), 12),
+        (lambda x: (lax.psum(x, AXIS), lax.pmax(x, AXIS), lax.psum(x, AXIS)), 18),
+        (lambda x: (lax.psum(x, AXIS), jax.jit(lambda x: lax.psum(x, AXIS))(x), lax.psum(x, AXIS)), 18),
+    ],
+    ids=["independent", "one needs the other", "of two kinds", "in a call"],
+)
+def test_collectives_that_follow_one_another_and_need_not_are_joined(fn, messages):
+    assert sum(c.messages for c in trace(fn, np.zeros(4, np.float32), num_devices=4)) == messages
+
+
 def test_loops_multiply_and_the_dearest_branch_counts():
     x, branch = np.zeros((2, 5, 3), np.float32), np.zeros(2, bool)
     found = trace(nested, x[0], branch[0])

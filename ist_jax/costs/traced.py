@@ -45,21 +45,30 @@ class Collective(NamedTuple):
       kind: as in optimised HLO: 'all-to-all', 'all-gather', 'all-reduce', 'reduce-scatter' or
         'collective-permute'.
       devices: that take part.
+      runs: how often it runs.
       operand: bytes of a device's operands, of all of its runs together.
       floats: those of them that are floating-point numbers, the only ones that papers count.
+      joined: goes with the one before, of the same kind: neither needs what the other gives.
       scope: the `jax.named_scope`s around it, 'outer/inner'; 'jvp(...)' and the like in derivatives.
     """
 
     kind: str
     devices: int
+    runs: float
     operand: float
     floats: float
+    joined: bool
     scope: str
 
     @property
     def sent(self) -> float:
         """Bytes that a device sends in it, and receives."""
         return sent(self.kind, self.operand, self.devices)
+
+    @property
+    def messages(self) -> float:
+        """That a device sends one after another, in all of its runs; where it is joined none of its own."""
+        return 0 if self.joined else self.runs * messages(self.kind, self.devices)
 
 
 def collectives_of(jaxpr: ClosedJaxpr, num_devices: int) -> list[Collective]:
@@ -86,7 +95,8 @@ def collectives_of(jaxpr: ClosedJaxpr, num_devices: int) -> list[Collective]:
             )
         once = _collective(cost.eqn, num_devices)
         operand, floats = once.operand * cost.times, once.floats * cost.times
-        result.append(once._replace(operand=operand, floats=floats, scope=cost.scope))
+        once = once._replace(operand=operand, floats=floats)
+        result.append(once._replace(runs=cost.times, joined=cost.joined, scope=cost.scope))
     return result
 
 
@@ -110,6 +120,20 @@ def sent(kind: str, operand: float, devices: float) -> float:
     return operand * parts.get(kind, 1) * (devices - 1) / devices
 
 
+def messages(kind: str, devices: int) -> int:
+    """Messages that a device sends in one run of a collective over D devices, one after another.
+
+    An all-to-all sends one to each of the D - 1 others. The ring of an all-gather or of a reduce-scatter has
+    D - 1 steps, that of an all-reduce both of them, 2 (D - 1); a collective-permute sends one. Of collectives
+    that are joined, as those of all leaves' gradients, one counts: they can be sent together.
+
+    Args:
+      kind: as for `sent`.
+      devices: D.
+    """
+    return {"all-reduce": 2 * (devices - 1), "collective-permute": 1}.get(kind, devices - 1)
+
+
 def _aval(atom: Var | Literal) -> ShapedArray:
     """Shape and dtype."""
     return atom.aval  # type: ignore[return-value]  # no other kind has operands
@@ -129,7 +153,7 @@ def _collective(eqn: JaxprEqn, num_devices: int) -> Collective:
     sizes = [aval.size * aval.dtype.itemsize for aval in avals]
     floats = sum(s for s, aval in zip(sizes, avals, strict=True) if jnp.issubdtype(aval.dtype, jnp.floating))
     devices = len(groups[0]) if groups else num_devices
-    return Collective(_KINDS[eqn.primitive.name], devices, sum(sizes), floats, scope="")
+    return Collective(_KINDS[eqn.primitive.name], devices, 1, sum(sizes), floats, joined=False, scope="")
 
 
 # --- FLOPs ----------------------------------------------------------------------------------------
@@ -205,6 +229,7 @@ class _Cost(NamedTuple):
     once: float
     times: float  # NaN: as often as the data say
     scope: str
+    joined: bool  # with the one before it, of the same primitive: neither needs what the other gives
 
 
 # (equation, which arguments depend on a parameter) -> cost
@@ -216,14 +241,24 @@ def _walk(jaxpr: Jaxpr, trained: Sequence[bool], weigh: _Weigh) -> _Walked:
     """(what costs something, which results depend on a parameter), from which arguments do."""
     known = {var for var, flag in zip(jaxpr.invars, trained, strict=True) if flag}
     found: list[_Cost] = []
+    last = None  # the primitive of the latest costs
+    given: set[Var] = set()  # what depends on what they gave
 
     def depends(atom: Var | Literal) -> bool:
         return not hasattr(atom, "val") and atom in known
 
     for eqn in jaxpr.eqns:
         costs, results = _enter(eqn, [depends(atom) for atom in eqn.invars], weigh)
+        own = eqn.primitive if costs and costs[0].eqn is eqn else None
+        needs = any(not hasattr(atom, "val") and atom in given for atom in eqn.invars)
+        joined = own is not None and own is last and not needs
         for cost in costs:  # an inner trace does not know the scopes around it
-            found.append(cost._replace(scope=f"{eqn.source_info.name_stack}/{cost.scope}".strip("/")))
+            scope = f"{eqn.source_info.name_stack}/{cost.scope}".strip("/")
+            found.append(cost._replace(scope=scope, joined=joined or cost.joined))
+        if costs and not joined:
+            last, given = own, set()
+        if costs or needs:
+            given |= set(eqn.outvars)
         known |= {var for var, flag in zip(eqn.outvars, results, strict=True) if flag}
     return found, [depends(atom) for atom in jaxpr.outvars]
 
@@ -232,7 +267,7 @@ def _enter(eqn: JaxprEqn, flags: list[bool], weigh: _Weigh) -> _Walked:
     """`_walk` of an equation."""
     name, every = eqn.primitive.name, [any(flags)] * len(eqn.outvars)
     if once := weigh(eqn, flags):
-        return [_Cost(eqn, once, 1, "")], every
+        return [_Cost(eqn, once, 1, "", joined=False)], every
     bodies = list(jaxprs_in_params(eqn.params))
     if name == "scan":
         return _enter_scan(eqn, bodies[0], flags, weigh)

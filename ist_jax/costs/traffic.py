@@ -22,15 +22,19 @@ _CAUSES = {"all-reduce": "gradients"}  # of collectives that are no exchange; el
 
 
 class Traffic(NamedTuple):
-    """Bytes of a round by cause: 'gather' of the units, 'merge_units', 'merge_shared' (the shared leaves, and
-    a flag per worker), 'gradients', or the kind of a collective of a method's own."""
+    """Messages of a round, and its bytes by cause.
+
+    Causes are 'gather' of the units, 'merge_units', 'merge_shared' (the shared leaves, and a flag per
+    worker), 'gradients', or the kind of a collective of a method's own.
+    """
 
     paper: dict[str, float]  # of all workers together
     sent: dict[str, float]  # by one device
+    messages: float = 0.0  # by one device, as `traced.messages` counts
 
 
 def round_traffic(phases: Mapping[str, TracedPhase], layout: Layout) -> Traffic:
-    """The bytes of a round.
+    """The bytes and messages of a round.
 
     Args:
       phases: from `methods.method.trace`.
@@ -38,8 +42,10 @@ def round_traffic(phases: Mapping[str, TracedPhase], layout: Layout) -> Traffic:
     """
     paper: dict[str, float] = defaultdict(float)
     leaving: dict[str, float] = defaultdict(float)
+    messages = 0.0
     for phase in phases.values():
         found = collectives_of(phase.jaxpr, layout.num_devices)
+        messages += sum(c.messages for c in found)
         for cause, size in by_cause(phase.parts, operands(found)).items():
             leaving[cause] += size
             paper[cause] += 0.0  # there, whatever it is
@@ -49,7 +55,7 @@ def round_traffic(phases: Mapping[str, TracedPhase], layout: Layout) -> Traffic:
         for other in found:
             if other.kind not in exchanges:
                 paper[_CAUSES.get(other.kind, other.kind)] += 2 * layout.num_workers * other.floats
-    return Traffic(dict(paper), dict(leaving))
+    return Traffic(dict(paper), dict(leaving), messages)
 
 
 def megabytes(size: float) -> str:

@@ -15,7 +15,8 @@ from bokeh.models import NumeralTickFormatter as Numerals
 from bokeh.palettes import interp_palette
 from bokeh.plotting import figure
 
-from ist_jax.report.runs import Curve, RunFiles, Series, UnitMap, modelled_seconds
+from ist_jax.costs.link import Link, modelled_seconds
+from ist_jax.report.runs import Curve, RunFiles, Series, UnitMap
 
 Columns = dict[str, np.ndarray]
 Styles = dict[str, tuple[str, str]]  # colour and hatching, by phase
@@ -38,7 +39,7 @@ _GAP = 0.08  # between the units of a map, of a row
 _STACKED_WORKERS = 16  # more are one bar
 
 
-def metric_figures(series: Sequence[Series], bits_per_second: float) -> dict[str, figure]:
+def metric_figures(series: Sequence[Series], link: Link) -> dict[str, figure]:
     """The metric on the test set against exchanged bytes, modelled time and examples.
 
     The page's script redraws modelled time.
@@ -60,13 +61,14 @@ def metric_figures(series: Sequence[Series], bits_per_second: float) -> dict[str
     for index, one in enumerate(series):
         means = [mean] if len((mean := one.mean()).round) else []
         for curve, seed in _curves(one, one.curves(), means):
-            time = modelled_seconds(curve.seconds_local, curve.bytes_sent, bits_per_second)
+            time = modelled_seconds(curve.seconds_local, curve.bytes_sent, curve.messages, link)
             places = {"exchanged": curve.exchanged / 1e6, "time": time, "examples": curve.examples / number}
             for name, x in places.items():
                 columns = {"x": x, "y": curve.value, "round": curve.round}
                 columns |= {} if seed else _band(curve)
                 if name == "time":  # made of these, for the page's script
                     columns |= {"seconds_local": curve.seconds_local, "bytes_sent": curve.bytes_sent}
+                    columns |= {"messages": curve.messages}
                 _add_curve(figures[name], columns, index, one.label, seed)
     form, corner = (
         ("0.00" if unit else "0.[0000]"),

@@ -11,7 +11,7 @@ from bokeh.embed import json_item
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 
-from ist_jax import BANDWIDTHS
+from ist_jax.costs.link import LINKS, modelled
 from ist_jax.report import figures
 from ist_jax.report.runs import (
     RunFiles,
@@ -19,43 +19,52 @@ from ist_jax.report.runs import (
     UnitMap,
     draw_maps,
     group_by_config,
-    modelled_seconds,
     read_run,
 )
 from ist_jax.tasks.task import ACCURACY
 from ist_jax.workdir.files import Json
 
 Row = tuple[str, list[dict[str, Json]]]  # of a table: its name, and by series what the template fills in
-_BANDWIDTH = 1e9  # chosen when the page opens
+_LINK = LINKS[1]  # chosen when the page opens
 _COLUMNS = 64  # of a partition map
 DRAWN = 10_000_000  # workers x units x rounds to draw again; about 0.3 s
+_MODELLED = {  # by field of `Modelled`, the row's name and how it is written
+    "seconds": ("modelled s", "{:,.2f}"),
+    "utilisation": ("computing, of that", "{:.1%}"),
+    "overlap_saves": ("overlap would save, modelled s", "{:,.2f}"),
+}
 _MOST = 4  # groups of units, and histories of rounds, on a page
 
 
-def write_report(folders: Sequence[Path], out: Path) -> None:
+def write_report(folders: Sequence[Path] | Mapping[Path, str], out: Path) -> None:
     """Writes the report of the finished runs in `folders` as one HTML file.
 
     Args:
-      folders: one run, or several to compare; those that differ in the seed alone are one method's.
+      folders: one run, or several to compare; those that differ in the seed alone are drawn as one, under
+        the name that a mapping has for them.
       out: the file.
 
     Raises:
       ValueError: a folder holds no finished run.
       OSError: the file cannot be written.
     """
-    page = render([read_run(Path(folder)) for folder in folders])
+    page = render([read_run(Path(folder)) for folder in folders], _names(folders))
     try:
         Path(out).write_text(page, encoding="utf-8")
     except OSError as error:
         raise OSError(f"cannot write {out}: {error.strerror}") from None
 
 
-def render(runs: Sequence[RunFiles]) -> str:
-    """The page as text."""
+def _names(folders: Sequence[Path] | Mapping[Path, str]) -> Mapping[Path, str]:
+    return folders if isinstance(folders, Mapping) else {}
+
+
+def render(runs: Sequence[RunFiles], names: Mapping[Path, str] | None = None) -> str:
+    """The page as text; names: of what is compared, by the runs' folders."""
     if len(metrics := {run.metric.name for run in runs}) > 1:
         raise ValueError(f"the runs are compared by {' and '.join(sorted(metrics))}; give runs of one task")
-    series, styles = group_by_config(runs), figures.phase_styles(runs)
-    charts = figures.metric_figures(series, _BANDWIDTH) | figures.training_figures(series)
+    series, styles = group_by_config(runs, names), figures.phase_styles(runs)
+    charts = figures.metric_figures(series, _LINK) | figures.training_figures(series)
     charts["phases"] = figures.phase_figure(series)
     for index, one in enumerate(series[:_MOST]):
         label = f"{one.label}, seed {one.runs[0].config['seed']}"
@@ -77,8 +86,9 @@ def render(runs: Sequence[RunFiles]) -> str:
         base=series[_base(series)].label,
         logarithmic=len(series) > 1 and all(s.runs[0].column("bytes_per_worker").any() for s in series),
         test_examples=runs[0].summary.get("test_examples") if runs[0].metric == ACCURACY else None,
-        bandwidth=_BANDWIDTH,
-        bandwidths=BANDWIDTHS,
+        link=_LINK,
+        links=LINKS,
+        messages_unknown=any(np.isnan(run.column("messages_sent")).any() for run in runs),
         results=_results(series),
         targets=_targets(series),
         ledgers=[_ledger(s) for s in series if s.runs[0].ledger],
@@ -150,20 +160,22 @@ def _row(name: str, series: Sequence[Series], values: Sequence[float | None], fo
     return name, cells
 
 
-def _modelled_row(series: Sequence[Series], costs: Sequence[Mapping[str, float] | None]) -> Row:
-    """The same of modelled seconds, with what they are made of for the page's script."""
-    parts = [
-        None if cost is None else np.array([cost["seconds_local"], cost["bytes_sent"]]) for cost in costs
-    ]
-    seconds = [
-        None if part is None else float(modelled_seconds(part[0], part[1], _BANDWIDTH)) for part in parts
-    ]
-    name, cells = _row("modelled s", series, seconds, "{:,.2f}")
-    for index, (cell, part) in enumerate(zip(cells, parts, strict=True)):
-        if part is not None:
-            cell["data"] = dict(zip(("data-seconds-local", "data-bytes-sent"), part, strict=True))
-            cell["data"] |= {"data-base": ""} if index == _base(series) else {}
-    return name, cells
+def _modelled_rows(series: Sequence[Series], costs: Sequence[Mapping[str, float] | None]) -> list[Row]:
+    """The same of what is modelled, with what it is made of for the page's script."""
+    keys = ("seconds_local", "bytes_sent", "messages")
+    parts = [None if cost is None else [cost[key] for key in keys] for cost in costs]
+    found = [None if part is None else modelled(part[0], part[1], part[2], _LINK) for part in parts]
+    rows = []
+    for field, (title, form) in _MODELLED.items():
+        name, cells = _row(title, series, [None if x is None else getattr(x, field) for x in found], form)
+        for index, (cell, part) in enumerate(zip(cells, parts, strict=True)):
+            if part is not None:
+                names = [f"data-{key.replace('_', '-')}" for key in keys]
+                cell["data"] = dict(zip(names, part, strict=True)) | {"data-modelled": field}
+                cell["data"] |= {"data-base": ""} if index == _base(series) else {}
+                cell["ratio"] = cell["ratio"] if field == "seconds" else ""
+        rows.append((name, cells))
+    return rows
 
 
 def _results(series: Sequence[Series]) -> list[Row]:
@@ -183,8 +195,9 @@ def _results(series: Sequence[Series]) -> list[Row]:
     scale, form = (100, "{:.2f}") if metric.percent else (1, "{:.4g}")
     errors = [np.mean([run.curve().standard_error[-1] for run in s.runs]) for s in series]
     every = [", ".join(form.format(scale * run.summary[key]) for run in s.runs) for s in series]
-    sent, local = total("bytes_sent"), total("seconds_local")
-    costs = [{"seconds_local": a, "bytes_sent": b} for a, b in zip(local, sent, strict=True)]
+    sent = total("bytes_sent")
+    parts = {"seconds_local": total("seconds_local"), "bytes_sent": sent, "messages": total("messages_sent")}
+    costs = [dict(zip(parts, each, strict=True)) for each in zip(*parts.values(), strict=True)]
     return [
         plain(what + ", %" * metric.percent, (
             form.format(value) + (f" ± {error:.2f}" if np.isfinite(error) else "")
@@ -194,7 +207,7 @@ def _results(series: Sequence[Series]) -> list[Row]:
         _row("exchanged, MB", series, [x / 1e6 for x in total("bytes_per_worker")], "{:,.1f}"),
         _row("sent on the wire, MB", series, [x / 1e6 for x in sent], "{:,.1f}"),
         _row("measured s", series, mean("seconds_total"), "{:,.1f}"),
-        _modelled_row(series, costs),
+        *_modelled_rows(series, costs),
         _row("parameters per worker", series, mean("parameters_per_worker"), "{:,.0f}"),
         plain("parameters", (f"{x:,.0f}" for x in mean("parameters"))),
         plain("rounds", (f"{x:,.0f}" for x in mean("rounds"))),
@@ -229,7 +242,7 @@ def _targets(series: Sequence[Series]) -> list[tuple[str, list[Row]]]:
         rows.append((name, [
             _row("exchanged, MB", series, exchanged, "{:,.1f}"),
             _row("measured s", series, measured, "{:,.1f}"),
-            _modelled_row(series, costs),
+            _modelled_rows(series, costs)[0],
         ]))  # fmt: skip
     return rows
 

@@ -1,17 +1,12 @@
-"""What a finished run recorded, and what its rounds would take over a network.
+"""What a finished run recorded.
 
-The modelled time of a round is that of S workers on machines of their own: its local steps, the phase called
-'local', took as long as they were measured here, and everything a worker sends passes through its link of a
-given bandwidth,
-
-  modelled seconds = measured seconds of the local steps + 8 x bytes sent by a worker / bits per second.
-
-Left out: the measured time of other phases (copies within this machine), evaluation, latency, and any overlap
-of sending with computing.
+Its modelled time (`costs.link`) is that of S workers on machines of their own: its local steps, the phase
+called 'local', took as long as they were measured here. Left out: the measured time of other phases (copies
+within this machine), evaluation, and any overlap of sending with computing.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +49,10 @@ class RunFiles(NamedTuple):
         """Of all rounds, float64 [rounds]; 0 in those that had no such phase."""
         return np.nan_to_num(self.column(_SECONDS + phase))
 
+    def messages(self) -> np.ndarray:
+        """That a worker sent, float64 [rounds]; 0 in those of earlier versions, which did not count them."""
+        return np.nan_to_num(self.column("messages_sent"))
+
     @property
     def metric(self) -> Metric:
         """By which it is compared with others."""
@@ -64,7 +63,7 @@ class RunFiles(NamedTuple):
         metric, examples = self.metric, self.column("examples")
         value = self.column(f"test_{metric.name}")
         sums = [self.column(name) for name in ("bytes_per_worker", "bytes_sent", "seconds_round")]
-        totals = map(np.cumsum, [*sums, self.seconds("local")])
+        totals = map(np.cumsum, [*sums, self.seconds("local"), self.messages()])
         error = np.full(len(value), np.nan)
         if metric == ACCURACY:
             error = np.sqrt(value * (1 - value) / self.summary.get("test_examples", np.nan))
@@ -82,6 +81,7 @@ class Curve(NamedTuple):
     bytes_sent: np.ndarray  # on the wire, by a worker
     seconds: np.ndarray  # as measured
     seconds_local: np.ndarray  # of them those of the phase "local"
+    messages: np.ndarray  # sent by a worker
     value: np.ndarray  # of the metric; of an accuracy percent
     # percent, binomial: of one accuracy on the test set; NaN: its size is not known, or the metric is another
     standard_error: np.ndarray
@@ -130,26 +130,11 @@ def read_run(folder: Path) -> RunFiles:
     return RunFiles(folder, config, summary, records, ledger)
 
 
-def modelled_seconds(seconds_local: np.ndarray, bytes_sent: np.ndarray, bits_per_second: float) -> np.ndarray:
-    """Modelled time, entry by entry; of rounds, or of sums over rounds since it is linear.
-
-    The same function in the page's script is `modelledSeconds`.
-
-    Args:
-      seconds_local: measured seconds of the local steps.
-      bytes_sent: bytes sent by a worker, of the same shape.
-      bits_per_second: bandwidth of a worker's link.
-
-    Returns:
-      Seconds, of the same shape.
-    """
-    return seconds_local + 8 * bytes_sent / bits_per_second
-
-
-def group_by_config(runs: Sequence[RunFiles]) -> list[Series]:
+def group_by_config(runs: Sequence[RunFiles], names: Mapping[Path, str] | None = None) -> list[Series]:
     """Puts runs together that differ in nothing but the seed, in the order of their first runs.
 
-    Labels are the methods and, where several configs share one, the keys in which they differ.
+    Labels are the names, by the runs' folders; without, the methods and, where several configs share one, the
+    keys in which they differ.
     """
     groups: dict[str, list[RunFiles]] = {}
     for run in runs:
@@ -157,7 +142,7 @@ def group_by_config(runs: Sequence[RunFiles]) -> list[Series]:
         settings["custom_model"] = run.summary["custom_model"]
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     firsts = [group[0] for group in groups.values()]
-    labels = [_label(first, firsts) for first in firsts]
+    labels = [names[first.folder] if names else _label(first, firsts) for first in firsts]
     if len(set(labels)) < len(labels):  # models of the user's own
         labels = [f"{label} ({first.folder.name})" for label, first in zip(labels, firsts, strict=True)]
     return [Series(label, group) for label, group in zip(labels, groups.values(), strict=True)]

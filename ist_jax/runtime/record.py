@@ -47,6 +47,7 @@ def round_record(run: Run, stage: Stage, index: int, told: Told, present: jax.Ar
         "lr": float(schedule.learning_rates[index, -1]),
         "bytes_per_worker": sum(stage.apart.paper.values()) / workers,
         "bytes_sent": sum(stage.apart.sent.values()),
+        "messages_sent": stage.apart.messages,
         "wire_bytes_per_device": sum(stage.traffic.sent.values()),
         "workers_left_out": len(sick),
         "left_out": sick.tolist(),
@@ -100,6 +101,7 @@ def summarize(run: Run, records: Sequence[Record], given: Given, params_sha256: 
     keys = dict.fromkeys(key for r in records for key in r if key.startswith("seconds_"))
     seconds = {key: sum(r.get(key, 0.0) for r in records) for key in keys}
     wire = [r["wire_bytes_per_device"] for r in records]  # earlier versions had none for some methods
+    sent = [r.get("messages_sent") for r in records]  # earlier versions had none
     return {
         "method": run.name,
         **{key: value for key, value in last.items() if key.startswith(("test_", "validation_"))},
@@ -114,6 +116,7 @@ def summarize(run: Run, records: Sequence[Record], given: Given, params_sha256: 
         "bytes_exchanged_per_worker": sum(r["bytes_per_worker"] for r in records),
         "bytes_local_sgd_per_worker": formula.local_sgd_bytes(layout, run.state.travels) * rounds,
         "bytes_sent_per_worker": sum(r["bytes_sent"] for r in records),
+        "messages_sent_per_worker": None if None in sent else sum(sent),
         "wire_bytes_per_device": None if None in wire else sum(wire),
         "workers_left_out": sum(r["workers_left_out"] for r in records),
         "workers_absent": sum(r["workers_absent"] for r in records),

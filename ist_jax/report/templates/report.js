@@ -1,14 +1,27 @@
 "use strict";
 
 /**
- * Modelled time, entry by entry; the same as `ist_jax.report.runs.modelled_seconds`.
- * @param {ArrayLike<number>} secondsLocal measured seconds of the local steps
- * @param {ArrayLike<number>} bytesSent bytes sent by a worker
- * @param {number} bitsPerSecond bandwidth of a worker's link
+ * Modelled time, entry by entry; the same as `ist_jax.costs.link.modelled_seconds`.
+ * @param {ArrayLike<number>} computing measured seconds of the local steps
+ * @param {ArrayLike<number>} sent bytes sent by a worker
+ * @param {ArrayLike<number>} messages the same
+ * @param {{bitsPerSecond: number, latency: number}} link of a worker; latency: seconds per message
  * @returns {number[]} seconds
  */
-function modelledSeconds(secondsLocal, bytesSent, bitsPerSecond) {
-  return Array.from(secondsLocal, (seconds, i) => Number(seconds) + (8 * bytesSent[i]) / bitsPerSecond);
+function modelledSeconds(computing, sent, messages, link) {
+  return Array.from(computing, (seconds, i) =>
+    Number(seconds) + link.latency * messages[i] + (8 * sent[i]) / link.bitsPerSecond);
+}
+
+/** What the table says of a cell, as text; the same as `ist_jax.costs.link.Modelled`. */
+const MODELLED = {
+  seconds: (computing, seconds) => digits(seconds, 2),
+  utilisation: (computing, seconds) => digits(seconds ? (100 * computing) / seconds : 100, 1) + "%",
+  overlap_saves: (computing, seconds) => digits(Math.min(computing, seconds - computing), 2),
+};
+
+function digits(number, many) {
+  return number.toLocaleString("en", { minimumFractionDigits: many, maximumFractionDigits: many });
 }
 
 /** The sources of a figure's glyphs, each once. */
@@ -16,19 +29,22 @@ function sources(figure) {
   return new Set(figure.renderers.map((renderer) => renderer.data_source));
 }
 
-function showBandwidth(figures, bitsPerSecond) {
+/** Draws and writes what is modelled over the link that an input stands for. */
+function showLink(figures, { value, dataset: { latency, text } }) {
+  const link = { bitsPerSecond: Number(value), latency: Number(latency) };
   for (const source of sources(figures.time)) {
-    const { seconds_local, bytes_sent } = source.data;
-    source.data = { ...source.data, x: modelledSeconds(seconds_local, bytes_sent, bitsPerSecond) };
+    const { seconds_local, bytes_sent, messages } = source.data;
+    source.data = { ...source.data, x: modelledSeconds(seconds_local, bytes_sent, messages, link) };
   }
-  const seconds = ({ dataset }) => modelledSeconds([dataset.secondsLocal], [dataset.bytesSent], bitsPerSecond)[0];
+  const seconds = ({ dataset }) =>
+    modelledSeconds([dataset.secondsLocal], [dataset.bytesSent], [dataset.messages], link)[0];
   for (const cell of document.querySelectorAll("[data-seconds-local]")) {
-    const own = seconds(cell), digits = { minimumFractionDigits: 2, maximumFractionDigits: 2 };
-    cell.firstChild.textContent = own.toLocaleString("en", digits) + " ";
+    const own = seconds(cell);
+    cell.firstChild.textContent = MODELLED[cell.dataset.modelled](Number(cell.dataset.secondsLocal), own) + " ";
     const ratio = cell.querySelector("small");
     if (ratio) ratio.textContent = Number((own / seconds(cell.parentElement.querySelector("[data-base]"))).toPrecision(3)) + "\u00d7";
   }
-  for (const place of document.querySelectorAll(".bandwidth")) place.textContent = bitsPerSecond / 1e9;
+  for (const place of document.querySelectorAll(".link")) place.textContent = text;
 }
 
 /** Draws bytes and time along a "Log" or a "Linear" axis. */
@@ -80,8 +96,8 @@ async function start() {
     views[name] = manager.roots[0];
     figures[name] = views[name].model;
   }
-  for (const input of document.querySelectorAll("input[name=bandwidth]")) {
-    input.addEventListener("change", () => showBandwidth(figures, Number(input.value)));
+  for (const input of document.querySelectorAll("input[name=link]")) {
+    input.addEventListener("change", () => showLink(figures, input));
   }
   for (const input of document.querySelectorAll("input[name=axis]")) {
     input.addEventListener("change", () => showAxis(figures, input.value));
@@ -98,7 +114,7 @@ async function start() {
     for (const figure of Object.values(figures)) figure.change.emit();
   });
   // a browser may keep the reader's choices over a reload
-  showBandwidth(figures, Number(document.querySelector("input[name=bandwidth]:checked").value));
+  showLink(figures, document.querySelector("input[name=link]:checked"));
   const axis = document.querySelector("input[name=axis]:checked");
   if (axis) showAxis(figures, axis.value);
   if (matchMedia("(max-width: 480px)").matches) {
