@@ -177,7 +177,7 @@ def test_a_collective_of_unknown_bytes_is_refused():
 
 
 def spanning(fn, args, chosen, in_axes):
-    return devices._SpanningProgram(*devices._lower_spanning(fn, args, chosen, in_axes, ()))
+    return devices._SpanningProgram(chosen, *devices._lower_spanning(fn, args, chosen, in_axes, ()))
 
 
 def mapped(fn, args, chosen, in_axes):
