@@ -28,6 +28,7 @@ from ist_jax.key import FILE
 if TYPE_CHECKING:
     import flax.linen as nn
 
+    from ist_jax.methods.optimizers import Given
     from ist_jax.runtime.setup import Run
     from ist_jax.tasks import Own
     from ist_jax.workdir.files import Json, Record, Summary
@@ -53,6 +54,7 @@ def compare(
     seeds: int,
     model: "nn.Module | None" = None,
     task: "Own | None" = None,
+    given: "Given | None" = None,
 ) -> "dict[str, Json]":
     """Trains every method with every seed, and writes what compare.json holds.
 
@@ -63,6 +65,7 @@ def compare(
       seeds: how many.
       model: as for `train.train`.
       task: the same.
+      given: optimizer and learning rate of all methods, as for `train.train`; None: the config's.
 
     Returns:
       'metric': that of the task, by its fields; 'methods': by method 'accuracy', or the other metric's name,
@@ -75,6 +78,7 @@ def compare(
       ValueError: a setting that cannot work, or runs that did not begin alike.
       OSError: results could not be written.
     """
+    from ist_jax.methods.optimizers import NOTHING_GIVEN
     from ist_jax.report import page
     from ist_jax.runtime import setup
     from ist_jax.runtime.observers import show_runs
@@ -96,7 +100,7 @@ def compare(
                 own.seed = seed
                 folder = workdir / f"{_folder_name(method)}-{seed}"
                 place.enter(f"{method}, seed {seed}")
-                runs[method][folder] = _train(own, folder, (model, task), place)
+                runs[method][folder] = _train(own, folder, (model, task, given or NOTHING_GIVEN), place)
                 place.leave()
             starts[str(seed)] = _common_start([list(folders)[-1] for folders in runs.values()])
     metric = metric_of(next(iter(next(iter(runs.values())).values())))
@@ -111,9 +115,9 @@ def compare(
 
 
 def _train(
-    config: ConfigDict, folder: Path, own: "tuple[nn.Module | None, Own | None]", place: "Place"
+    config: ConfigDict, folder: Path, own: "tuple[nn.Module | None, Own | None, Given]", place: "Place"
 ) -> "Summary":
-    """Trains a run of the comparison, or what remains of it; own: model and task. Returns its summary."""
+    """Trains a run of the comparison, or what remains of it; own: what is given. Returns its summary."""
     from ist_jax import train
     from ist_jax.workdir import files
 
@@ -124,7 +128,7 @@ def _train(
         place.start(run)
         if run.schedule.first == 0:
             _note_start(folder, run)
-        return train.run_rounds(run, folder, own=own, progress=place.go_on)
+        return train.run_rounds(run, folder, own=own[:2], progress=place.go_on)
 
 
 class Place:
