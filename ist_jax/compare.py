@@ -34,6 +34,7 @@ from ist_jax.key import FILE, Options, Value
 if TYPE_CHECKING:
     import flax.linen as nn
 
+    from ist_jax.methods.optimizers import Given
     from ist_jax.runtime.setup import Run
     from ist_jax.tasks import Own
     from ist_jax.workdir.files import Json, Record, Summary
@@ -66,6 +67,7 @@ def compare(
     seeds: int,
     model: "nn.Module | None" = None,
     task: "Own | None" = None,
+    given: "Given | None" = None,
 ) -> "dict[str, Json]":
     """Trains every variant with every seed, and writes what compare.json holds.
 
@@ -76,6 +78,7 @@ def compare(
       seeds: how many.
       model: as for `train.train`.
       task: the same.
+      given: optimizer and learning rate of all variants, as for `train.train`; None: the config's.
 
     Returns:
       'metric': that of the task, by its fields; 'variants': by name 'overrides' (the keys that differ),
@@ -90,6 +93,7 @@ def compare(
         not begin alike.
       OSError: results could not be written.
     """
+    from ist_jax.methods.optimizers import NOTHING_GIVEN
     from ist_jax.report import page
     from ist_jax.runtime.observers import show_runs
     from ist_jax.tasks.task import metric_of
@@ -97,7 +101,7 @@ def compare(
 
     if len({_folder_name(name) for name in variants}) < len(variants):
         raise ValueError(f"two of the variants {', '.join(variants)} have one name; give one of them another")
-    configs = _configs(config, variants)
+    configs, given_own = _configs(config, variants), (model, task, given or NOTHING_GIVEN)
     _check_folder(workdir, [f"{_folder_name(x)}-{config.seed + n}" for x in variants for n in range(seeds)])
     runs: dict[str, dict[Path, Summary]] = {name: {} for name in variants}
     starts, last, total = {}, config.seed + seeds - 1, len(variants) * seeds
@@ -119,7 +123,7 @@ def compare(
                         _note_start(folders[-1], run)
                     _common_start(folders)
 
-                runs[name][folders[-1]] = _train(own, folders[-1], (model, task), started, place)
+                runs[name][folders[-1]] = _train(own, folders[-1], given_own, started, place)
                 place.leave()
             starts[str(seed)] = _common_start(folders)
     metric = metric_of(next(iter(next(iter(runs.values())).values())))
@@ -241,7 +245,7 @@ def _check_lengths(configs: Mapping[str, ConfigDict], run: "Run") -> None:
 def _train(
     config: ConfigDict,
     folder: Path,
-    own: "tuple[nn.Module | None, Own | None]",
+    own: "tuple[nn.Module | None, Own | None, Given]",
     started: "Callable[[Run], None]",
     place: "Place",
 ) -> "Summary":
@@ -250,7 +254,7 @@ def _train(
     Args:
       config: of the run.
       folder: its folder.
-      own: model and task.
+      own: model, task, optimizer and learning rate.
       started: is told of the run when it is set up.
       place: is told of its rounds.
     """
@@ -262,7 +266,7 @@ def _train(
         if run is None:
             return files.read_summary(folder)
         started(run)
-        return train.run_rounds(run, folder, own=own, progress=place.go_on)
+        return train.run_rounds(run, folder, own=own[:2], progress=place.go_on)
 
 
 class Place:

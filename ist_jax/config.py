@@ -273,7 +273,7 @@ def restore(recorded: Options) -> config_dict.ConfigDict:
       ValueError: a file of the user's own is missing or not the one that the run was made with.
     """
     settings = complete(recorded)
-    digests = settings.pop("files", {})
+    digests = traverse_util.flatten_dict(settings.pop("files", {}), sep=".")
     for key, name in traverse_util.flatten_dict(settings, sep=".").items():
         if key in digests and extension.digest(name) != digests[key]:
             raise ValueError(f"{key}={name}: the file is not the one that the run was made with")

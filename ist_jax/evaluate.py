@@ -100,15 +100,18 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
     if (custom := files.read_summary(workdir)["custom_model"]) is not None:
         name = custom.split("(")[0]
         raise ValueError(f"{workdir} holds a model of your own, {name}: evaluate it from Python")
-    if "given" in recorded and recorded["optimizer_state"] != "reset":  # it is part of the state
-        raise ValueError(f"{workdir} holds an optimizer of your own: evaluate it from Python")
     config.num_devices = 0
     if data_dir is not None:
         config.data.dir = data_dir
     saved = checkpoint.open_round(workdir, max(checkpoint.rounds(workdir), default=0))
     params = checkpoint.load_params(workdir)
     pictures = [read_image(name) for name in images]  # before the wait, so that a typo costs none
-    run = setup.set_up(config, start=saved, evaluation_only=True)
+    if "given" in recorded and recorded["optimizer_state"] != "reset":  # moments that no config describes
+        run = setup.set_up(config, params=params, evaluation_only=True)
+        if not scoring.reads_params_alone(run.splits["test"].jaxpr, run.state):
+            raise ValueError(f"{workdir} holds an optimizer of your own: evaluate it from Python")
+    else:
+        run = setup.set_up(config, start=saved, evaluation_only=True)
     encoded = run.inputs.dataset.encoded
     shown = None if encoded else run.inputs.test.get("image")
     if images and not encoded and (shown is None or shown.dtype != np.uint8 or shown.ndim != 4):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from ist_jax import data, tasks
     from ist_jax.methods.method import Recipe
+    from ist_jax.methods.optimizers import Given
     from ist_jax.partition import Group
     from ist_jax.workdir.files import Json
 
@@ -85,6 +86,7 @@ def predict(
     facts: "data.Facts",
     model: "nn.Module | None" = None,
     task: "tasks.Own | None" = None,
+    given: "Given | None" = None,
 ) -> Cost:
     """The costs of a config's method.
 
@@ -93,17 +95,22 @@ def predict(
       facts: of the data set.
       model: as for `train.train`.
       task: the same.
+      given: its optimizer, as for `train.train`, in place of the config's.
 
     Raises:
       ValueError: a setting that cannot work, or facts that lack; the message names the key.
     """
     shown = _shown(config, facts, task)
-    recipe, _ = _recipes(config, facts, shown, model)
+    recipe, _ = _recipes(config, facts, shown, model, given)
     return _cost(config, shown, recipe)
 
 
 def _recipes(
-    config: config_dict.ConfigDict, facts: "data.Facts", shown: "Shown", model: "nn.Module | None"
+    config: config_dict.ConfigDict,
+    facts: "data.Facts",
+    shown: "Shown",
+    model: "nn.Module | None",
+    given: "Given | None",
 ) -> "tuple[Recipe, Recipe]":
     """What the method is made from, after the warm-up and during it; shapes alone are looked at."""
     from ist_jax.config import build_model, check
@@ -111,7 +118,8 @@ def _recipes(
 
     check(config)
     model, task = model or build_model(config, facts.num_classes or 0), shown[0]
-    recipe = setup.make_recipe(config, model, task, config.num_devices or config.num_workers)
+    devices, optimizer = config.num_devices or config.num_workers, given and given.optimizer
+    recipe = setup.make_recipe(config, model, task, devices, optimizer)
     return recipe, setup.warmup_recipe(recipe, model, task, setup.unit_scale(config, recipe.layout))
 
 
@@ -162,6 +170,7 @@ def plan(
     flops: float,
     model: "nn.Module | None" = None,
     task: "tasks.Own | None" = None,
+    given: "Given | None" = None,
 ) -> "dict[str, Json]":
     """What `--json` prints.
 
@@ -172,6 +181,7 @@ def plan(
       flops: that a device sustains per second.
       model: as for `train.train`.
       task: the same.
+      given: its optimizer, as for `train.train`, in place of the config's.
 
     Raises:
       ValueError: a setting that cannot work; the message names the key.
@@ -208,7 +218,7 @@ def plan(
     for method in dict.fromkeys([*METHODS, config.method]):
         own = setup.for_method(config, method)
         policies[method] = policy_of(setup.method_of(own), own.optimizer_state)
-        recipe, warm = _recipes(own, facts, shown, model)
+        recipe, warm = _recipes(own, facts, shown, model, given)
         costs[method], warmup = _cost(own, shown, recipe), 0
         if rounds is not None and (num_train is not None or not config.partition.warmup_epochs):
             warmup = setup.count_warmup_rounds(own, num_train or 1, NOTHING_DONE, rounds)

@@ -20,6 +20,7 @@ from ist_jax.costs import ledger
 from ist_jax.methods import optimizers
 from ist_jax.methods.method import State, Told
 from ist_jax.methods.optimizers import NOTHING_GIVEN, Given
+from ist_jax.models import adapter
 from ist_jax.runtime import devices, processes, record, scoring, signals
 from ist_jax.runtime.observers import Observer, show_progress
 from ist_jax.runtime.run import Run
@@ -145,7 +146,7 @@ def run_rounds(
     if leads:
         files.write_json(workdir / "ledger.json", table)
     records = files.read_records(workdir)
-    given = {"custom_model": resume.describe(own[0]), "custom_task": resume.name_of(own[1])}
+    given = {"custom_model": adapter.describe(own[0]), "custom_task": resume.name_of(own[1])}
     metric = run.inputs.task.metric
     writer = checkpoint_writer.Writer(workdir, run.layout, keep=schedule.checkpoint_keep, metric=metric)
     stuck, signum = None, 0

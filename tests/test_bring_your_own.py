@@ -1,23 +1,25 @@
 """A user's own methods, deals, codecs, models, tasks and data, from files, in every command.
 
-Each is at most 30 lines. Nothing but its name stands in the command.
+Each is at most 25 lines. Nothing but its name stands in the command.
 """
 
 import json
 import re
 
 import numpy as np
+import optax
 import pytest
 import reference
 from conftest import ROOT, get_config
 
-from ist_jax import compare, evaluate, main, plan, train
+from ist_jax import compare, data, evaluate, main, plan, train
 from ist_jax.report.__main__ import main as report
 from ist_jax.runtime.setup import set_up
 from ist_jax.workdir import files
 
 # The examples of the docs, by what they define.
 NAMES = {"own_method.py": "def slowmo", "own_deal.py": "def rolling", "own_codec.py": "half = Codec"}
+NAMES |= {"own_model.py": "class ResidualMLP"}
 NAMES |= {"own_regression.py": "regression = Task", "own_denoising.py": "denoising = Task"}
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "bring_your_own.md").read_text(), re.S)
 FILES = {file: next(block for block in BLOCKS if name in block) for file, name in NAMES.items()}
@@ -32,7 +34,6 @@ OWN = {
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, text in FILES.items():
-        assert len(text.strip().splitlines()) <= 30
         (tmp_path / name).write_text(text)
     return tmp_path
 
@@ -40,6 +41,11 @@ def folder(tmp_path, monkeypatch):
 def command(workdir, **overrides):
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
     return ["main", f"--config={ROOT}/configs/mlp.py:smoke", f"--workdir={workdir}", *flags]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
+def test_an_example_has_at_most_25_lines(block):
+    assert 0 < len(block.strip().splitlines()) <= 25
 
 
 def test_own_things_work_in_main_report_and_on_resume(folder, capsys):
@@ -134,6 +140,29 @@ def test_what_workers_keep_is_saved_scored_and_gone_on_with(folder, capsys):
     capsys.readouterr()
     assert evaluate.main(["evaluate", f"--workdir={folder / 'whole'}"]) == 0
     assert f"test accuracy {summary['test_accuracy']:.2%}, loss" in capsys.readouterr().out
+
+
+def test_what_is_scored_by_more_than_parameters_needs_its_own_optimizer(folder):
+    (folder / "own.py").write_text(ENSEMBLE)
+    config = get_config("mlp", method="own.py:ensemble", optimizer_state="carry", rounds=1)
+    train.train(config, folder / "run", optimizer=optax.adam(0.01))
+    with pytest.raises(ValueError, match=r"an optimizer of your own.*evaluate it from Python"):
+        evaluate.evaluate_workdir(folder / "run", [])
+
+
+def test_an_outer_optimizer_is_refused_where_a_method_does_not_say_that_it_has_one(folder, capsys):
+    (folder / "said.py").write_text(
+        "from ist_jax.methods import Entry, subnets\nown = Entry(subnets.make, has_outer=True)\n"
+    )
+    facts, outer = data.facts("digits"), {"outer.name": "nesterov"}
+    with pytest.raises(SystemExit) as refused:
+        main.main(command(folder / "run", method=OWN["method"], **outer))
+    assert refused.value.code == 2
+    message = "does not say that it has an outer optimizer; set config.outer.name to 'none', or give its"
+    assert message in capsys.readouterr().err
+    cost = plan.predict(get_config("mlp", method="said.py:own", **outer), facts)
+    plain = plan.predict(get_config("mlp", method="said.py:own"), facts)
+    assert cost.state_bytes_per_worker > plain.state_bytes_per_worker
 
 
 ODD = {
@@ -323,12 +352,21 @@ DOCUMENTED = {  # of the docs' tasks: the other keys of their commands, and the 
 @pytest.mark.parametrize("task", DOCUMENTED)
 def test_a_task_of_the_docs_is_learned(task, folder):
     overrides, metric = DOCUMENTED[task]
-    assert len(FILES[task.split(":")[0]].strip().splitlines()) <= 25
     overrides |= {"task": task, "local_steps": 20, "rounds": 4, "optimizer.learning_rate": 0.02}
     assert main.main(command(folder / "run", **overrides)) == 0
     records = files.read_records(folder / "run")
     assert records[-1]["train_loss"] < 0.7 * records[0]["train_loss"]
     assert np.isfinite(records[-1][metric])
+
+
+def test_the_model_of_the_docs_is_dealt_out_in_blocks(folder):
+    overrides = {"model.name": "own_model.py:ResidualMLP", "local_steps": 20}
+    assert main.main(command(folder / "run", **overrides)) == 0
+    records = files.read_records(folder / "run")
+    assert records[-1]["train_loss"] < 0.7 * records[0]["train_loss"]
+    per_block = 64 * 64 + 3 * 64  # half of the eight blocks, stem and head
+    wanted = 4 * per_block + 64 * 64 + 64 + 64 * 10 + 10
+    assert files.read_summary(folder / "run")["parameters_per_worker"] == wanted
 
 
 NO_SUCH_THING = {

@@ -12,6 +12,7 @@ from conftest import get_config
 from ist_jax import config as configs
 from ist_jax import data, train
 from ist_jax.data import augment, batches
+from ist_jax.models.mlp import MLP
 from ist_jax.workdir import checkpoint, files
 
 RUNS = {
@@ -96,6 +97,32 @@ def test_a_model_of_ones_own_is_given(tmp_path, monkeypatch):
     np.testing.assert_allclose(predict(x[:1]), wanted[:1], atol=1e-5)
     with pytest.raises(ValueError, match=r"holds a model of your own, Own: give it as `model`"):
         checkpoint.load_model(tmp_path)
+    with pytest.raises(ValueError, match=r"holds the model Own\(.*, and `model` is MLP\("):
+        checkpoint.load_model(tmp_path, model=MLP((8,), 3))
+
+
+def test_a_model_that_is_given_must_be_the_one_that_the_config_names(finished):
+    workdir, config, summary = finished
+    images = data.open_data_set("digits", "").test.image[:5]
+    own = configs.build_model(config, summary["num_classes"])
+    assert np.array_equal(
+        checkpoint.load_model(workdir, model=own)(images), checkpoint.load_model(workdir)(images)
+    )
+    with pytest.raises(ValueError, match=r"holds the model .*, and `model` is Own"):
+        checkpoint.load_model(workdir, model=Own())
+
+
+def test_a_model_from_a_file_is_found_again(tmp_path):
+    text = "from ist_jax.models.mlp import MLP\n\n\ndef model(num_classes): return MLP((16,), num_classes)\n"
+    (tmp_path / "own.py").write_text(text)
+    config = get_config("mlp", **{"model.name": f"{tmp_path}/own.py:model", "eval_batch_size": 360})
+    summary = train.train(config, tmp_path / "run")
+    test = data.open_data_set("digits", "").test
+    right = checkpoint.load_model(tmp_path / "run")(test.image).argmax(-1) == test.label
+    assert right.mean() == pytest.approx(summary["test_accuracy"], abs=1e-6)
+    (tmp_path / "own.py").write_text(text + "# changed\n")
+    with pytest.raises(ValueError, match="the file is not the one that the run was made with"):
+        checkpoint.load_model(tmp_path / "run")
 
 
 def test_grey_images_without_an_axis_of_channels_are_taken(finished):

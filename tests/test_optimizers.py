@@ -11,7 +11,7 @@ import reference
 from conftest import get_config
 from rounds import assert_same_bits, run_all, set_up, whole
 
-from ist_jax import data, plan, train
+from ist_jax import compare, data, evaluate, plan, train
 from ist_jax.data import batches
 from ist_jax.extension import fingerprint
 from ist_jax.methods import outer
@@ -255,11 +255,44 @@ def test_an_outer_optimizer_is_memory_and_refused_where_nothing_is_merged():
         more = cost.state_bytes_per_worker - plain.state_bytes_per_worker
         assert more == bytes_each * plain.params_per_worker
         assert cost.wire_bytes_per_worker_per_round == plain.wire_bytes_per_worker_per_round
-    with pytest.raises(ValueError, match="for what a merge brings, and method='data_parallel'"):
+    with pytest.raises(ValueError, match="method='data_parallel' does not say that it has an outer optim"):
         planned(**{"outer.name": "adam", "method": "data_parallel"})
     config = get_config("mlp", **{"outer.name": "adam"})
     assert setup.for_method(config, "local_sgd").outer.name == "adam"
     assert setup.for_method(config, "data_parallel").outer.name == "none"
+
+
+GIVEN = Given(optax.adam(0.01))
+
+
+def planned_bytes(config, given):
+    return plan.predict(config, data.facts("digits", {}), given=given).exchanged_bytes_per_worker_per_round
+
+
+def test_a_plan_is_of_a_given_optimizer():
+    config = get_config("mlp", optimizer_state="carry")
+    # beside the parameters there travels the momentum or, with Adam, two moments and not the count
+    assert 2 * planned_bytes(config, GIVEN) == 3 * planned_bytes(config, None)
+    found = plan.plan(config, data.facts("digits", {}), bandwidths=[1e9], flops=1e13, given=GIVEN)["ist"]
+    assert found["exchanged_bytes_per_worker_per_round"] == planned_bytes(config, GIVEN)
+
+
+@pytest.mark.slow
+def test_a_comparison_is_of_a_given_optimizer(tmp_path):
+    config = get_config("mlp", optimizer_state="carry", rounds=2)
+    result = compare.compare(config, tmp_path, methods=["ist"], seeds=1, given=GIVEN)
+    assert result["methods"]["ist"]["bytes"]["mean"] == 2 * planned_bytes(config, GIVEN)
+    assert files.read_records(tmp_path / "ist-0")[-1]["lr"] == 1
+    with pytest.raises(ValueError, match="holds a run with other settings") as refused:
+        compare.compare(config, tmp_path, methods=["ist"], seeds=1, given=Given(optax.adam(0.02)))
+    assert any(note.startswith("optimizer= is ") for note in refused.value.__notes__)
+
+
+def test_a_run_whose_moments_no_config_describes_is_evaluated(tmp_path, capsys):
+    config = get_config("mlp", optimizer_state="carry")
+    summary = train.train(config, tmp_path, optimizer=optax.adam(0.01))
+    assert evaluate.main(["evaluate", f"--workdir={tmp_path}", "--nocompilation_cache"]) == 0
+    assert f"test accuracy {summary['test_accuracy']:.2%}, loss" in capsys.readouterr().out
 
 
 def test_a_fingerprint_tells_things_by_what_they_do():

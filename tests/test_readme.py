@@ -7,7 +7,8 @@ import shlex
 import pytest
 from conftest import ROOT, get_config
 
-from ist_jax import cli
+from ist_jax import cli, main
+from ist_jax.workdir import files
 
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/claims.md")
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
@@ -158,6 +159,17 @@ def test_keys_and_files_that_are_named_exist():
     assert len(paths) > 20
     for path in paths:
         assert (ROOT / path).exists() or (ROOT / "ist_jax" / path).exists(), path
+
+
+def test_the_model_of_the_readme_trains(tmp_path, monkeypatch):
+    (block,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    assert len(block.splitlines()) <= 10
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text(block)
+    flags = [f"--config={ROOT}/configs/mlp.py:smoke", "--config.model.name=own.py:Net", "--workdir=run"]
+    assert main.main(["main", *flags, "--config.local_steps=20"]) == 0
+    records = files.read_records(tmp_path / "run")
+    assert records[-1]["train_loss"] < 0.8 * records[0]["train_loss"]
 
 
 def test_the_citation_names_both_papers():

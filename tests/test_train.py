@@ -18,10 +18,11 @@ from ist_jax import data, evaluate, train
 from ist_jax.config import build_model
 from ist_jax.data.sparse import Rows
 from ist_jax.exchange.kinds import iter_leaves
+from ist_jax.models import adapter
 from ist_jax.models.mlp import MLP
 from ist_jax.runtime import inputs, setup
 from ist_jax.runtime.record import doubts, last_line
-from ist_jax.workdir import checkpoint, files, resume
+from ist_jax.workdir import checkpoint, files
 
 slow = pytest.mark.slow
 
@@ -181,7 +182,7 @@ def test_the_line_that_matters(exchanged, sent, devices, text):
 
 
 def test_a_model_is_told_by_its_text_without_addresses():
-    texts = [resume.describe(nn.Dense(3, kernel_init=partial(min, key=lambda: 0))) for _ in range(2)]
+    texts = [adapter.describe(nn.Dense(3, kernel_init=partial(min, key=lambda: 0))) for _ in range(2)]
     assert texts[0] == texts[1]  # no addresses, which another process would not have
     assert " at 0x" not in texts[0]
 

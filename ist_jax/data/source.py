@@ -12,7 +12,7 @@ from ist_jax.data.sparse import Rows, take
 from ist_jax.key import Key, Options
 
 Split = Mapping[str, PyTree]  # all examples of a split by names, such as 'image' and 'label'; or `Rows`
-Images = TypeVar("Images", np.ndarray, jax.Array)
+A = TypeVar("A", np.ndarray, jax.Array)
 Example = Mapping[str, Any]  # one of them: arrays, numbers, or the bytes of an image file
 
 
@@ -140,7 +140,7 @@ class SparseSource:
         return {"feature": feature.index[:size], "value": feature.value[:size], "label": label.index}  # type: ignore[index]
 
 
-def with_channels(image: Images) -> Images:
+def with_channels(image: A) -> A:
     """Images [N, H, W] as [N, H, W, 1]; others, and features, as they are."""
     return image[..., None] if image.ndim == 3 else image
 

@@ -18,17 +18,19 @@ class Entry(NamedTuple):
       deals_units: whether the model's units are dealt out; else the layout has no groups.
       policies: of the optimizer's state that the method has, names of `steps.POLICIES`; its default first.
       exchanges: parameters go out and come back, so that a codec has something to encode.
+      has_outer: what a merge brings goes through `recipe.outer`.
     """
 
     make: Callable[[Recipe], Method]
     deals_units: bool = False
     policies: tuple[str, ...] = ("reset", "keep", "carry")
     exchanges: bool = True
+    has_outer: bool = False
 
 
 METHODS: dict[str, Entry] = {
-    "ist": Entry(subnets.make, deals_units=True),
-    "local_sgd": Entry(subnets.make, policies=("keep", "reset", "carry")),
+    "ist": Entry(subnets.make, deals_units=True, has_outer=True),
+    "local_sgd": Entry(subnets.make, policies=("keep", "reset", "carry"), has_outer=True),
     "data_parallel": Entry(data_parallel.make, policies=("carry",), exchanges=False),
 }
 

@@ -5,6 +5,7 @@ training a key for Dropout. Its parameters are plain arrays. What cannot be trai
 """
 
 import inspect
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -24,6 +25,11 @@ _DROPOUT = 2**31 + 1  # folded into a step's key; far from what splitting the sa
 def offers(model: nn.Module, method: str) -> bool:
     """Whether a model itself has a method or field; NNX's bridge has those of the class inside as well."""
     return hasattr(type(model), method) or method in vars(model)
+
+
+def describe(model: nn.Module | None) -> str | None:
+    """A model of the user's own as text, with its fields; None for the config's."""
+    return None if model is None else re.sub(r" at 0x[0-9a-f]+", "", " ".join(repr(model).split()))
 
 
 def accepted(model: nn.Module) -> Collection[str]:

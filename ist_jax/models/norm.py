@@ -70,7 +70,7 @@ def estimate_batch_stats(model: nn.Module, params: Params, batches: Iterable[PyT
       scale: from `setup.unit_scale`.
 
     Returns:
-      The collection `batch_stats`, for `model.apply({'params': ..., 'batch_stats': ...}, ...)`.
+      The collection `batch_stats`, which `model.apply` takes beside `params`.
     """
 
     @jax.jit

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax import lax
+from jax.extend.core import ClosedJaxpr
+from jax.interpreters import partial_eval
 from jaxtyping import PyTree
 
 from ist_jax.data import Split
 from ist_jax.exchange.layout import Layout, Shards
 from ist_jax.exchange.streaming import Streamed
-from ist_jax.methods.method import Gates, Losses
+from ist_jax.methods.method import Gates, Losses, State
 from ist_jax.models import adapter
 from ist_jax.tasks.task import Metric, Task
 
@@ -50,6 +52,12 @@ class Score(NamedTuple):
 def is_streamable(model: nn.Module) -> bool:
     """Whether the model can be evaluated with one block or layer in memory at a time."""
     return adapter.offers(model, "fetch")
+
+
+def reads_params_alone(score: ClosedJaxpr, state: State) -> bool:
+    """Whether a method's score, of (state, batches), depends on no other field of the state."""
+    _, read = partial_eval.dce_jaxpr(score.jaxpr, [True] * len(score.jaxpr.outvars))
+    return not any(read[len(jax.tree.leaves(state.params)) : len(jax.tree.leaves(state))])
 
 
 def make_loss_fn(model: nn.Module, task: Task, scale: Scale | None = None) -> Callable[..., Losses]:

@@ -26,6 +26,7 @@ from ist_jax.deals import DEALS
 from ist_jax.exchange.codec import CODECS, NONE, Codec
 from ist_jax.exchange.kinds import from_params, shard_shapes
 from ist_jax.exchange.layout import Layout, make_layout, regroup
+from ist_jax.key import FILE
 from ist_jax.masking import Params
 from ist_jax.methods import optimizers, outer
 from ist_jax.methods.method import Method, Recipe, TracedPhase, Turn, replay, trace, trace_init
@@ -152,8 +153,12 @@ def for_method(config: ConfigDict, method: str) -> ConfigDict:
     """The config of another method to compare: what that one cannot have is 'none' in it."""
     own = config.copy_and_resolve_references()
     own.method = method
-    if method != config.method and not method_of(own).exchanges:
-        own.exchange.codec = own.outer.name = "none"
+    if method != config.method:
+        entry = method_of(own)
+        if not entry.exchanges:
+            own.exchange.codec = "none"
+        if not entry.has_outer:
+            own.outer.name = "none"
     return own
 
 
@@ -214,10 +219,13 @@ def make_recipe(
             f"exchange.codec={config.exchange.codec!r} is for exchanges of parameters, and method="
             f"{config.method!r} has none; set config.exchange.codec to 'none'"
         )
-    if config.outer.name != "none" and not entry.exchanges:
+    if config.outer.name != "none" and not entry.has_outer:
+        remedy = "set config.outer.name to 'none'"
+        if FILE.fullmatch(config.method):
+            remedy += ", or give its methods.Entry has_outer=True, if it is built on what takes recipe.outer"
         raise ValueError(
-            f"outer.name={config.outer.name!r} is for what a merge brings, and method={config.method!r} has "
-            "none; set config.outer.name to 'none'"
+            f"outer.name={config.outer.name!r} is for what a merge brings, and method={config.method!r} does "
+            f"not say that it has an outer optimizer; {remedy}"
         )
     layout = make_layout(shapes, axes, groups, config.num_workers, num_devices, codec)
     partition.draw(config.seed, 0, groups, _load(config, "partition.deal", DEALS))  # is it sound?

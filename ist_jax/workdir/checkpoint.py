@@ -344,20 +344,23 @@ def load_model(
     Args:
       workdir: of the run.
       which: as for `load_params`.
-      model: what the run trained, where that is not its config's.
+      model: what the run trained, where its config does not name that.
       calibration: batches of training inputs, all of one size; 32 of them are usual.
 
     Raises:
-      ValueError: there is no finished run or no such checkpoint, or the model is not told.
+      ValueError: there is no finished run or no such checkpoint, or the model is not told or another one.
     """
     workdir = Path(workdir)
     summary, params = files.read_summary(workdir), load_params(workdir, which)
-    if model is None and (custom := summary["custom_model"]) is not None:
-        raise ValueError(f"{workdir} holds a model of your own, {custom.split('(')[0]}: give it as `model`")
     if "normalization" not in summary:
         raise ValueError(f"{workdir} is of an earlier version, whose summary.json lacks what a model needs")
+    if (custom := summary["custom_model"]) is None:
+        own = config.build_model(config.restore(files.read_config(workdir)), summary["num_classes"])
+        custom, model = adapter.describe(own), model or own
     if model is None:
-        model = config.build_model(config.restore(files.read_config(workdir)), summary["num_classes"])
+        raise ValueError(f"{workdir} holds a model of your own, {custom.split('(')[0]}: give it as `model`")
+    if (described := adapter.describe(model)) != custom:
+        raise ValueError(f"{workdir} holds the model {custom}, and `model` is {described}")
     scale, known = summary["scale"], summary["normalization"]
     normalize = augment.make_normalize(**known) if known else None
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import flax.linen as nn
 
 from ist_jax import __version__, config, errors
 from ist_jax.key import Settings
+from ist_jax.models import adapter
 from ist_jax.tasks import Own, Task
 from ist_jax.workdir import checkpoint, files
 from ist_jax.workdir.files import Json, Summary
@@ -130,7 +130,7 @@ def check_own(workdir: Path, recorded: Mapping[str, Json], model: nn.Module | No
       model: the model, where it is not the config's.
       task: the same.
     """
-    if recorded["custom_model"] != describe(model):
+    if recorded["custom_model"] != adapter.describe(model):
         raise ValueError(f"{workdir} holds a run of another model; choose another --workdir")
     before, now = recorded.get("custom_task"), name_of(task)
     if before != now:
@@ -141,8 +141,3 @@ def check_own(workdir: Path, recorded: Mapping[str, Json], model: nn.Module | No
 def name_of(task: Own | None) -> str | None:
     """A task of the user's own by its name; None for the config's."""
     return None if task is None else task.name if isinstance(task, Task) else task.__name__
-
-
-def describe(model: nn.Module | None) -> str | None:
-    """A model of the user's own as text, with its fields; None for the config's."""
-    return None if model is None else re.sub(r" at 0x[0-9a-f]+", "", " ".join(repr(model).split()))
