@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import nested, plainly
-from test_masking import leaves, make_case, make_params
+from test_masking import RULES, STACK, leaves, make_case, make_params
 
 from ist_jax import deals, masking, partition
 from ist_jax.costs import compiled, formula
@@ -68,9 +68,11 @@ def random_update(layout, rng):
     }
 
 
-def check_equal_to_masking(case, mapped):
+def check_equal_to_masking(case, mapped, rules=RULES):
     workers, num_devices, h1, h2, least, shares, seed = case
-    params, axes, groups, assignment = make_case(h1, h2, workers, seed=seed, min_units=least, shares=shares)
+    params, axes, groups, assignment = make_case(
+        h1, h2, workers, seed=seed, min_units=least, shares=shares, rules=rules
+    )
     layout = make_layout(params, axes, groups, workers, num_devices)
     shards = from_params(layout, params)
     for path, leaf in leaves(to_params(layout, shards)).items():
@@ -110,6 +112,18 @@ def check_equal_to_masking(case, mapped):
 )
 def test_exchange_equals_masking(case):
     check_equal_to_masking(case, vmapped)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (2, 1, 5, 4, 2, (), 1),
+        (3, 3, 7, 5, 0, (), 2),  # uneven counts
+        (4, 2, 9, 8, 3, (1.0, 2.0, 1.0, 2.0), 3),  # overlap
+    ],
+)
+def test_exchange_of_a_stack_equals_masking(case):
+    check_equal_to_masking(case, vmapped, STACK)
 
 
 @pytest.mark.slow
@@ -156,6 +170,23 @@ def test_products_by_a_kernel_that_is_sharded(path):
     x = np.random.default_rng(0).normal(size=(2, 3, len(kernel))).astype(np.float32)
     product = jax.vmap(partial(Streamed(layout).product, path), axis_name=AXIS)
     assert np.allclose(product(x, from_params(layout, params)[path]), x @ kernel, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["in", "bias", "mid", "late", "out"])
+def test_a_layer_of_a_stack_is_read_alone(path):
+    params, axes, groups, _ = make_case(6, 4, 2, rules=STACK)
+    layout = make_layout(params, axes, groups, 2, 2)
+    layers = np.moveaxis(params[path], layout.leaves[path].layer_axis, 0)
+    shards, read = from_params(layout, params)[path], Streamed(layout)
+
+    def scan(shard):
+        return jax.lax.scan(lambda _, layer: (None, read(path, layer)), None, shard)[1]
+
+    assert np.array_equal(jax.vmap(scan, axis_name=AXIS)(shards)[0], layers)
+    if layers.ndim == 3 and path != "mid":
+        x = np.random.default_rng(0).normal(size=(2, 3, layers.shape[1])).astype(np.float32)
+        product = jax.vmap(partial(read.product, path), axis_name=AXIS)
+        assert np.allclose(product(x, shards[:, 1]), x @ layers[1], atol=1e-5)
 
 
 def arguments(layout):
