@@ -289,9 +289,10 @@ def test_a_fingerprint_tells_rules_and_groups_apart():
         make(10, 2, min_units=6),
         make(10, 2, shares=(1.0, 1.0)),
         make(10, 2, stratified=True),
+        Group("unit", 10, 2, layers=2),
     ]
     prints = {partition.fingerprint((g,), rule) for g in (group, *others) for rule in ("random", "rolling")}
-    assert len(prints) == 10
+    assert len(prints) == 12
     assert partition.fingerprint((group, others[0]), "") == partition.fingerprint((others[0], group), "")
 
 

@@ -16,10 +16,11 @@ from ist_jax.costs import compiled, formula
 from ist_jax.costs.traced import collectives_of, operands, sent
 from ist_jax.exchange import store, wire
 from ist_jax.exchange.codec import NONE, Codec
-from ist_jax.exchange.kinds import from_params, shard_shapes, subnet_shapes, to_params
-from ist_jax.exchange.layout import AXIS, make_layout
+from ist_jax.exchange.kinds import from_params, kind_of, shard_shapes, subnet_shapes, to_params
+from ist_jax.exchange.layout import AXIS, from_stored, make_layout
 from ist_jax.exchange.streaming import Streamed
 from ist_jax.runtime import devices
+from ist_jax.workdir import checkpoint
 
 BFLOAT16 = Codec(encode=lambda x: x.astype(jnp.bfloat16), decode=lambda x: x.astype(jnp.float32))
 
@@ -187,6 +188,20 @@ def test_a_layer_of_a_stack_is_read_alone(path):
         x = np.random.default_rng(0).normal(size=(2, 3, layers.shape[1])).astype(np.float32)
         product = jax.vmap(partial(read.product, path), axis_name=AXIS)
         assert np.allclose(product(x, shards[:, 1]), x @ layers[1], atol=1e-5)
+
+
+def test_what_the_devices_store_of_a_stack_is_the_whole_of_it():
+    params, axes, groups, _ = make_case(7, 5, 4, rules=STACK)
+    layout = make_layout(params, axes, groups, 4, 2)
+    shards = from_params(layout, jax.tree.map(np.asarray, params))
+    for path, leaf in layout.leaves.items():
+        if leaf.unit_axes:
+            stored, kind = np.full(leaf.stored_shape, np.nan, np.float32), kind_of(leaf)
+            for device in range(2):
+                axis, start, stop = kind.stored_piece(leaf, device, 2)
+                part = kind.to_stored(leaf, np.asarray(shards[path][device]), stop - start)
+                stored[checkpoint.region(stored.ndim, axis, start, stop)] = part
+            assert np.array_equal(from_stored(stored, leaf), params[path]), path
 
 
 def arguments(layout):
