@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jaxtyping import TypeCheckError
+from reference import plainly
 
 from ist_jax import deals, masking, partition
 from ist_jax.partition import Assignment, Blocks, Each
@@ -105,13 +106,16 @@ def test_masking_blocks_by_hand():
     assert merged["x"].tolist() == [0, 1, -2, -3, 4, 5, 6, 7, -8, -9, 10, 11]
 
 
-@pytest.mark.parametrize("min_units", [0, 3])
-def test_masking_each_layer_of_a_stack_is_what_it_is_alone(min_units):
-    params, axes, groups, assignment = make_case(7, 5, 3, min_units=min_units, rules=STACK)
-    assert (groups["h1"].shape, groups["wide"].shape) == ((3, 3, 3), (3, max(2, min_units)))
+def test_masking_each_layer_of_a_stack_is_what_it_is_alone():
+    params, axes, groups, assignment = make_case(7, 5, 3, min_units=2, shares=(3, 1, 1), rules=STACK)
+    assert (groups["h1"].shape, groups["wide"].shape) == ((3, 3, 4), (3, 3))
+    assert (groups["h1"].counts, groups["wide"].counts) == ((4, 2, 2), (3, 2, 2))  # uneven, with overlap
     assert len({assignment["h1"].indices[:, layer].tobytes() for layer in range(3)}) == 3
     trained = [jax.tree.map(np.negative, masking.gather(params, axes, assignment, w)) for w in range(3)]
-    merged = masking.merge(params, axes, assignment, trained, [True, False, True])
+    healthy = jnp.array([True, False, True])
+    merged = plainly(lambda *args: masking.merge(args[0], axes, *args[1:]))(
+        params, assignment, trained, healthy
+    )
     stacked = {path: partition.layer_axis_of(names) for path, names in axes.items() if "last" not in path}
     stacked = {path: axis for path, axis in stacked.items() if axis is not None}
     assert stacked.keys() == {"in", "bias", "mid", "late", "out"}
@@ -134,7 +138,8 @@ def test_masking_each_layer_of_a_stack_is_what_it_is_alone(min_units):
                 assert np.array_equal(masks[path], mask), path
             for path, x in masking.gather(one, names, own, worker).items():
                 assert np.array_equal(subnets[worker][path], -x), path
-        for path, x in masking.merge(one, names, own, subnets, [True, False, True]).items():
+        meant = plainly(lambda *args: masking.merge(args[0], names, *args[1:]))  # noqa: B023
+        for path, x in meant(one, own, subnets, healthy).items():
             assert np.array_equal(of_layer(merged)[path], x), path
 
 
