@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported, on a machine with a GPU too
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "true"  # a worker of xdist has the environment of below
 
 import hypothesis
 import jax

@@ -184,5 +184,5 @@ def test_dropout_differs_between_workers_of_the_same_examples():
     run = set_up(config, Plain(rate=0.5))
     turn = run.turn(run.stages[-1], 0)
     same = turn._replace(indices=np.broadcast_to(np.arange(8, dtype=np.int32), turn.indices.shape))
-    _, told = run.stages[-1].programs["local"](run.state, None, same)
+    told = run.stages[-1].programs["local"](run.state, None, same)[-1]
     assert len(set(np.asarray(told.loss).ravel().tolist())) == 2

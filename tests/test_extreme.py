@@ -335,8 +335,8 @@ def test_images_cannot_be_classified_by_such_a_run(folder, tmp_path, capsys):
     ("overrides", "message"),
     [
         ({"data.sharing": "skewed"}, "data.sharing='skewed' is not for examples with several labels"),
-        ({"data.pad": 1}, "the examples are no images; set config.data.pad to 0"),
-        ({"data.flip": True}, "the examples are no images"),
+        ({"data.pad": 1}, "sparse examples are no images; set config.data.pad to 0"),
+        ({"data.flip": True}, "sparse examples are no images"),
         ({"patience": 2}, "patience=2 counts evaluations of a validation split; set config.data.validation"),
         ({"patience": 2, "data.validation": 0.1, "eval_every": 0}, "and config.eval_every above 0"),
         ({"data.validation": 1.0}, "set config.data.validation to 0 to 0.9"),

@@ -352,7 +352,7 @@ def test_the_imagenet_config_deals_out_the_blocks_of_section_3(num_workers, bloc
     model = build_model(config, 1000)
     params = shapes(model, config.data.size, config.data.size, 3)
     assert count(params) == 44_549_160 - 11_776  # ResNet101, as above
-    task = image_task(config.data.size, config.data.size, 3)
+    task = image_task(config.data.size, config.data.size, 3, classes=1000)
     (group,) = setup.make_recipe(config, model, task, num_workers).layout.groups.values()
     assert (group.size, group.counts) == (22, (blocks,) * num_workers)
     config.rounds = 90

@@ -27,8 +27,8 @@ COSINE = optax.cosine_decay_schedule(0.1, 100)
 def train_by_optax(run, tx, rate, rounds=2):
     """Whole leaves by path after the steps of one worker, by optax alone."""
     params, recipe = whole(run, run.state.params), run.stages[0].recipe
-    loss_fn, opt_state = scoring.make_loss_fn(run.model, run.inputs.task.score_fn), tx.init(params)
-    gradient = reference.plainly(jax.grad(lambda p, x, y: loss_fn(p, x, y, None)[0]))
+    loss_fn, opt_state = scoring.make_loss_fn(run.model, run.inputs.task), tx.init(params)
+    gradient = reference.plainly(jax.grad(lambda p, x, y: loss_fn(p, x, y, None, jax.random.key(0))[0]))
     for index in range(rounds):
         for batch in batches.train_indices(0, index, run.feed.shards, local_steps=2, batch_size=8)[0]:
             grads = gradient(params, *recipe.batch_fn(run.inputs.train, batch, jax.random.key(0)))

@@ -18,6 +18,7 @@ from ist_jax.exchange.codec import NONE, Codec
 from ist_jax.partition import Axes, Draw, Group, Groups, as_blocks, layer_axis_of
 
 AXIS = "devices"  # the name that collectives go by
+_FEW = 16  # devices
 A = TypeVar("A", np.ndarray, jax.Array)  # on the host or on a device
 Shards = dict[str, jax.Array]  # what a device keeps of every leaf, by path
 Shapes = dict[str, jax.ShapeDtypeStruct]  # of such leaves
@@ -240,6 +241,17 @@ def _units_first(leaf: Leaf, lead: int) -> tuple[int, ...]:
     """The order of a view's axes that has the ones with units first, behind `lead` leading ones."""
     axes = sorted(range(len(leaf.view)), key=lambda axis: leaf.view[axis] is not None)
     return *range(lead), *(lead + axis for axis in axes)
+
+
+def for_each_device(layout: Layout, fn: Fn, *arrays: Shaped[Array, "D ..."]) -> Shaped[Array, "D ..."]:
+    """`fn` of every device's part of some arrays, stacked.
+
+    Of few devices one by one: XLA:CPU then sends the results without copying them together. Of many, such a
+    program would be too long.
+    """
+    if layout.num_devices > _FEW:
+        return jax.vmap(fn)(*arrays)
+    return jnp.stack([fn(*(x[device] for x in arrays)) for device in range(layout.num_devices)])
 
 
 def pad(x: Shaped[A, "..."], *widths: tuple[int, int]) -> Shaped[A, "..."]:

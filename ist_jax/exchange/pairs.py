@@ -11,7 +11,19 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf, canonical, indices_of, invert, pad, restore
+from ist_jax.exchange.layout import (
+    AXIS,
+    A,
+    Flags,
+    Layout,
+    Leaf,
+    canonical,
+    for_each_device,
+    indices_of,
+    invert,
+    pad,
+    restore,
+)
 from ist_jax.exchange.wire import Inputs, inputs_of_all, multiply_slice
 from ist_jax.masking import mean_of_parts
 from ist_jax.partition import Draw, Group
@@ -48,15 +60,15 @@ def to_stored(
 
 def cut_out(layout: Layout, leaf: Leaf, shard: Shard, draw: Draw) -> Parts:
     """What a gather sends: [D, W, strips here, m, n_out, R]."""
-    workers = layout.workers_per_device
     inputs, outputs = _entries(layout, leaf.groups[0], draw), indices_of(leaf.groups[1], draw)
 
     def cut(inputs: Int[Array, "strips m"], outputs: Int[Array, " n"]) -> Float[Array, "strips m n R"]:
         rows = _take(shard, inputs, 0)  # by rows first: one index per row, not per number
         return rows.at[:, :, outputs].get(mode="fill", fill_value=0)
 
-    pieces = [slice(first, first + workers) for first in range(0, layout.num_workers, workers)]
-    return jnp.stack([jax.vmap(cut)(inputs[own], outputs[own]) for own in pieces])  # sent without a copy
+    shape = layout.num_devices, layout.workers_per_device
+    own = (x.reshape(*shape, *x.shape[1:]) for x in (inputs, outputs))
+    return for_each_device(layout, jax.vmap(cut), *own)
 
 
 def assemble(layout: Layout, leaf: Leaf, got: Parts, draw: Draw) -> Float[Array, "W ..."]:

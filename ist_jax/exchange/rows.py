@@ -19,6 +19,7 @@ from ist_jax.exchange.layout import (
     Leaf,
     canonical,
     cut,
+    for_each_device,
     indices_of,
     invert,
     restore,
@@ -70,7 +71,7 @@ def cut_out(layout: Layout, leaf: Leaf, shard: Shard, draw: Draw) -> Parts:
     at = (slice(None),) * _axis(leaf)
     indices = indices_of(leaf.groups[0], draw).reshape(layout.num_devices, layout.workers_per_device, -1)
     take = jax.vmap(lambda units: shard.at[*at, units].get(mode="fill", fill_value=0))
-    return jnp.stack([take(indices[device]) for device in range(layout.num_devices)])  # sent without a copy
+    return for_each_device(layout, take, indices)
 
 
 def assemble(layout: Layout, leaf: Leaf, got: Parts, draw: Draw) -> Float[Array, "W ..."]:
@@ -109,8 +110,8 @@ def holders(layout: Layout, leaf: Leaf, draw: Draw, flags: Flags) -> Int[Array, 
     held = jnp.zeros(group.size, jnp.int32).at[indices].add(counts, mode="drop")
     step = -(-leaf.row_size // layout.num_devices)
     real = lax.axis_index(AXIS) * step + jnp.arange(step) < leaf.row_size
-    held = jnp.where(real, held[:, None], 0)
-    return held.T if leaf.unit_last else held
+    axis = _axis(leaf)
+    return jnp.where(jnp.expand_dims(real, axis), jnp.expand_dims(held, 1 - axis), 0)
 
 
 def assigned(leaf: Leaf, num_workers: int) -> int | float:

@@ -138,7 +138,6 @@ class Recipe(NamedTuple):
       outer: what becomes of the means of a merge; None: they are taken as they are.
       seed: of the workers' keys.
       vmapped: a device's workers train together by `vmap` instead of one after another.
-      unroll: local steps per iteration of the compiled loop.
     """
 
     layout: Layout
@@ -151,7 +150,6 @@ class Recipe(NamedTuple):
     outer: Outer | None = None
     seed: int = 0
     vmapped: bool = False
-    unroll: int = 1
 
 
 class TracedPhase(NamedTuple):

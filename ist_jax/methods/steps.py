@@ -60,7 +60,7 @@ def train_worker(
         return update(recipe, *carry, clear_empty_slots(recipe.layout, grads, turn.gates), rate), losses
 
     xs = (jnp.arange(len(turn.rates)), turn.indices, turn.rates)
-    (params, opt_state), (losses, scores) = lax.scan(step, (params, opt_state), xs, unroll=recipe.unroll)
+    (params, opt_state), (losses, scores) = lax.scan(step, (params, opt_state), xs)
     healthy = jnp.isfinite(losses).all() & is_sound(params, recipe.policy.end(opt_state))
     return params, opt_state, Told(losses.mean(), scores.mean(), healthy)
 
