@@ -3,7 +3,8 @@
 This is the semantics of everything else, on one device, with no collectives; `store` does the same
 on a sharded model and must agree bit for bit. A worker *holds* an entry of a leaf when it holds the
 unit on each of the leaf's unit axes; leaves without unit axes are shared and held by all. On an axis of
-`Blocks`, a unit is several entries, and a subnet's axis has the same form with fewer units.
+`Blocks`, a unit is several entries, and a subnet's axis has the same form with fewer units. On an axis of
+`Each`, the units are held layer by layer, so that a stack of layers is what each of them is alone.
 
   gather  cuts a worker's subnet out of the global parameters: real, small arrays (arXiv:1910.02120).
   merge   puts the trained subnets back. An entry held by one worker is copied; one held by several
@@ -12,19 +13,21 @@ unit on each of the leaf's unit axes; leaves without unit axes are shared and he
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from ist_jax.partition import Axes, Blocks, Draw, Names, as_blocks, names_of
+from ist_jax.partition import Axes, Draw, Each, Names, as_blocks, layer_axis_of
 
 Numbers: TypeAlias = Float[Array | np.ndarray, "..."]
 Params: TypeAlias = PyTree[Numbers]
+Index: TypeAlias = Int[Array | np.ndarray, "..."]
+A = TypeVar("A", np.ndarray, Array)  # on the host or on a device
 Leaf = Array | np.ndarray | jax.ShapeDtypeStruct
 Flags: TypeAlias = Bool[Array | np.ndarray, " S"] | Sequence[bool]
 
@@ -184,31 +187,48 @@ def check_assignment(flat: Mapping[str, Leaf], axes: Axes, assignment: Draw, wor
     for path, x in flat.items():
         if path not in axes or len(axes[path]) != x.ndim:
             raise ValueError(f"axes of {path} are {axes.get(path)}, but it has {x.ndim} axes")
-        for name in names_of(axes[path]):
-            if name not in assignment:
+        for along in axes[path]:
+            if (blocks := as_blocks(along)) is None:
+                continue
+            if (name := blocks.name) not in assignment:
                 raise ValueError(f"no assignment for unit group {name!r} of {path}")
             indices, gates = assignment[name]
-            if indices.ndim != 2 or indices.shape != gates.shape:
+            layers = (x.shape[along.axis],) if isinstance(along, Each) else ()
+            if indices.shape != gates.shape or indices.ndim < 2 or indices.shape[1:-1] != layers:
+                form = f"[workers, {layers[0]} layers, slots]" if layers else "[workers, slots]"
                 raise ValueError(
-                    f"assignment of {name!r}: indices {indices.shape} and gates {gates.shape} "
-                    "must both be [workers, slots]"
+                    f"assignment of {name!r}: indices {indices.shape} and gates {gates.shape} must both be "
+                    f"{form} for {path}"
                 )
             if not 0 <= worker < len(indices):
                 raise ValueError(f"worker {worker} is not one of the {len(indices)} of {name!r}")
 
 
-def _grid(shape: tuple[int, ...], names: Names, assignment: Draw, worker: int) -> tuple[Array, ...]:
+def _grid(shape: tuple[int, ...], names: Names, assignment: Draw, worker: int) -> tuple[Index, ...]:
     """Where the entries that a worker holds are in a leaf, by slots; outside of it for empty ones."""
 
-    def along(size: int, blocks: Blocks | None) -> Array:
-        if blocks is None:
-            return jnp.arange(size)
-        units, count = jnp.asarray(assignment[blocks.name].indices)[worker], blocks.count(size)
-        outer, inner = jnp.arange(blocks.outer)[:, None, None], jnp.arange(blocks.inner)
-        entries = (outer * count + units[:, None]) * blocks.inner + inner  # of unit U: the next run's unit 0
-        return jnp.where(units[:, None] < count, entries, size).reshape(-1)
+    layer_axis = layer_axis_of(names)
 
-    return jnp.ix_(*map(along, shape, map(as_blocks, names)))
+    def along(axis: int) -> Index:
+        size, blocks = shape[axis], as_blocks(names[axis])
+        if blocks is None:
+            return spread(np.arange(size), axis, layer_axis, len(shape))
+        units, count = assignment[blocks.name].indices[worker], blocks.count(size)
+        units, outer = units[..., None, :, None], np.arange(blocks.outer)[:, None, None]
+        entries = (outer * count + units) * blocks.inner + np.arange(blocks.inner)
+        entries += size * (units >= count)  # those of unit U are the next run's unit 0
+        return spread(entries.reshape(*entries.shape[:-3], -1), axis, layer_axis, len(shape))
+
+    return tuple(map(along, range(len(shape))))
+
+
+def spread(x: Shaped[A, "..."], axis: int, layer_axis: int | None, ndim: int) -> Shaped[A, "..."]:
+    """What is said of an axis of a leaf, [m], or of it in each layer, [L, m], to broadcast with the leaf."""
+    if x.ndim == 1:
+        return x.reshape([-1 if a == axis else 1 for a in range(ndim)])
+    assert layer_axis is not None
+    sizes = {layer_axis: x.shape[0], axis: x.shape[1]}
+    return (x if layer_axis < axis else x.T).reshape([sizes.get(a, 1) for a in range(ndim)])
 
 
 def _mask(shape: tuple[int, ...], names: Names, assignment: Draw, worker: int) -> Bool[Array, "..."]:
@@ -218,7 +238,7 @@ def _mask(shape: tuple[int, ...], names: Names, assignment: Draw, worker: int) -
 def _scatter(path: str, old: Numbers, piece: Numbers, names: Names, assignment: Draw, worker: int) -> Array:
     """A leaf of the global shape with the subnet's values where the worker holds, 0 elsewhere."""
     grid = _grid(old.shape, names, assignment, worker)
-    if piece.shape != (expected := tuple(along.size for along in grid)):
+    if piece.shape != (expected := np.broadcast_shapes(*(along.shape for along in grid))):
         raise ValueError(f"subnet leaf {path} has shape {piece.shape}, expected {expected}")
     return jnp.zeros_like(old).at[grid].set(piece, mode="drop")
 

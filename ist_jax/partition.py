@@ -20,7 +20,7 @@ import functools
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +60,24 @@ class Blocks:
         return size // (self.outer * self.inner)
 
 
-Names = tuple[str | Blocks | None, ...]  # of one leaf: the group along each of its axes
+@dataclasses.dataclass(frozen=True)
+class Each:
+    """An axis whose units are dealt anew for each entry of another axis, as for each layer of a stack.
+
+    Under `nn.scan` the kernels of L layers are one leaf [L, d, f], which `(None, None, "hidden")` deals out
+    once: a worker holds the same of the f neurons in all layers. By `(None, None, Each("hidden"))` every
+    layer has a draw of its own, and a unit is a neuron of a layer. All leaves of such a group are named so.
+
+    Attributes:
+      along: the group's name, or its `Blocks`.
+      axis: of the layers, counted from 0; it is not dealt out itself.
+    """
+
+    along: str | Blocks
+    axis: int = 0
+
+
+Names = tuple[str | Blocks | Each | None, ...]  # of one leaf: the group along each of its axes
 Axes = Mapping[str, Names]
 Rules = Mapping[str, PyTree]
 
@@ -69,11 +86,12 @@ class Assignment(NamedTuple):
     """Which unit sits in which slot of which worker, for one group.
 
     `indices` is int32 [S, n]: every worker's units in ascending order (the order of depth is kept),
-    then, in its empty slots, the number of units U. `gates` is bool [S, n], False in empty slots.
+    then, in its empty slots, the number of units U. `gates` is bool [S, n], False in empty slots. Both are
+    [S, L, n] for a group that is dealt layer by layer (`Each`), U being the units of one layer.
     """
 
-    indices: Int[np.ndarray | jax.Array, "S n"]
-    gates: Bool[np.ndarray | jax.Array, "S n"]
+    indices: Int[np.ndarray | jax.Array, "S *L n"]
+    gates: Bool[np.ndarray | jax.Array, "S *L n"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +100,15 @@ class Group:
 
     Attributes:
       name: the name that the model's `unit_axes` gives it.
-      size: U, the number of units.
+      size: U, the number of units, of one layer where there are several.
       num_workers: S.
       strips: 1, or S when the draw is stratified: the units fall into S contiguous strips of
         `strip_size`, and every strip is dealt out evenly. This makes the exchange of leaves with two
         unit axes exact (see `store`).
       min_units: every worker holds at least so many units, at most U; reached by overlap.
       shares: relative speed of each worker, S numbers; (): equal shares.
+      layers: L, each of which has a draw of its own, with the counts and slots that are said here (`Each`);
+        0: there is one draw.
     """
 
     name: str
@@ -97,6 +117,17 @@ class Group:
     strips: int = 1
     min_units: int = 0
     shares: tuple[float, ...] = ()
+    layers: int = dataclasses.field(default=0, repr=False)  # see `fingerprint`
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a draw's arrays: (S, n), or (S, L, n)."""
+        return (self.num_workers, *(self.layers,) * (self.layers > 0), self.slots)
+
+    @property
+    def total(self) -> int:
+        """Units of all layers."""
+        return self.size * max(1, self.layers)
 
     @property
     def strip_size(self) -> int:
@@ -183,6 +214,7 @@ refuses, with the deal's name, an assignment that breaks it:
     holds counts[k]. So an `even` group has no empty slot.
   - Of each strip of `group.strip_size` units a worker holds at most `group.strip_slots`.
   - Where `group.disjoint`, no two workers hold the same unit. A unit that nobody holds keeps its value.
+Where `group.layers`, it is called once for each layer, of which all of this is said, from the same generator.
 A deal is a function of its arguments alone: the report and a resumed run draw again. Groups are dealt in
 alphabetical order, from the same generator.
 """
@@ -195,15 +227,15 @@ def resolve_axes(params: PyTree, rules: Rules) -> dict[str, Names]:
       params: nested dict of arrays (or shapes).
       rules: either a pytree of the params' shape or a flat dict of regular expressions that must
         match a whole path such as `section3/blocks/conv1/kernel`; the values are tuples with a
-        group name, `Blocks` or None per array axis. A trailing `...` stands for None on all further axes.
+        group name, `Blocks`, `Each` or None per array axis. A trailing `...` is None on all further axes.
         The first rule that matches counts; a leaf that none matches is shared by all workers.
 
     Returns:
-      A flat dict from path to a tuple of group name, `Blocks` or None, one per array axis.
+      A flat dict from path to a tuple of group name, `Blocks`, `Each` or None, one per array axis.
 
     Raises:
       ValueError: a rule matches nothing, or does not fit the leaf; a leaf has three unit axes; an axis
-        is no whole number of blocks; a group has two different sizes.
+        is no whole number of blocks; a group has two different sizes, or layers on some leaves alone.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     patterns = traverse_util.flatten_dict(dict(rules), sep="/")
@@ -215,30 +247,48 @@ def resolve_axes(params: PyTree, rules: Rules) -> dict[str, Names]:
         rule = next((r for p, r in patterns.items() if re.fullmatch(p, path)), (...,))
         axes[path] = _fit_rule(path, leaf.ndim, rule)
     sizes: dict[str, int] = {}
-    for path, names in axes.items():
-        for size, blocks in zip(flat[path].shape, map(as_blocks, names), strict=True):
-            if blocks is None:
-                continue
-            name, units = blocks.name, blocks.count(size)
-            if size != units * blocks.outer * blocks.inner:
-                raise ValueError(f"{path} has an axis of {size} entries, no whole number of {blocks}")
-            if sizes.setdefault(name, units) != units:
-                raise ValueError(
-                    f"unit group {name!r} has {sizes[name]} units on one leaf and {units} on {path}; an axis "
-                    "on which a unit has several entries is named by Blocks, one that joins units and other "
-                    "entries must be a parameter for each"
-                )
+    stacks: dict[str, int] = {}
+    for path, blocks, size, layers in _unit_axes(flat, axes):
+        name, units = blocks.name, blocks.count(size)
+        if size != units * blocks.outer * blocks.inner:
+            raise ValueError(f"{path} has an axis of {size} entries, no whole number of {blocks}")
+        if sizes.setdefault(name, units) != units:
+            raise ValueError(
+                f"unit group {name!r} has {sizes[name]} units on one leaf and {units} on {path}; an axis "
+                "on which a unit has several entries is named by Blocks, one that joins units and other "
+                "entries must be a parameter for each"
+            )
+        if stacks.setdefault(name, layers) != layers:
+            raise ValueError(
+                f"unit group {name!r} has {stacks[name]} layers with a draw of their own on one leaf and "
+                f"{layers} on {path}; Each must name it on all of its leaves, with equally many layers"
+            )
     return axes
 
 
-def as_blocks(along: str | Blocks | None) -> Blocks | None:
-    """What runs along an axis, a group's name alone as `Blocks`."""
+def as_blocks(along: str | Blocks | Each | None) -> Blocks | None:
+    """What runs along an axis, a group's name alone as `Blocks`; of `Each` in one layer."""
+    along = along.along if isinstance(along, Each) else along
     return Blocks(along) if isinstance(along, str) else along
 
 
 def names_of(names: Names) -> list[str]:
     """The groups of a leaf's unit axes."""
     return [blocks.name for blocks in map(as_blocks, names) if blocks is not None]
+
+
+def layer_axis_of(names: Sequence[str | Blocks | Each | None]) -> int | None:
+    """The axis of a leaf's layers that have a draw of their own, if there is one."""
+    return next((along.axis for along in names if isinstance(along, Each)), None)
+
+
+def _unit_axes(flat: Mapping[str, Any], axes: Axes) -> Iterator[tuple[str, Blocks, int, int]]:
+    """(path, what runs along the axis, its entries, layers with a draw of their own or 0), axis by axis."""
+    for path, names in axes.items():
+        shape = flat[path].shape
+        for size, along in zip(shape, names, strict=True):
+            if (blocks := as_blocks(along)) is not None:
+                yield path, blocks, size, shape[along.axis] if isinstance(along, Each) else 0
 
 
 def _fit_rule(path: str, ndim: int, rule: Sequence[Any]) -> Names:
@@ -249,6 +299,16 @@ def _fit_rule(path: str, ndim: int, rule: Sequence[Any]) -> Names:
         raise ValueError(f"unit_axes names {len(names)} axes for {path}, which has {ndim}")
     if len(names_of(names)) > 2:
         raise ValueError(f"unit_axes names three unit axes on {path}; at most two are supported")
+    stacks = sorted({along.axis for along in names if isinstance(along, Each)})
+    if len(stacks) > 1:
+        raise ValueError(f"unit_axes names the axes {stacks} of {path} as layers; Each must name one")
+    if stacks and not 0 <= stacks[0] < ndim:
+        raise ValueError(f"unit_axes of {path}: axis={stacks[0]} of Each must lie between 0 and {ndim - 1}")
+    if stacks and names[stacks[0]] is not None:
+        raise ValueError(
+            f"unit_axes deals out axis {stacks[0]} of {path}, along which Each has a draw per layer: a round "
+            "would train one in num_workers of its units; deal out the layers or the units in them"
+        )
     return names
 
 
@@ -280,12 +340,9 @@ def make_groups(
             "one per worker, or be empty"
         )
     flat = traverse_util.flatten_dict(params, sep="/")
-    sizes = {
-        blocks.name: blocks.count(size)
-        for path, names in axes.items()
-        for size, blocks in zip(flat[path].shape, map(as_blocks, names), strict=True)
-        if blocks is not None
-    }
+    sizes, layers = {}, {}
+    for _, blocks, size, stack in _unit_axes(flat, axes):
+        sizes[blocks.name], layers[blocks.name] = blocks.count(size), stack
     stratified = {names_of(names)[0] for names in axes.values() if len(names_of(names)) == 2}
     most = max(sizes, key=lambda name: sizes[name], default="")
     if min_units < 0 or (most and min_units > sizes[most]):
@@ -294,7 +351,9 @@ def make_groups(
         )
     strips, relative = dict.fromkeys(stratified, num_workers), tuple(map(float, shares))
     return {
-        name: Group(name, size, num_workers, strips.get(name, 1), min(min_units, size), relative)
+        name: Group(
+            name, size, num_workers, strips.get(name, 1), min(min_units, size), relative, layers[name]
+        )
         for name, size in sorted(sizes.items())
     }
 
@@ -321,25 +380,36 @@ def draw(seed: int, round_index: int, groups: Groups, deal: Deal) -> dict[str, A
       deal: who gets which units.
 
     Returns:
-      Assignments by group name, indices int32 and gates bool [S, n].
+      Assignments by group name, indices int32 and gates bool, `Group.shape`.
 
     Raises:
       BrokenDeal: it breaks its contract (`Deal`); names the deal, round, group and worker.
     """
     source, drawn = rng(seed, Use.PARTITION, round_index), {}
     for name, group in sorted(groups.items()):
-        if group.min_units == group.size:  # as in a warm-up: there is nothing to choose
-            drawn[name] = assign(np.ones((group.num_workers, group.size), bool), group)
-            continue
         where = f"deal {getattr(deal, '__name__', str(deal))!r} in round {round_index + 1}, group {name!r}"
-        try:
-            assignment = deal(source, group, round_index)
-        except Exception as error:  # a user's own code
-            raise BrokenDeal(f"{where}: {type(error).__name__}: {error}") from error
-        if fault := _find_fault(assignment, group):
-            raise BrokenDeal(f"{where}: {fault}")
-        drawn[name] = Assignment(np.asarray(assignment.indices, np.int32), np.asarray(assignment.gates))
+        if group.layers:
+            each = [
+                _draw_once(lambda group: deal(source, group, round_index), group, f"{where}, layer {layer}")
+                for layer in range(group.layers)
+            ]
+            drawn[name] = Assignment(*(np.stack(arrays, 1) for arrays in zip(*each, strict=True)))
+        else:
+            drawn[name] = _draw_once(lambda group: deal(source, group, round_index), group, where)
     return drawn
+
+
+def _draw_once(deal: Callable[[Group], Assignment], group: Group, where: str) -> Assignment:
+    """A deal of a group, or of one of its layers, that keeps the contract."""
+    if group.min_units == group.size:  # as in a warm-up: there is nothing to choose
+        return assign(np.ones((group.num_workers, group.size), bool), group)
+    try:
+        assignment = deal(group)
+    except Exception as error:  # a user's own code
+        raise BrokenDeal(f"{where}: {type(error).__name__}: {error}") from error
+    if fault := _find_fault(assignment, group):
+        raise BrokenDeal(f"{where}: {fault}")
+    return Assignment(np.asarray(assignment.indices, np.int32), np.asarray(assignment.gates))
 
 
 def draw_present(seed: int, round_index: int, workers: int, participation: float) -> Bool[np.ndarray, " S"]:
@@ -362,7 +432,8 @@ def fingerprint(groups: tuple[Group, ...], rule: str) -> str:
       groups: of the rounds.
       rule: which deal: its name, or whatever else tells it from others, such as the hash of its file.
     """
-    recorded = sorted(repr(group) for group in groups)
+    # a group that is dealt once is written as before there were layers, so that its runs go on
+    recorded = sorted(repr(group) + f" x {group.layers}" * (group.layers > 0) for group in groups)
     return hashlib.sha256(repr((_DRAWS, rule, recorded)).encode()).hexdigest()[:12]
 
 

@@ -13,7 +13,7 @@ import optax
 from flax import traverse_util
 
 from ist_jax import masking
-from ist_jax.partition import as_blocks
+from ist_jax.partition import Assignment, as_blocks
 
 plainly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 
@@ -50,7 +50,7 @@ def subnets(recipe, axes, send=lambda x: x, *, keeps=False):
     """
     groups = recipe.layout.groups
     axes = {
-        path: tuple(blocks if blocks and blocks.name in groups else None for blocks in map(as_blocks, names))
+        path: tuple(along if along and as_blocks(along).name in groups else None for along in names)
         for path, names in axes.items()
     }
     shared = [path for path, names in axes.items() if not any(names)]
@@ -73,13 +73,11 @@ def subnets(recipe, axes, send=lambda x: x, *, keeps=False):
 
     @plainly
     def clear(subnet, gates):  # empty slots are no parameters
-        for path, names in axes.items():
-            for axis, blocks in enumerate(names):
-                if blocks and blocks.name in gates:
-                    gate = jnp.tile(jnp.repeat(gates[blocks.name], blocks.inner), blocks.outer)
-                    others = [a for a in range(len(names)) if a != axis]
-                    subnet[path] = jnp.where(jnp.expand_dims(gate, others), subnet[path], 0)
-        return subnet
+        filled = {name: gates.get(name, jnp.ones(g.shape[1:], bool)) for name, g in groups.items()}
+        slots = {n: jnp.where(g, jnp.arange(g.shape[-1]), g.shape[-1]) for n, g in filled.items()}
+        held = {name: Assignment(slots[name][None], gate[None]) for name, gate in filled.items()}
+        masks = flat(masking.masks(nested(subnet), axes, held, 0))
+        return {path: jnp.where(masks[path], x, 0) for path, x in subnet.items()}
 
     def one_round(params, moments, turn):
         cut_out, carries = gather(params, turn.draw), moments is not None and not keeps

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jaxtyping import TypeCheckError
+from reference import plainly
 
 from ist_jax import deals, masking, partition
-from ist_jax.partition import Assignment, Blocks
+from ist_jax.partition import Assignment, Blocks, Each
 
 RULES = {
     "in/kernel": (None, "h1"),
@@ -20,10 +21,22 @@ RULES = {
     "gates/recurrent": (Blocks("h1", inner=2), Blocks("h1", outer=4)),
 }
 
+STACK = {  # of 3 layers
+    "in": (None, None, Each("h1")),
+    "bias": (None, Each("h1")),
+    "mid": (None, Each("h1"), Each(Blocks("h2", outer=2))),
+    "late": (Each("h1", axis=2), "wide", None),
+    "out": (Each(Blocks("h2", inner=2), axis=1), None),
+    "last": ("wide", None),
+}
 
-def make_params(h1, h2, seed=0):
+
+def make_params(h1, h2, seed=0, rules=RULES):
     rng = np.random.default_rng(seed)
     shapes = {
+        "in": (3, 5, h1), "bias": (3, h1), "mid": (3, h1, 2 * h2), "late": (h1, h2, 3), "out": (2 * h2, 3),
+        "last": (h2, 2), "shared": (3, 2),
+    } if rules is STACK else {
         "in/kernel": (3, h1), "norm/scale": (h1,), "mid/kernel": (h1, 2, h2), "square": (h2, h2),
         "out/kernel": (6 * h2, 4), "out/bias": (4,), "temperature": (), "gates/kernel": (3, 4 * h1),
         "gates/recurrent": (2 * h1, 4 * h1),
@@ -32,9 +45,9 @@ def make_params(h1, h2, seed=0):
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def make_case(h1, h2, num_workers, *, seed=0, min_units=0, shares=()):
-    params = make_params(h1, h2, seed)
-    axes = partition.resolve_axes(params, RULES)
+def make_case(h1, h2, num_workers, *, seed=0, min_units=0, shares=(), rules=RULES):
+    params = make_params(h1, h2, seed, rules)
+    axes = partition.resolve_axes(params, rules)
     groups = partition.make_groups(params, axes, num_workers, min_units=min_units, shares=shares)
     return params, axes, groups, partition.draw(seed, 0, groups, deals.random)
 
@@ -91,6 +104,55 @@ def test_masking_blocks_by_hand():
     assert subnets[1]["x"].tolist() == [0, 1, 4, 5, 6, 7, 10, 11]
     merged = masking.merge(params, axes, assignment, [{"x": -subnets[0]["x"]}, subnets[1]])
     assert merged["x"].tolist() == [0, 1, -2, -3, 4, 5, 6, 7, -8, -9, 10, 11]
+
+
+def test_masking_each_layer_of_a_stack_is_what_it_is_alone():
+    params, axes, groups, assignment = make_case(7, 5, 3, min_units=2, shares=(3, 1, 1), rules=STACK)
+    assert (groups["h1"].shape, groups["wide"].shape) == ((3, 3, 4), (3, 3))
+    assert (groups["h1"].counts, groups["wide"].counts) == ((4, 2, 2), (3, 2, 2))  # uneven, with overlap
+    assert len({assignment["h1"].indices[:, layer].tobytes() for layer in range(3)}) == 3
+    trained = [jax.tree.map(np.negative, masking.gather(params, axes, assignment, w)) for w in range(3)]
+    healthy = jnp.array([True, False, True])
+    merged = plainly(lambda *args: masking.merge(args[0], axes, *args[1:]))(
+        params, assignment, trained, healthy
+    )
+    stacked = {path: partition.layer_axis_of(names) for path, names in axes.items() if "last" not in path}
+    stacked = {path: axis for path, axis in stacked.items() if axis is not None}
+    assert stacked.keys() == {"in", "bias", "mid", "late", "out"}
+    for layer in range(3):
+        own = {
+            name: Assignment(*(x[:, layer] if groups[name].layers else x for x in both))
+            for name, both in assignment.items()
+        }
+        of_layer = lambda tree: {p: np.take(np.asarray(tree[p]), layer, axis) for p, axis in stacked.items()}  # noqa: B023, E731
+        names = {
+            path: tuple(
+                x.along if isinstance(x, Each) else x for a, x in enumerate(axes[path]) if a != stacked[path]
+            )
+            for path in stacked
+        }
+        one, subnets = of_layer(params), [of_layer(subnet) for subnet in trained]
+        for worker in range(3):
+            masks = of_layer(masking.masks(params, axes, assignment, worker))
+            for path, mask in masking.masks(one, names, own, worker).items():
+                assert np.array_equal(masks[path], mask), path
+            for path, x in masking.gather(one, names, own, worker).items():
+                assert np.array_equal(subnets[worker][path], -x), path
+        meant = plainly(lambda *args: masking.merge(args[0], names, *args[1:]))  # noqa: B023
+        for path, x in meant(one, own, subnets, healthy).items():
+            assert np.array_equal(of_layer(merged)[path], x), path
+
+
+def test_masking_each_by_hand():
+    # 2 layers of 3 units: worker 0 holds unit 1 of the first and units 0 and 2 of the second
+    params, axes = {"x": np.arange(1, 7, dtype=np.float32).reshape(2, 3)}, {"x": (None, Each("u"))}
+    indices = np.array([[[1, 3], [0, 2]], [[0, 2], [1, 3]]], np.int32)
+    assignment = {"u": Assignment(indices, indices < 3)}
+    subnets = [masking.gather(params, axes, assignment, worker) for worker in range(2)]
+    assert subnets[0]["x"].tolist() == [[2, 0], [4, 6]]  # the empty slot is at the end of its layer
+    assert subnets[1]["x"].tolist() == [[1, 3], [5, 0]]
+    merged = masking.merge(params, axes, assignment, [{"x": -subnets[0]["x"]}, subnets[1]])
+    assert merged["x"].tolist() == [[1, -2, 3], [-4, 5, -6]]
 
 
 def fused_gates(params, x, keep=1.0):

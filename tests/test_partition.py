@@ -289,10 +289,74 @@ def test_a_fingerprint_tells_rules_and_groups_apart():
         make(10, 2, min_units=6),
         make(10, 2, shares=(1.0, 1.0)),
         make(10, 2, stratified=True),
+        Group("unit", 10, 2, layers=2),
     ]
     prints = {partition.fingerprint((g,), rule) for g in (group, *others) for rule in ("random", "rolling")}
-    assert len(prints) == 10
+    assert len(prints) == 12
     assert partition.fingerprint((group, others[0]), "") == partition.fingerprint((others[0], group), "")
+
+
+def test_the_fingerprint_of_runs_from_before_there_were_layers():
+    assert partition.fingerprint((Group("hidden", 8, 2, min_units=5),), "random") == "cf9851012a2b"
+    assert partition.fingerprint((Group("hidden", 8, 2, min_units=5, layers=1),), "random") != "cf9851012a2b"
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_every_layer_has_a_draw_of_its_own(stratified):
+    options = {"size": 7, "num_workers": 3, "strips": 3 if stratified else 1, "min_units": 2}
+    both, alone = Group("unit", **options, layers=4), Group("unit", **options)
+    indices, gates = draw(both)
+    assert indices.shape == gates.shape == both.shape == (3, 4, 3)
+    assert (both.total, alone.total, alone.shape) == (28, 7, (3, 3))
+    for layer in range(4):
+        assert not partition._find_fault(Assignment(indices[:, layer], gates[:, layer]), alone)
+    assert len({indices[:, layer].tobytes() for layer in range(4)}) > 1
+    assert (draw(alone).indices == indices[:, 0]).all()  # layers follow each other in the round's stream
+    counts = gates.sum(2)  # who gets the remainder is drawn for each layer
+    assert len({tuple(own) for own in counts.T}) > 1
+    everyone = draw(partition.with_everyone({"unit": both})["unit"]).indices
+    assert (everyone == np.arange(7)).all() and everyone.shape == (3, 4, 7)
+
+
+def test_a_deal_that_breaks_its_contract_in_a_layer_is_refused_by_name():
+    seen = []
+
+    def crooked(rng, group, round_index):
+        seen.append(group.layers)
+        return hold([0, 1], [2, 3] if len(seen) < 3 else [1, 2])(rng, group, round_index)
+
+    with pytest.raises(ValueError, match="'crooked' in round 1, group 'unit', layer 2: unit 1 is held by"):
+        draw(Group("unit", 4, 2, layers=5), deal=crooked)
+    assert seen == [5, 5, 5]
+
+
+EACH = partition.Each("u")
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        (
+            {"x": (None, EACH, None), "y": ("u", None)},
+            "3 layers with .* and 0 on y; Each must name it on",
+        ),
+        ({"x": (None, EACH, None), "y": (None, EACH)}, "3 layers .* on one leaf and 4 on y; .* equally many"),
+        (
+            {"x": ("block", EACH, None)},
+            "out axis 0 of x, along which Each .*: a round would train",
+        ),
+        ({"x": (EACH, None, None)}, "deals out axis 0 of x, along which Each"),
+        ({"x": (None, partition.Each("u", 3), None)}, r"axis=3 of Each must lie between 0 and 2$"),
+        (
+            {"x": (None, EACH, partition.Each("v", 1))},
+            r"the axes \[0, 1\] of x as layers; Each must name",
+        ),
+    ],
+)
+def test_layers_that_fit_no_leaf_or_each_other_are_refused(rules, message):
+    params = {"x": np.zeros((3, 4, 2)), "y": np.zeros((4, 4))}
+    with pytest.raises(ValueError, match=message):
+        partition.resolve_axes(params, rules)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def synthetic(*, rounds, units, workers, **changes):
 
 def make_groups(units, workers, min_units=0):
     return {
-        name: partition.Group(name, u["size"], workers, u["strips"], min_units)
+        name: partition.Group(name, u["size"], workers, u["strips"], min_units, layers=u.get("layers", 0))
         for name, u in sorted(units.items())
     }
 
@@ -361,6 +361,21 @@ def test_units_of_several_workers_share_their_cells():
         np.testing.assert_allclose(
             [cells["top"][here].min(), cells["bottom"][here].max()], [unit - 0.5, unit + 0.42]
         )
+
+
+def test_the_map_of_a_stack_shows_its_layers_one_after_another():
+    units = {"hidden": {"size": 5, "strips": 1, "layers": 3}}
+    one = synthetic(rounds=4, units=units, workers=2)
+    page = render([one])
+    cells, bars = (read_figures(page)[name][0] for name in ("map0", "counts0"))
+    assert "hidden: 15 units in 3 layers, each trained 4 times in 4 rounds" in page
+    shown = set(zip(cells["round"], cells["worker"], cells["unit"], strict=True))
+    expected = set()
+    for number in range(1, 5):
+        indices, gates = partition.draw(0, number - 1, make_groups(units, 2), DEALS["random"])["hidden"]
+        expected |= {(number, w, 5 * layer + indices[w, layer, k]) for w, layer, k in np.argwhere(gates)}
+    assert shown == expected and len(shown) == 60
+    assert bars["count"].sum() == 60 and set(bars["unit"]) == set(range(15))
 
 
 def test_workers_that_were_absent_or_left_out_have_trained_nothing():

@@ -9,17 +9,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import nested, plainly
-from test_masking import leaves, make_case, make_params
+from test_masking import RULES, STACK, leaves, make_case, make_params
 
 from ist_jax import deals, masking, partition
 from ist_jax.costs import compiled, formula
 from ist_jax.costs.traced import collectives_of, operands, sent
 from ist_jax.exchange import store, wire
 from ist_jax.exchange.codec import NONE, Codec
-from ist_jax.exchange.kinds import from_params, shard_shapes, subnet_shapes, to_params
-from ist_jax.exchange.layout import AXIS, make_layout
+from ist_jax.exchange.kinds import from_params, kind_of, shard_shapes, subnet_shapes, to_params
+from ist_jax.exchange.layout import AXIS, from_stored, make_layout
 from ist_jax.exchange.streaming import Streamed
 from ist_jax.runtime import devices
+from ist_jax.workdir import checkpoint
 
 BFLOAT16 = Codec(encode=lambda x: x.astype(jnp.bfloat16), decode=lambda x: x.astype(jnp.float32))
 
@@ -68,9 +69,11 @@ def random_update(layout, rng):
     }
 
 
-def check_equal_to_masking(case, mapped):
+def check_equal_to_masking(case, mapped, rules=RULES):
     workers, num_devices, h1, h2, least, shares, seed = case
-    params, axes, groups, assignment = make_case(h1, h2, workers, seed=seed, min_units=least, shares=shares)
+    params, axes, groups, assignment = make_case(
+        h1, h2, workers, seed=seed, min_units=least, shares=shares, rules=rules
+    )
     layout = make_layout(params, axes, groups, workers, num_devices)
     shards = from_params(layout, params)
     for path, leaf in leaves(to_params(layout, shards)).items():
@@ -110,6 +113,18 @@ def check_equal_to_masking(case, mapped):
 )
 def test_exchange_equals_masking(case):
     check_equal_to_masking(case, vmapped)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (2, 1, 5, 4, 2, (), 1),
+        (3, 3, 7, 5, 0, (), 2),  # uneven counts
+        (4, 2, 9, 8, 3, (1.0, 2.0, 1.0, 2.0), 3),  # overlap
+    ],
+)
+def test_exchange_of_a_stack_equals_masking(case):
+    check_equal_to_masking(case, vmapped, STACK)
 
 
 @pytest.mark.slow
@@ -156,6 +171,37 @@ def test_products_by_a_kernel_that_is_sharded(path):
     x = np.random.default_rng(0).normal(size=(2, 3, len(kernel))).astype(np.float32)
     product = jax.vmap(partial(Streamed(layout).product, path), axis_name=AXIS)
     assert np.allclose(product(x, from_params(layout, params)[path]), x @ kernel, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["in", "bias", "mid", "late", "out"])
+def test_a_layer_of_a_stack_is_read_alone(path):
+    params, axes, groups, _ = make_case(6, 4, 2, rules=STACK)
+    layout = make_layout(params, axes, groups, 2, 2)
+    layers = np.moveaxis(params[path], layout.leaves[path].layer_axis, 0)
+    shards, read = from_params(layout, params)[path], Streamed(layout)
+
+    def scan(shard):
+        return jax.lax.scan(lambda _, layer: (None, read(path, layer)), None, shard)[1]
+
+    assert np.array_equal(jax.vmap(scan, axis_name=AXIS)(shards)[0], layers)
+    if layers.ndim == 3 and path != "mid":
+        x = np.random.default_rng(0).normal(size=(2, 3, layers.shape[1])).astype(np.float32)
+        product = jax.vmap(partial(read.product, path), axis_name=AXIS)
+        assert np.allclose(product(x, shards[:, 1]), x @ layers[1], atol=1e-5)
+
+
+def test_what_the_devices_store_of_a_stack_is_the_whole_of_it():
+    params, axes, groups, _ = make_case(7, 5, 4, rules=STACK)
+    layout = make_layout(params, axes, groups, 4, 2)
+    shards = from_params(layout, jax.tree.map(np.asarray, params))
+    for path, leaf in layout.leaves.items():
+        if leaf.unit_axes:
+            stored, kind = np.full(leaf.stored_shape, np.nan, np.float32), kind_of(leaf)
+            for device in range(2):
+                axis, start, stop = kind.stored_piece(leaf, device, 2)
+                part = kind.to_stored(leaf, np.asarray(shards[path][device]), stop - start)
+                stored[checkpoint.region(stored.ndim, axis, start, stop)] = part
+            assert np.array_equal(from_stored(stored, leaf), params[path]), path
 
 
 def arguments(layout):

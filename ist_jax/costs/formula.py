@@ -88,7 +88,7 @@ def step_flops(recipe: Recipe, data: Split, batch_size: int) -> float:
     numbers, key = jax.ShapeDtypeStruct((batch_size,), np.int32), jax.eval_shape(jax.random.key, 0)
     inputs, labels = jax.eval_shape(recipe.batch_fn, dict(data), numbers, key)
     groups = recipe.layout.groups.values()
-    gates = {g.name: jax.ShapeDtypeStruct((g.slots,), bool) for g in groups if not g.even}
+    gates = {g.name: jax.ShapeDtypeStruct(g.shape[1:], bool) for g in groups if not g.even}
     return traced.step_flops(recipe.loss_fn, subnet_shapes(recipe.layout), inputs, labels, gates or None, key)
 
 

@@ -1,4 +1,5 @@
-"""The kinds of leaf, by how many of a leaf's axes run over units; and the whole model leaf by leaf."""
+"""The kinds of leaf, by how many of a leaf's axes run over units and by which draw; and the whole model leaf
+by leaf."""
 
 import types
 from collections.abc import Iterator, Mapping
@@ -8,7 +9,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from ist_jax.exchange import pairs, rows, shared
+from ist_jax.exchange import layers, pairs, rows, shared
 from ist_jax.exchange.layout import A, Layout, Leaf, Shapes
 from ist_jax.masking import Params
 
@@ -20,7 +21,7 @@ KINDS = (shared, rows, pairs)
 
 def kind_of(leaf: Leaf) -> types.ModuleType:
     """How a leaf is kept and exchanged."""
-    return KINDS[len(leaf.unit_axes)]
+    return KINDS[len(leaf.unit_axes)] if leaf.layer_axis is None else layers
 
 
 def unit_leaves(layout: Layout) -> list[tuple[str, Leaf, types.ModuleType]]:

@@ -1,7 +1,8 @@
 """How a model is cut up over the devices: the static description that `gather` and `merge` are compiled for.
 
 A leaf is of one of three kinds, by how many of its axes run over units: `shared` (none), `rows` (one) and
-`pairs` (two). Each kind is a file that says what a device keeps of such a leaf and how it is exchanged.
+`pairs` (two); a fourth, `layers`, is a stack of rows or pairs with a draw for each. Each kind is a file that
+says what a device keeps of such a leaf and how it is exchanged.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from flax import traverse_util
 from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
 from ist_jax.exchange.codec import NONE, Codec
-from ist_jax.partition import Axes, Draw, Group, Groups, as_blocks
+from ist_jax.partition import Axes, Draw, Group, Groups, as_blocks, layer_axis_of
 
 AXIS = "devices"  # the name that collectives go by
 _FEW = 16  # devices
@@ -26,7 +27,8 @@ Fn = Callable[..., PyTree]
 
 
 class Leaf(NamedTuple):
-    """Where the units of a leaf are: global shape, axes with units, their groups and (outer, inner).
+    """Where the units of a leaf are: global shape, axes with units, their groups and (outer, inner); which
+    axis is that of the layers, where they have a draw of their own.
 
     The kinds cut up a view of it in which an axis of `Blocks` is three, (outer, U, inner), but for ones.
     """
@@ -35,6 +37,15 @@ class Leaf(NamedTuple):
     unit_axes: tuple[int, ...]
     groups: tuple[Group, ...]
     blocks: tuple[tuple[int, int], ...]
+    layer_axis: int | None = None
+
+    @property
+    def layer(self) -> "Leaf":
+        """The leaf of one layer."""
+        out = self.layer_axis
+        assert out is not None
+        shape = (*self.shape[:out], *self.shape[out + 1 :])
+        return Leaf(shape, tuple(a - (a > out) for a in self.unit_axes), self.groups, self.blocks)
 
     @property
     def view(self) -> tuple[int | None, ...]:
@@ -78,6 +89,13 @@ class Leaf(NamedTuple):
         """How many units are on the unit axes of a leaf of this form; the inverse of `shape_of`."""
         each = zip(self.unit_axes, self.blocks, strict=True)
         return tuple(shape[axis] // (outer * inner) for axis, (outer, inner) in each)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """On disk: unit axes first, behind that of layers with draws of their own, and the rest raveled."""
+        if self.layer_axis is not None:
+            return self.shape[self.layer_axis], *self.layer.stored_shape
+        return (*self.units_in(self.shape), self.row_size) if self.unit_axes else self.shape
 
 
 class Layout(NamedTuple):
@@ -137,9 +155,12 @@ def make_layout(
     for path, x in sorted(flat.items()):
         named = {a: blocks for a, blocks in enumerate(map(as_blocks, axes[path])) if blocks}
         dealt = {a: blocks for a, blocks in named.items() if blocks.name in groups}
-        of_axes = tuple(groups[blocks.name] for blocks in dealt.values())
         leaves[path] = Leaf(
-            tuple(x.shape), tuple(dealt), of_axes, tuple((b.outer, b.inner) for b in dealt.values())
+            tuple(x.shape),
+            tuple(dealt),
+            tuple(groups[blocks.name] for blocks in dealt.values()),
+            tuple((blocks.outer, blocks.inner) for blocks in dealt.values()),
+            layer_axis_of([axes[path][a] for a in dealt]),
         )
     return Layout(leaves, dict(groups), np.dtype(dtypes[0]), num_workers, num_devices, codec)
 
@@ -207,6 +228,13 @@ def restore(x: Shaped[A, "..."], leaf: Leaf) -> Shaped[A, "..."]:
     lead: int = x.ndim - 1 - len(leaf.unit_axes)
     shape = (*x.shape[:lead], *leaf.shape_of(x.shape[lead:-1]))
     return x.reshape(*x.shape[:-1], *leaf.rest).transpose(np.argsort(_units_first(leaf, lead))).reshape(shape)
+
+
+def from_stored(x: Shaped[np.ndarray, "..."], leaf: Leaf) -> Shaped[np.ndarray, "..."]:
+    """The leaf, from how it is stored."""
+    if leaf.layer_axis is not None:
+        return np.moveaxis(restore(x, leaf.layer), 0, leaf.layer_axis)
+    return restore(x, leaf) if leaf.unit_axes else x
 
 
 def _units_first(leaf: Leaf, lead: int) -> tuple[int, ...]:

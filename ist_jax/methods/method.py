@@ -32,8 +32,9 @@ class Turn(NamedTuple):
     """The only inputs of a round; on a device as `AXES` says.
 
     Attributes:
-      draw: by group, who holds which unit: `partition.Assignment`s of int32 and bool [S, n].
-      gates: bool [W, n] by group, only of groups in which a worker may have empty slots.
+      draw: by group, who holds which unit: `partition.Assignment`s of int32 and bool [S, n], or
+        [S, L, n] where every layer has a draw of its own.
+      gates: bool [W, n] or [W, L, n] by group, only of groups in which a worker may have empty slots.
       present: bool [W], the workers that take part in the round; nobody hears of the others.
       data: the training set on this device, or what a round needs of it.
       indices: int32 [W, l, B], the examples of each batch.

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
 from ist_jax.exchange.layout import AXIS, Layout, Shards
+from ist_jax.masking import spread
 from ist_jax.methods import keep
 from ist_jax.methods.method import Gates, Losses, Policy, Recipe, Told, Turn
 
@@ -45,7 +46,7 @@ def train_worker(
       recipe: what a worker does.
       params: of its subnet, by path.
       opt_state: of `recipe.tx`.
-      turn: of this worker alone: gates [n], indices [l, B].
+      turn: of this worker alone: gates [n] or [L, n], indices [l, B].
       worker: its number, int scalar.
 
     Returns:
@@ -84,8 +85,9 @@ def clear_empty_slots(layout: Layout, grads: Shards, gates: Gates) -> Shards:
     for path, leaf in layout.leaves.items():
         for axis, group, (outer, inner) in zip(leaf.unit_axes, leaf.groups, leaf.blocks, strict=True):
             if group.name in gates:
-                gate = jnp.tile(jnp.repeat(gates[group.name], inner), outer)  # of every entry
-                gate = jnp.expand_dims(gate, [a for a in range(len(leaf.shape)) if a != axis])
+                gate = jnp.repeat(gates[group.name], inner, axis=-1)
+                gate = jnp.concatenate([gate] * outer, axis=-1)  # of every entry
+                gate = spread(gate, axis, leaf.layer_axis, len(leaf.shape))
                 cleared[path] = jnp.where(gate, cleared[path], 0)
     return cleared
 

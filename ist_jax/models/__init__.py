@@ -8,10 +8,11 @@ A model is a `flax.linen.Module`, or an NNX one in `flax.nnx.bridge.ToLinen`, wi
   __call__(inputs, train=False, gates=None, scale=None) -> outputs
                    called with those of these arguments that it has, see `adapter`.
                    train: whether it is trained (or deterministic: whether not), for Dropout.
-                   gates: dict group -> bool [n], given in training where a worker may have empty
-                   slots. Their parameters and gradients are held at zero by the engine, so a model
-                   whose units contribute nothing at zero may ignore the gates; one that looks at
-                   them can skip the work.
+                   gates: dict group -> bool [n], or [L, n] where every layer has a draw of its own
+                   (`partition.Each`), given in training where a worker may have empty slots. Their
+                   parameters and gradients are held at zero by the engine, so a model whose units
+                   contribute nothing at zero may ignore the gates; one that looks at them can skip
+                   the work.
                    scale: dict group -> float, given at evaluation: the fraction of the workers that
                    held a unit, by which ResIST scales the residual branches of the global model.
   fetch            (optional field, None by default) a `Fetch`. A model that wraps its modules in

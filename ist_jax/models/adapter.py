@@ -69,7 +69,7 @@ def apply(
       variables: 'params', and 'batch_stats' where they were estimated.
       inputs: of a batch.
       key: of the training step; None: at evaluation.
-      gates: by group bool [n], False in empty slots.
+      gates: by group bool [n] or [L, n], False in empty slots.
       scale: by group, of what the units add.
       mutable: collections that it may write to; then the result is a pair with these.
     """

@@ -252,8 +252,8 @@ def _map_figure(units: UnitMap) -> figure:
     left, top = units.columns[column] - 0.5, unit - 0.5 + place / share * tall
     x_range = (units.columns[0] - 0.5, units.columns[-1] - 0.5 + wide)
     where = "round" if wide == 1 else f"round (one in {wide} shown)"
-    fig = _figure(f"{units.group.name}: who trained what, by worker", where, "unit", height=_TALL,
-                  x_range=x_range, y_range=(units.group.size - 0.5, -0.5))  # fmt: skip
+    fig = _figure(f"{units.group.name}: who trained what, by worker", where, _unit_label(units), height=_TALL,
+                  x_range=x_range, y_range=(units.group.total - 0.5, -0.5))  # fmt: skip
     columns = {"left": left, "right": left + wide, "top": top, "bottom": top + tall / share}
     columns |= {"round": units.columns[column], "unit": unit, "worker": worker}
     _add_cells(fig, columns, units, [("round", "@round"), ("unit", "@unit"), ("worker", "@worker")])
@@ -263,9 +263,9 @@ def _map_figure(units: UnitMap) -> figure:
 
 def _counts_figure(units: UnitMap) -> figure:
     title = f"{units.group.name}: how often, by worker"
-    fig = _figure(title, "unit", f"times in {len(units.rounds):,} rounds", height=_TALL)
+    fig = _figure(title, _unit_label(units), f"times in {len(units.rounds):,} rounds", height=_TALL)
     tooltips = [("unit", "@unit"), ("worker", "@worker"), ("times", "@count")]
-    _add_bars(fig, "unit", np.arange(units.group.size + 1), _by_worker(units.counts), units, tooltips)
+    _add_bars(fig, "unit", np.arange(units.group.total + 1), _by_worker(units.counts), units, tooltips)
     return fig
 
 
@@ -279,6 +279,10 @@ def _coverage_figure(units: UnitMap) -> figure:
     tooltips = [("times", "@times"), ("worker", "@worker"), ("units", "@count{0,0}")]
     _add_bars(fig, "times", edges, bars, units, tooltips)
     return fig
+
+
+def _unit_label(units: UnitMap) -> str:
+    return f"unit, {units.group.size:,} in each layer" if units.group.layers else "unit"
 
 
 def _by_worker(counts: np.ndarray) -> np.ndarray:

@@ -140,7 +140,9 @@ def _told(units: UnitMap) -> str:
     met = "each worker trained each unit" if counts.all() else (
         f"of {counts.size:,} pairs of a worker and a unit {(counts == 0).sum():,} never met"
     )  # fmt: skip
-    return f"{name}: {units.group.size:,} units, each trained {times} times in {rounds:,} rounds; {met}."
+    of_layers = f" in {units.group.layers:,} layers" if units.group.layers else ""
+    total = f"{units.group.total:,} units{of_layers}"
+    return f"{name}: {total}, each trained {times} times in {rounds:,} rounds; {met}."
 
 
 def _base(series: Sequence[Series]) -> int:

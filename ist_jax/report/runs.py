@@ -153,7 +153,7 @@ class UnitMap(NamedTuple):
 
     group: partition.Group
     rounds: np.ndarray  # int [r], counted from 1: those drawn again
-    counts: np.ndarray  # int [S, U]: in how many of them a worker trained a unit
+    counts: np.ndarray  # int [S, U]: in how many of them a worker trained a unit; layer after layer, L U
     columns: np.ndarray  # int [c]: the rounds of `trained`; none where more than `MAPPED` units are too many
     trained: np.ndarray  # bool [c, S, U]
 
@@ -181,7 +181,7 @@ def draw_maps(run: RunFiles, *, columns: int, budget: int) -> list[UnitMap]:
     if not records:
         return []
     workers = run.summary["num_workers"]
-    most = budget // (workers * sum(group.size for group in groups.values()))
+    most = budget // (workers * sum(group.total for group in groups.values()))
     chosen = [records[i] for i in _spaced(len(records), max(1, most))]
     drawn = []
     for record in chosen:
@@ -212,12 +212,13 @@ def _deal(run: RunFiles) -> tuple[partition.Deal, str] | None:
 
 
 def _map(group: partition.Group, rounds: np.ndarray, drawn: Drawn, columns: int) -> UnitMap:
-    counts = np.zeros((group.num_workers, group.size), int)
-    chosen = _spaced(len(rounds), columns) if group.size <= MAPPED else np.arange(0)
+    counts = np.zeros((group.num_workers, group.total), int)
+    chosen = _spaced(len(rounds), columns) if group.total <= MAPPED else np.arange(0)
     shown = np.zeros((len(chosen), *counts.shape), bool)
     for place, ((indices, gates), here) in enumerate(drawn):
         trained = np.zeros(counts.shape, bool)
-        trained[np.nonzero(gates)[0], indices[gates]] = True
+        worker, *layer = np.nonzero(gates)[:-1]
+        trained[worker, indices[gates] + sum(layer) * group.size] = True
         trained &= here[:, None]
         counts += trained
         shown[chosen == place] = trained

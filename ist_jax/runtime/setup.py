@@ -396,8 +396,8 @@ def trace_round(
     def dealt(*sizes: int) -> partition.Assignment:
         return partition.Assignment(shape(*sizes), shape(*sizes, dtype=bool))
 
-    draw = {name: dealt(group.num_workers, group.slots) for name, group in groups.items()}
-    gates = {n: shape(workers, group.slots, dtype=bool) for n, group in groups.items() if not group.even}
+    draw = {name: dealt(*group.shape) for name, group in groups.items()}
+    gates = {n: shape(workers, *g.shape[1:], dtype=bool) for n, g in groups.items() if not g.even}
     present, indices = shape(workers, dtype=bool), shape(workers, local_steps, batch_size)
     turn = Turn(draw, gates, present, data, indices, shape(local_steps, dtype=np.float32), shape())
     _, state = trace_init(made, shard_shapes(layout), layout.num_devices)
@@ -447,7 +447,7 @@ def turn_maker(config: ConfigDict, feed: Feed, schedule: Schedule) -> Callable[[
         shown, indices = feed(index)
         draw = partition.draw(seed, index, groups, deal)
         uneven = {name: dealt.gates for name, dealt in draw.items() if not groups[name].even}
-        gates = {name: np.asarray(own).reshape(*grid, -1) for name, own in uneven.items()}
+        gates = {name: np.asarray(own).reshape(*grid, *own.shape[1:]) for name, own in uneven.items()}
         present = partition.draw_present(seed, index, workers, participation).reshape(grid)
         rates = schedule.learning_rates[index]
         return Turn(draw, gates, present, shown, indices, rates, np.int32(index))  # type: ignore[arg-type]
@@ -465,7 +465,8 @@ def _log_model(name: str, model: nn.Module, layout: Layout, chosen: Devices) -> 
     for group in layout.groups.values():
         least, most = min(group.counts), max(group.counts)
         each = f"{least}" if least == most else f"{least} to {most}"
-        log.info(f"units: {group.name} has {group.size}, {each} per worker")
+        layers = f" in each of {group.layers} layers" if group.layers else ""
+        log.info(f"units: {group.name} has {group.size}, {each} per worker{layers}")
         waste = group.strips * group.strip_slots / group.slots
         if group.strips > 1 and waste > 1:
             log.info(

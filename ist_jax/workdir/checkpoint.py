@@ -37,7 +37,7 @@ from ist_jax import config, errors
 from ist_jax.data import augment
 from ist_jax.data.source import with_channels
 from ist_jax.exchange.kinds import kind_of
-from ist_jax.exchange.layout import Layout, Leaf, restore
+from ist_jax.exchange.layout import Layout, Leaf, from_stored
 from ist_jax.masking import Params
 from ist_jax.methods.method import State
 from ist_jax.models import adapter, norm
@@ -51,8 +51,8 @@ log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 ITEM = "model"
 PARAMS = "params"
-# what an index says of an array: shape, unit_axes, their blocks (outer, inner), dtype, chunk, and pieces
-# [axis, start, stop, SHA-256]
+# what an index says of an array: shape, unit_axes, their blocks (outer, inner), layer_axis (of layers with a
+# draw each, or null), dtype, chunk, and pieces [axis, start, stop, SHA-256]
 Entry = dict[str, Json]
 
 
@@ -98,6 +98,7 @@ class Stored(NamedTuple):
         """What an index says of the array, the pieces aside."""
         axes, blocks = (self.leaf.unit_axes, self.leaf.blocks) if self.leaf else ((), ())
         entry: Entry = {"shape": self.shape, "unit_axes": axes, "blocks": blocks, "dtype": str(self.dtype)}
+        entry |= {"layer_axis": self.leaf.layer_axis if self.leaf else None}
         axis, start, stop = self.piece(0, num_devices)
         chunk = tuple(stop - start if a == axis else s for a, s in enumerate(shape_on_disk(entry)))
         return entry | {"chunk": chunk, "pieces": []}
@@ -144,7 +145,7 @@ class Saved(NamedTuple):
     Attributes:
       folder: of the checkpoint.
       about: what the run wrote beside the arrays: 'round', 'examples', 'config', 'custom_model'.
-      arrays: by name, such as 'params/stem/kernel': shape, unit_axes, blocks, dtype, and pieces
+      arrays: by name, such as 'params/stem/kernel': shape, unit_axes, blocks, layer_axis, dtype, and pieces
         [axis, start, stop, SHA-256].
     """
 
@@ -221,7 +222,7 @@ class Saved(NamedTuple):
             raise
         except Exception as error:  # tensorstore's errors have no common base class
             raise Damaged(f"{self.folder}: {name} cannot be read: {errors.one_line(error)}") from error
-        return restore(whole, leaf) if leaf.unit_axes else whole
+        return from_stored(whole, leaf)
 
 
 def _text(found: tuple | None) -> str:
@@ -403,15 +404,15 @@ def array_spec(folder: Path, name: str) -> dict[str, Json]:
 
 
 def shape_on_disk(entry: Entry) -> tuple[int, ...]:
-    """Of an array: unit axes first and the rest raveled, where it has any."""
-    leaf = _leaf_of(entry)
-    return (*leaf.units_in(leaf.shape), leaf.row_size) if leaf.unit_axes else leaf.shape
+    """Of an array."""
+    return _leaf_of(entry).stored_shape
 
 
 def _leaf_of(entry: Entry) -> Leaf:
     axes = tuple(entry["unit_axes"])
     blocks = entry.get("blocks") or [(1, 1)] * len(axes)  # not in checkpoints from before there were any
-    return Leaf(tuple(entry["shape"]), axes, (), tuple((outer, inner) for outer, inner in blocks))
+    blocks = tuple((outer, inner) for outer, inner in blocks)
+    return Leaf(tuple(entry["shape"]), axes, (), blocks, entry.get("layer_axis"))
 
 
 def region(ndim: int, axis: int, start: int, stop: int) -> tuple[slice, ...]:
