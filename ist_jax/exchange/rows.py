@@ -101,7 +101,7 @@ def put_back(layout: Layout, leaf: Leaf, old: Shard, got: Parts, draw: Draw, fla
     return mean_of_parts(old, (new, indices), read)
 
 
-def holders(layout: Layout, leaf: Leaf, draw: Draw, flags: Flags) -> Int[Array, "U q"]:
+def holders(layout: Layout, leaf: Leaf, draw: Draw, flags: Flags) -> Int[Array, "_ _"]:
     """How many of the workers flagged hold each number of this device's shard; nobody holds the padding."""
     (group,) = leaf.groups
     indices = indices_of(group, draw)
@@ -109,7 +109,8 @@ def holders(layout: Layout, leaf: Leaf, draw: Draw, flags: Flags) -> Int[Array, 
     held = jnp.zeros(group.size, jnp.int32).at[indices].add(counts, mode="drop")
     step = -(-leaf.row_size // layout.num_devices)
     real = lax.axis_index(AXIS) * step + jnp.arange(step) < leaf.row_size
-    return jnp.where(real, held[:, None], 0)
+    held = jnp.where(real, held[:, None], 0)
+    return held.T if leaf.unit_last else held
 
 
 def assigned(leaf: Leaf, num_workers: int) -> int | float:
