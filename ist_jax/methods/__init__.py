@@ -6,7 +6,7 @@ Beside a method, chosen by name as well, stands what becomes of the optimizer's 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ist_jax.methods import data_parallel, subnets
+from ist_jax.methods import data_parallel, ensemble, subnets
 from ist_jax.methods.method import Method, Recipe
 
 
@@ -18,18 +18,21 @@ class Entry(NamedTuple):
       deals_units: whether the model's units are dealt out; else the layout has no groups.
       policies: of the optimizer's state that the method has, names of `steps.POLICIES`; its default first.
       exchanges: parameters go out and come back, so that a codec has something to encode.
+      members: every worker has a net of its own, of a subnet's size, and there is no model of all.
     """
 
     make: Callable[[Recipe], Method]
     deals_units: bool = False
     policies: tuple[str, ...] = ("reset", "keep", "carry")
     exchanges: bool = True
+    members: bool = False
 
 
 METHODS: dict[str, Entry] = {
     "ist": Entry(subnets.make, deals_units=True),
     "local_sgd": Entry(subnets.make, policies=("keep", "reset", "carry")),
     "data_parallel": Entry(data_parallel.make, policies=("carry",), exchanges=False),
+    "ensemble": Entry(ensemble.make, policies=("carry",), exchanges=False, members=True),
 }
 
 
