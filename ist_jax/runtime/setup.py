@@ -253,7 +253,15 @@ def _make_groups(
             f"units: {', '.join(repr(name) for name, x in methods.METHODS.items() if not x.deals_units)}"
         )
     own, workers = config.partition, config.num_workers
-    groups = partition.make_groups(shapes, axes, workers, min_units=own.min_units, shares=tuple(own.shares))
+    rule = partition.rule_of(_load(config, "partition.deal", DEALS))
+    groups = partition.make_groups(
+        shapes,
+        axes,
+        workers,
+        min_units=own.min_units,
+        shares=tuple(own.shares),
+        independent=rule.independent,
+    )
     if adapter.offers(model, "check_groups"):
         model.check_groups(groups)
     return groups
@@ -474,7 +482,8 @@ def _log_model(name: str, model: nn.Module, layout: Layout, chosen: Devices) -> 
     for group in layout.groups.values():
         least, most = min(group.counts), max(group.counts)
         each = f"{least}" if least == most else f"{least} to {most}"
-        log.info(f"units: {group.name} has {group.size}, {each} per worker")
+        nobody = f"; about {group.coverage:.0%} are trained in a round" if group.independent else ""
+        log.info(f"units: {group.name} has {group.size}, {each} per worker{nobody}")
         waste = group.strips * group.strip_slots / group.slots
         if group.strips > 1 and waste > 1:
             log.info(
