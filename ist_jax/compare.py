@@ -323,7 +323,7 @@ def _note_start(folder: Path, run: "Run") -> None:
     for index, step in ((0, 0), (run.schedule.rounds - 1, -1)):
         shown = batches.train_indices(settings["seed"], index, run.feed.shards, **size)
         digest.update(shown[:, step].tobytes())
-    params = files.params_sha256(iter_leaves(run.layout, run.state.params))
+    params = files.params_sha256(iter_leaves(run.layout, run.state.params)) if run.state.params else None
     start = {"params_sha256": params, "examples_sha256": digest.hexdigest()}
     files.write_json(folder / "start.json", start)
 
@@ -396,15 +396,17 @@ def _spread(values: Sequence[float | None]) -> dict[str, float] | None:
 
 
 def _common_start(folders: Sequence[Path]) -> dict[str, str]:
-    """What all of these runs began with."""
-    starts = []
+    """What all of these runs began with; the nets of an ensemble begin each for themselves."""
+    common: dict[str, str] = {}
     for folder in folders:
         if not (folder / "start.json").is_file():
             raise ValueError(f"{folder} is of a run by itself, no comparison's; choose another --workdir")
-        starts.append(json.loads((folder / "start.json").read_text()))
-        if starts[-1] != starts[0]:
+        start = json.loads((folder / "start.json").read_text())
+        known = {name: x for name, x in start.items() if x is not None}
+        if any(common.get(name, x) != x for name, x in known.items()):
             raise ValueError(f"{folder} did not begin as {folders[0].name} did; choose another --workdir")
-    return starts[0]
+        common |= known
+    return common
 
 
 def _together(*every: Variants) -> Variants:

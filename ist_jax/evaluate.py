@@ -73,7 +73,8 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
     """Evaluates a finished run with batch statistics and with re-estimated ones; classifies images.
 
     The first is the streamed evaluation of training; for the others the host's device holds the whole model.
-    Runs on as many devices as are here, however many there were.
+    Runs on as many devices as are here, however many there were. An ensemble is evaluated with batch
+    statistics, all nets together and each by itself.
 
     Args:
       workdir: of the run.
@@ -104,7 +105,10 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
     if data_dir is not None:
         config.data.dir = data_dir
     saved = checkpoint.open_round(workdir, max(checkpoint.rounds(workdir), default=0))
-    params = checkpoint.load_params(workdir)
+    members = saved.members
+    if images and members:
+        raise ValueError(f"{workdir} holds an ensemble: images are classified by one model")
+    params = {} if members else checkpoint.load_params(workdir)
     pictures = [read_image(name) for name in images]  # before the wait, so that a typo costs none
     if "given" in recorded and recorded["optimizer_state"] != "reset":  # moments that no config describes
         run = setup.set_up(config, params=params, evaluation_only=True)
@@ -120,6 +124,11 @@ def evaluate_workdir(workdir: Path, images: list[str], data_dir: str | None = No
         raise ValueError(f"what is learned is {run.inputs.task.name}: nothing to classify images by")
     score = train.score(run, run.state)
     print(f"test {score}, loss {score.loss:.4f} ({score.examples} examples, batch statistics)")
+    for number, own in enumerate(score.members):
+        value = score.metric.text(own[score.metric.name])
+        print(f"net {number} by itself: test {score.metric.name} {value}, loss {own['loss']:.4f}")
+    if members:
+        return
 
     chosen = inputs.calibration_batches(run.inputs, _CALIBRATION_BATCHES)
     inputs_of = (run.inputs.task.show(batch)[0] for batch in chosen)

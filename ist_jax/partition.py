@@ -18,6 +18,7 @@ References:
 import dataclasses
 import functools
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,6 +110,7 @@ class Group:
       shares: relative speed of each worker, S numbers; (): equal shares.
       layers: L, each of which has a draw of its own, with the counts and slots that are said here (`Each`);
         0: there is one draw.
+      independent: by a deal in which every worker draws by itself: a unit may be several's or nobody's.
     """
 
     name: str
@@ -118,6 +120,7 @@ class Group:
     min_units: int = 0
     shares: tuple[float, ...] = ()
     layers: int = dataclasses.field(default=0, repr=False)  # see `fingerprint`
+    independent: bool = dataclasses.field(default=False, repr=False)  # fingerprints have the rule itself
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -174,7 +177,7 @@ class Group:
     @property
     def disjoint(self) -> bool:
         """No unit is ever held by two workers."""
-        return sum(self.counts) == self.size
+        return not self.independent and sum(self.counts) == self.size
 
     @property
     def even(self) -> bool:
@@ -185,6 +188,11 @@ class Group:
     def share(self) -> float:
         """The mean fraction of the workers that hold a unit: ResIST's scale at evaluation."""
         return sum(self.counts) / (self.num_workers * self.size)
+
+    @property
+    def coverage(self) -> float:
+        """The fraction of the units that somebody holds in a round; where they are drawn, about its mean."""
+        return 1 - math.prod(1 - count / self.size for count in self.counts) if self.independent else 1.0
 
     @property
     def _dealt(self) -> Int[np.ndarray, " S"]:
@@ -216,8 +224,33 @@ refuses, with the deal's name, an assignment that breaks it:
   - Where `group.disjoint`, no two workers hold the same unit. A unit that nobody holds keeps its value.
 Where `group.layers`, it is called once for each layer, of which all of this is said, from the same generator.
 A deal is a function of its arguments alone: the report and a resumed run draw again. Groups are dealt in
-alphabetical order, from the same generator.
+alphabetical order, from the same generator. One that needs more says so as a `Rule`.
 """
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A deal that the engine must know more of.
+
+    Attributes:
+      name: for people.
+      deal: who gets which units.
+      once: it is dealt in the first round alone, from that round's generator, and holds for all rounds.
+      independent: every worker draws by itself; its groups are never `disjoint`.
+    """
+
+    name: str
+    deal: Callable[[np.random.Generator, Group, int], Assignment]
+    once: bool = False
+    independent: bool = False
+
+    def __call__(self, rng: np.random.Generator, group: Group, round_index: int) -> Assignment:
+        return self.deal(rng, group, round_index)
+
+
+def rule_of(deal: Deal) -> Rule:
+    """What the engine must know of a deal."""
+    return deal if isinstance(deal, Rule) else Rule(getattr(deal, "__name__", str(deal)), deal)
 
 
 def resolve_axes(params: PyTree, rules: Rules) -> dict[str, Names]:
@@ -313,7 +346,13 @@ def _fit_rule(path: str, ndim: int, rule: Sequence[Any]) -> Names:
 
 
 def make_groups(
-    params: PyTree, axes: Axes, num_workers: int, *, min_units: int = 0, shares: Sequence[float | int] = ()
+    params: PyTree,
+    axes: Axes,
+    num_workers: int,
+    *,
+    min_units: int = 0,
+    shares: Sequence[float | int] = (),
+    independent: bool = False,
 ) -> dict[str, Group]:
     """The groups of a model, for a number of workers.
 
@@ -325,6 +364,7 @@ def make_groups(
         units to several workers, never twice to one.
       shares: relative speed of each worker, S positive numbers; a worker of share 2 is dealt twice
         the units of a worker of share 1. Empty: equal shares.
+      independent: of the deal, as of `Rule`.
 
     Returns:
       Groups by name, in alphabetical order.
@@ -352,7 +392,14 @@ def make_groups(
     strips, relative = dict.fromkeys(stratified, num_workers), tuple(map(float, shares))
     return {
         name: Group(
-            name, size, num_workers, strips.get(name, 1), min(min_units, size), relative, layers[name]
+            name,
+            size,
+            num_workers,
+            strips=strips.get(name, 1),
+            min_units=min(min_units, size),
+            shares=relative,
+            layers=layers[name],
+            independent=independent,
         )
         for name, size in sorted(sizes.items())
     }
@@ -385,17 +432,20 @@ def draw(seed: int, round_index: int, groups: Groups, deal: Deal) -> dict[str, A
     Raises:
       BrokenDeal: it breaks its contract (`Deal`); names the deal, round, group and worker.
     """
-    source, drawn = rng(seed, Use.PARTITION, round_index), {}
+    rule, drawn = rule_of(deal), {}
+    number = 0 if rule.once else round_index
+    source = rng(seed, Use.PARTITION, number)
     for name, group in sorted(groups.items()):
-        where = f"deal {getattr(deal, '__name__', str(deal))!r} in round {round_index + 1}, group {name!r}"
+        where = f"deal {rule.name!r} in round {round_index + 1}, group {name!r}"
+
+        def once(group: Group) -> Assignment:
+            return rule.deal(source, group, number)
+
         if group.layers:
-            each = [
-                _draw_once(lambda group: deal(source, group, round_index), group, f"{where}, layer {layer}")
-                for layer in range(group.layers)
-            ]
+            each = [_draw_once(once, group, f"{where}, layer {layer}") for layer in range(group.layers)]
             drawn[name] = Assignment(*(np.stack(arrays, 1) for arrays in zip(*each, strict=True)))
         else:
-            drawn[name] = _draw_once(lambda group: deal(source, group, round_index), group, where)
+            drawn[name] = _draw_once(once, group, where)
     return drawn
 
 

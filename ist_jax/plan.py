@@ -249,7 +249,7 @@ def _whole(figures: Cost | Total) -> "dict[str, Json]":
 
 
 def _notes(workers: int, groups: "Mapping[str, Group]", rounds: int | None, warmup: int) -> list[str]:
-    """What makes no sense in a setting, a line each; usually there are none.
+    """What makes no sense in a setting, or leaves units out, a line each; usually there are none.
 
     Args:
       workers: S.
@@ -272,6 +272,9 @@ def _notes(workers: int, groups: "Mapping[str, Group]", rounds: int | None, warm
         elif workers > group.size:
             held = f"each of them is trained by about {sum(group.counts) / group.size:,.0f} workers at a time"
             found.append(f"{workers:,} workers for the {group.size:,} units of {name}: {held}")
+        if group.coverage < 1:
+            part = f"about {group.coverage:.0%} of the {group.size:,} units of {name} are trained in a round"
+            found.append(f"{part}, for every worker draws by itself")
     if warmup and warmup == rounds:
         found.append("the warm-up is the whole run: nothing is dealt; lower partition.warmup_epochs")
     if rounds is not None and rounds < _FEW:

@@ -170,6 +170,26 @@ def data_parallel(recipe):
     return one_round
 
 
+def ensemble(recipe):
+    """The round of nets that are never merged: (params by worker, moments by worker, turn) -> the same."""
+    gradient, update = _gradient(recipe), _update(recipe)
+
+    def one_round(params, moments, turn):
+        nets, states, healthy = list(params), list(moments), []
+        for worker, batches in enumerate(turn.indices):
+            net, state, sound = params[worker], moments[worker], True
+            for i, rate in enumerate(turn.rates):
+                loss, grads = gradient(net, turn.data, batches[i], batch_key(recipe, turn, worker, i), {})
+                net, state = update(net, state, grads, rate)
+                sound = sound and is_finite(loss)
+            healthy.append(sound and is_finite((net, state)))
+            if turn.present[worker] and healthy[worker]:
+                nets[worker], states[worker] = net, state
+        return nets, states, healthy
+
+    return one_round
+
+
 def batch_key(recipe, turn, worker, step):
     """A function of the seed, the round, the worker and the step alone."""
     key = jax.random.fold_in(jax.random.key(recipe.seed), turn.index)

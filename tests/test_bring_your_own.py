@@ -248,7 +248,7 @@ def crooked(rng, group, round_index):
     [
         ("method", "nowhere.py:own", "nowhere.py"),
         ("method", "own_method.py:slomo", "slowmo"),
-        ("partition.deal", "rolling", "random"),
+        ("partition.deal", "rolled", "rolling"),
         ("exchange.codec", "own_codec.py:CODEC", "half"),
     ],
 )

@@ -41,7 +41,8 @@ def traffic_of(method, *, num_devices=2, local_steps=1, tx=None):
     recipe = Recipe(
         layout, tx or optax.identity(),
         loss_fn=lambda params, *_: (sum(x.sum() for x in params.values()), jnp.float32(0)),
-        batch_fn=lambda data, indices, key: (data, data), score_fn=None, init_params=None,
+        batch_fn=lambda data, indices, key: (data, data), score_fn=None, score_members=None,
+        init_params=lambda key: jax.tree.map(jnp.asarray, LEAVES),
         policy=POLICIES["carry" if tx else "reset"],
     )  # fmt: skip
     data = jax.ShapeDtypeStruct((1,), np.float32)

@@ -1,5 +1,6 @@
 """Partitions: every unit has a worker, nobody has one twice, draws are uniform; deals keep their contract."""
 
+import dataclasses
 import json
 import re
 import time
@@ -26,17 +27,6 @@ def draw(group, seed=0, deal=deals.random, round_index=0):
     return partition.draw(seed, round_index, {group.name: group}, deal)[group.name]
 
 
-def rolling(rng, group, round_index):
-    """A deal of one's own: every worker has a window in each strip, and moves on by a unit per round."""
-    units, held = np.arange(group.size), np.zeros((group.num_workers, group.size), bool)
-    for strip in np.split(units, units[:: group.strip_size][1:]):
-        held[np.roll(np.sort(group.deck[strip]), round_index), strip] = True
-    for worker in held:  # up to the least that everybody must have, the next ones in the ring
-        others = np.flatnonzero(~worker)
-        worker[np.roll(others, -round_index)[: max(0, group.min_units - worker.sum())]] = True
-    return partition.assign(held, group)
-
-
 @st.composite
 def groups(draw):
     size, workers = draw(st.integers(1, 40)), draw(st.integers(1, 9))
@@ -45,9 +35,10 @@ def groups(draw):
     return make(size, workers, stratified=draw(st.booleans()), min_units=least, shares=shares)
 
 
-@pytest.mark.parametrize("deal", [*deals.DEALS.values(), rolling], ids=lambda deal: deal.__name__)
+@pytest.mark.parametrize("deal", deals.DEALS.values(), ids=deals.DEALS)
 @given(group=groups(), seed=st.integers(0, 1000), round_index=st.integers(0, 50))
 def test_every_draw_is_a_partition(deal, group, seed, round_index):
+    group = dataclasses.replace(group, independent=partition.rule_of(deal).independent)
     indices, gates = draw(group, seed, deal, round_index)
     assert indices.shape == gates.shape == (group.num_workers, group.slots)
     assert indices.dtype == np.int32
@@ -58,7 +49,8 @@ def test_every_draw_is_a_partition(deal, group, seed, round_index):
         assert (row[~gate] == group.size).all()
         strips = np.bincount(np.array(sorted(units), int) // group.strip_size, minlength=1)
         assert strips.max(initial=0) <= group.strip_slots
-    assert set().union(*held) == set(range(group.size))
+    if not group.independent:
+        assert set().union(*held) == set(range(group.size))
     counts = list(map(len, held))
     assert (sorted(counts) == sorted(group.counts)) if group.fair else (counts == list(group.counts))
     if group.disjoint:
@@ -184,10 +176,41 @@ def test_a_minimum_beyond_a_smaller_group_is_all_of_it():
 
 def test_a_window_rolls_on_by_a_unit_per_round():
     # by hand: 7 units, 3 workers with 3, 2 and 2 of them; a round later everything is one further
-    windows = [draw(make(7, 3), deal=rolling, round_index=r).indices.tolist() for r in (0, 1, 7)]
+    windows = [draw(make(7, 3), deal=deals.rolling, round_index=r).indices.tolist() for r in (0, 1, 7)]
     assert windows[0] == [[0, 1, 2], [3, 4, 7], [5, 6, 7]]
     assert windows[1] == [[1, 2, 3], [4, 5, 7], [0, 6, 7]]
     assert windows[2] == windows[0]
+
+
+def test_what_is_never_dealt_again_is_the_first_round_of_the_papers_deal():
+    first, other = (draw(make(20, 4), seed=3, round_index=r).indices for r in (0, 7))
+    fixed = [draw(make(20, 4), 3, deals.fixed, r).indices for r in (0, 7)]
+    assert (fixed[0] == first).all() and (fixed[1] == first).all()
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_workers_that_draw_by_themselves_leave_units_to_nobody(stratified):
+    group = make(16, 4, stratified=stratified, independent=True)  # 4 units each
+    assert not group.disjoint
+    holders = np.zeros((1000, 16), int)
+    for seed in range(1000):
+        indices, gates = draw(group, seed, deals.independent)
+        np.add.at(holders[seed], indices[gates], 1)
+    # each unit with each worker by a chance of 1/4: nobody's by (3/4)^4; 5 standard deviations
+    covered = 1 - 0.75**4
+    assert group.coverage == pytest.approx(covered)
+    assert np.abs((holders > 0).mean(0) - covered).max() < 5 * np.sqrt(covered * (1 - covered) / 1000)
+    assert holders.max() == 4
+    assert np.abs(holders.mean(0) - 1).max() < 5 * np.sqrt(4 * 0.25 * 0.75 / 1000)
+
+
+def test_a_deal_that_draws_for_each_worker_says_so():
+    group = make(16, 4)
+    with pytest.raises(partition.BrokenDeal, match=r"deal 'independent' in round 1, .* is held by workers"):
+        draw(group, 0, partition.Rule("independent", deals.independent.deal))
+    assert partition.rule_of(deals.independent).independent
+    assert partition.rule_of(deals.random) == partition.Rule("random", deals.random)
 
 
 def broken(change):

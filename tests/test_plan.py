@@ -8,6 +8,7 @@ from conftest import ROOT, get_config
 
 from ist_jax import data, plan, train
 from ist_jax.costs.link import Link, modelled, parse
+from ist_jax.methods import METHODS
 from ist_jax.runtime import inputs, record, setup
 
 RESNET = f"--config={ROOT}/configs/resnet.py:cifar100"
@@ -35,7 +36,7 @@ def test_gigabytes_of_the_papers_table(num_workers, min_units, local_sgd, resist
 def test_costs_of_an_mlp_by_hand():
     config = get_config("mlp")  # 64-32-32-10, 2 workers, 2 steps of 8 examples, momentum
     costs = {}
-    for config.method in ("ist", "local_sgd", "data_parallel"):
+    for config.method in METHODS:
         costs[config.method] = plan.predict(config, data.facts("digits"))
     # half of each layer: 64 x 16, 16 x 16 and 16 x 10 weights, 2 x 2 x 16 norms; 2 of the 4 strips' rows
     ist = costs["ist"]
@@ -50,6 +51,10 @@ def test_costs_of_an_mlp_by_hand():
     assert costs["local_sgd"].wire_bytes_per_worker_per_round == 4 * (full / 2 + 1 + full / 2)
     assert costs["data_parallel"].state_bytes_per_worker == 4 * 2 * full
     assert costs["data_parallel"].wire_bytes_per_worker_per_round == 2 * 4 * (full + 1)
+    ensemble = costs["ensemble"]
+    assert ensemble.wire_bytes_per_worker_per_round == ensemble.exchanged_bytes_per_worker_per_round == 0
+    assert ensemble.params_per_worker == costs["ist"].params_per_worker
+    assert ensemble.state_bytes_per_worker == 4 * 2 * ensemble.params_per_worker  # and its momentum
 
 
 def run(capsys, *flags):
@@ -61,8 +66,8 @@ def test_json_has_the_documented_keys(capsys):
     planned = json.loads(run(capsys, MLP, "--json", "--bandwidth=1e9,2e9@3ms", "--flops=1e6"))
     modelled = {"seconds_per_round", "utilisation", "overlap_saves_per_round"}
     others = {*modelled, "run", "setting", "notes"}
-    assert planned.keys() == {"ist", "local_sgd", "data_parallel", *others}
-    for method in ("ist", "local_sgd", "data_parallel"):
+    assert planned.keys() == {*METHODS, *others}
+    for method in METHODS:
         assert planned[method].keys() == set(plan.Cost._fields)
         cost, (slow, fast) = plan.Cost(**planned[method]), planned["seconds_per_round"][method]
         computing = 2 * cost.flops_per_worker_per_step / 1e6  # l = 2

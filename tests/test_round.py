@@ -108,13 +108,14 @@ def test_one_worker_is_ordinary_sgd(method):
     assert reference.max_difference(wanted, whole(run, run_all(run, ROUNDS).params)) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["ist", "data_parallel"])
+@pytest.mark.parametrize("method", ["ist", "data_parallel", "ensemble"])
 def test_moments_that_are_not_finite_are_no_state(method):
     # gradients of 1e30 are finite and their squares are not: Adam would divide by infinity from then on
     params = {"w": jnp.ones(3)}
     layout = make_layout(params, {"w": (None,)}, {}, num_workers=1, num_devices=1)
     recipe = Recipe(
-        layout, optax.scale_by_adam(), policy=POLICIES["carry"], score_fn=None, init_params=None,
+        layout, optax.scale_by_adam(), policy=POLICIES["carry"],
+        score_fn=None, score_members=None, init_params=lambda key: params,
         loss_fn=lambda params, inputs, *_: (1e30 * (params["w"] * inputs).sum(), jnp.zeros(())),
         batch_fn=lambda data, batch, key: (data[batch], None),
     )  # fmt: skip

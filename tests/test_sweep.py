@@ -132,6 +132,7 @@ class Case(NamedTuple):
 CARRY = {"policy": "carry", "tolerance": 2e-5}
 EXACT = {"dtype": np.float64, "tolerance": 1e-10}
 DATA_PARALLEL = {"method": "data_parallel", "policy": "carry"}
+ENSEMBLE = {"method": "ensemble"}
 NESTEROV = {"name": "nesterov", "learning_rate": 0.7, "momentum": 0.6, "beta2": 0.9, "by_holders": 0.0}
 ADAM_OUTSIDE = NESTEROV | {"name": "adam", "learning_rate": 0.02}
 SOME = {"participation": 0.6}
@@ -141,22 +142,24 @@ CASES = {
     "ist uneven": Case((3, 3), **EXACT, policy="carry", overrides={"partition.shares": (3.0, 2.0, 1.0)}),
     "ist rolling": Case((2, 2), **CARRY, deal="rolling"),
     "ist overlap": Case((4, 2, "map"), **CARRY, tx=ADAM, overrides={"partition.min_units": 20}),
-    "ist ill": Case((4, 1, "vmap"), **CARRY, ill=(2, "update")),
+    "ist ill": Case((4, 1, "vmap"), **CARRY, deal="fixed", ill=(2, "update")),
     "ist bfloat16": Case((4, 2, "vmap"), **EXACT, codec=BFLOAT16, deal="rolling", overrides=SOME),
     "ist keep": Case((2, 2), "resnet", **EXACT, policy="keep", tx=ADAM),
     "ist outer": Case(
-        (3, 3), **EXACT, outer=ADAM_OUTSIDE | {"by_holders": 1.0}, policy="carry",
+        (3, 3), **EXACT, outer=ADAM_OUTSIDE | {"by_holders": 1.0}, policy="carry", deal="independent",
         overrides=SOME | {"partition.min_units": 16},
     ),
     "ist outer nesterov": Case(
-        (4, 2, "vmap"), **EXACT, outer=NESTEROV, deal="rolling", ill=(2, "update")
+        (4, 2, "vmap"), **EXACT, outer=NESTEROV, deal="fixed", ill=(2, "update")
     ),
     "resnet outer": Case(
-        (2, 1, "map"), "resnet", **EXACT, outer=NESTEROV | {"name": "sgd"}, policy="keep", tx=ADAM
+        (2, 1, "map"), "resnet", **EXACT, outer=NESTEROV | {"name": "sgd"}, policy="keep", tx=ADAM,
+        deal="independent",
     ),
     "local_sgd outer": Case(
         (4, 2, "map"), **EXACT, method="local_sgd", outer=NESTEROV | {"by_holders": 0.5}, overrides=SOME
     ),
+    "ist keep fixed": Case((2, 2), policy="keep", deal="fixed", tolerance=2e-5),
     "ist keep rolling": Case((2, 1, "map"), policy="keep", deal="rolling", tolerance=2e-5),
     "local_sgd keep": Case(
         (4, 2, "vmap"), **EXACT, method="local_sgd", policy="keep", tx=ADAM, overrides=SOME, ill=(1, "update")
@@ -173,8 +176,15 @@ CASES = {
     "data_parallel": Case((4, 4), **DATA_PARALLEL, overrides=SOME),
     "data_parallel ill": Case((4, 2, "vmap"), **DATA_PARALLEL, tx=ADAM, ill=(3, "update")),
     "data_parallel map": Case((4, 2, "map"), **DATA_PARALLEL, ill=(1, "loss")),
+    "ensemble": Case((3, 3), **ENSEMBLE, policy="carry"),
+    "ensemble ill": Case(
+        (4, 2, "vmap"), **EXACT, **ENSEMBLE, tx=ADAM, policy="carry", overrides=SOME, ill=(1, "update")
+    ),
+    "ensemble blocks": Case(
+        (2, 1, "map"), **EXACT, **ENSEMBLE, policy="carry", model=LSTM(), ill=(0, "loss")
+    ),
     "resnet": Case(
-        (4, 2, "vmap"), "resnet",  # 5 blocks, of which the workers have 3, 2, 2 and 2
+        (4, 2, "vmap"), "resnet", deal="independent",  # of 5 blocks the workers have 3, 2, 2 and 2
         overrides={
             "model.sections": (6,), "partition.sections": (1,), "partition.shares": (9.0, 2.0, 2.0, 2.0),
             "partition.min_units": 2,
@@ -194,22 +204,9 @@ SLOW = (
     "data_parallel map",
     "local_sgd bfloat16",
     "resnet outer",
+    "ensemble blocks",
+    "ist keep fixed",
 )  # another covers what they cover
-
-
-@pytest.fixture(autouse=True)
-def _rolling(monkeypatch):
-    """A second deal: a window of units that moves on by one in every round."""
-
-    def rolling(rng, group, round_index):
-        del rng
-        held = np.zeros((group.num_workers, group.size), bool)
-        for start in range(0, group.size, group.strip_size):
-            stop = min(start + group.strip_size, group.size)
-            held[group.deck[start:stop], np.roll(np.arange(start, stop), round_index)] = True
-        return partition.assign(held, group)
-
-    monkeypatch.setitem(DEALS, "rolling", rolling)
 
 
 def test_every_method_deal_and_policy_is_swept():
@@ -293,15 +290,21 @@ def test_a_round_is_what_it_means(case, tmp_path):
             check_left_out(run, turns[-1], case.ill[0], *states[-2:])
         check_resumption(run, turns, states, tmp_path)
         check_no_step(case, run, turns, states)
-        check_traffic(run)
+        check_traffic(case, run)
 
 
 def check_loop(case, run, turns, states, heard):
     """The rounds are those of the plain loop."""
     recipe, start = run.stages[-1].recipe, states[0]
     send = (lambda x: x.astype(jnp.bfloat16).astype(x.dtype)) if case.codec is BFLOAT16 else lambda x: x
-    params = whole(run, start.params)
-    if case.method == "data_parallel":
+    params, moments = params_of(run, start), None
+    if case.method == "ensemble":
+        loop, moments = reference.ensemble(recipe), by_worker(run, start.own[1])
+        keys = [jax.random.fold_in(jax.random.key(recipe.seed), worker) for worker in range(len(params))]
+        fresh = [reference.flat(recipe.init_params(key)) for key in keys]
+        assert reference.max_difference(params, fresh) < 1e-6
+        assert reference.max_difference(params[:-1], params[1:]) > 0.1
+    elif case.method == "data_parallel":
         loop, moments = reference.data_parallel(recipe), recipe.tx.init(params)
     else:
         loop = reference.subnets(recipe, whole_axes(run), send, keeps=case.policy == "keep")
@@ -309,7 +312,7 @@ def check_loop(case, run, turns, states, heard):
         if case.policy == "keep":
             shared = {path: x for path, x in params.items() if not recipe.layout.leaves[path].unit_axes}
             moments = [recipe.tx.init(shared)] * recipe.layout.num_workers
-    slow = {path: [np.zeros_like(x)] * 3 for path, x in params.items()}
+    slow = {path: [np.zeros_like(x)] * 3 for path, x in params.items()} if case.outer else None
     for turn, told in zip(turns, heard, strict=True):
         turn, before = reference.of_all_workers(turn), params
         params, moments, healthy = loop(params, moments, turn)
@@ -324,8 +327,8 @@ def check_loop(case, run, turns, states, heard):
     if "participation" in case.overrides:
         present = np.stack([turn.present for turn in turns])
         assert present.any() and not present.all()
-    assert reference.max_difference(params, whole(run, states[-1].params)) < case.tolerance
-    assert reference.max_difference(params, whole(run, start.params)) > 1e-2
+    assert reference.max_difference(params, params_of(run, states[-1])) < case.tolerance
+    assert reference.max_difference(params, params_of(run, start)) > 1e-2
     after, wanted = states[-1], jax.tree.leaves(moments)
     if case.outer:
         number = {"adam": 3}.get(case.outer["name"], 1)
@@ -333,6 +336,8 @@ def check_loop(case, run, turns, states, heard):
         assert reference.max_difference(whole(run, after.stays), wanted_slow) < 10 * case.tolerance
         after = after._replace(stays=())
     kept = jax.tree.leaves(whole(run, (after.travels, after.stays)))
+    if case.method == "ensemble":
+        kept = jax.tree.leaves(by_worker(run, after.own[1]))
     if case.policy == "keep":
         kept = [np.concatenate(x) for x in jax.tree.leaves(after.own)]
         wanted = [np.stack(x) for x in zip(*map(jax.tree.leaves, moments), strict=True)]
@@ -340,6 +345,17 @@ def check_loop(case, run, turns, states, heard):
     if wanted:
         assert reference.max_difference(wanted, kept) < 10 * case.tolerance
         assert max(np.abs(x).max() for x in wanted) > 0.1
+
+
+def params_of(run, state):
+    """Whole leaves by path; of an ensemble, those of every net."""
+    return by_worker(run, state.own[0]) if run.name == "ensemble" else whole(run, state.params)
+
+
+def by_worker(run, own):
+    """What each worker keeps, a list, of arrays [D, W, ...]."""
+    joined = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), own)
+    return [jax.tree.map(lambda x, w=worker: x[w], joined) for worker in range(run.layout.num_workers)]
 
 
 def whole_axes(run):
@@ -390,7 +406,7 @@ def check_no_step(case, run, turns, states):
     begun, turn = states[number], turns[number]._replace(rates=rates)
     still, _ = run_turn(run.stages[-1], copied(begun, run), turn)
     if case.codec is NONE:
-        assert_same_bits(still.params, begun.params)
+        assert_same_bits(params_of(run, still), params_of(run, begun))
     for turn, before in zip(turns, states, strict=False):
         lost, told = run_turn(run.stages[-1], copied(before, run), turn._replace(rates=rates + np.inf))
         assert not told.healthy.any()
@@ -398,7 +414,7 @@ def check_no_step(case, run, turns, states):
         assert_same_bits(arrays(lost), arrays(before))
 
 
-def check_traffic(run):
+def check_traffic(case, run):
     """The bytes in the trace are those of the compiled programs; the parts of an exchange are all of it."""
     (stage,), layout = run.stages, run.layout
     for name, phase in stage.phases.items():
@@ -409,13 +425,15 @@ def check_traffic(run):
             parts[part.kind, layout.num_devices] += part.operand
         exchanges = {key: size for key, size in found.items() if key[0] != "all-reduce"}
         assert exchanges == (dict(parts) if layout.num_devices > 1 else {}), name
-        assert bool(found) == (layout.num_devices > 1 and (name != "local" or "merge" not in stage.phases))
+        sends = case.method != "ensemble" and (name != "local" or "merge" not in stage.phases)
+        assert bool(found) == (layout.num_devices > 1 and sends)
     _, program, trace = run.splits["test"]
     traced = operands(collectives_of(trace, layout.num_devices))
     there = compiled_operands(program)
     assert there.keys() <= traced.keys()
     assert all(0 < there[key] <= traced[key] for key in there)
-    assert bool(there) == (layout.num_devices > 1 and bool(layout.groups))
+    apart = layout.groups or case.method == "ensemble"  # no device has all that is scored
+    assert bool(there) == (layout.num_devices > 1 and bool(apart))
 
 
 def compiled_operands(program):
@@ -431,6 +449,7 @@ def compiled_operands(program):
         pytest.param(
             {"method": "local_sgd", "outer.name": "adam"}, ("merge_shared", "round"), marks=pytest.mark.slow
         ),
+        pytest.param({"method": "ensemble"}, (), marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_do_what_one_does(own, causes, tmp_path):
@@ -445,10 +464,11 @@ def test_two_processes_do_what_one_does(own, causes, tmp_path):
         found = restore_state(run.stages[-1].method, run.layout, saved, run.devices)
         assert_same_bits(found, state)
     moments = jax.tree.leaves((state.travels, state.own)), jax.tree.leaves(state.stays)
-    assert [len(x) // len(state.params) for x in moments] == [1, 3 if "outer.name" in own else 0]
+    number = 2 if own.get("method") == "ensemble" else 1  # the nets themselves, too
+    assert [len(x) // len(run.layout.leaves) for x in moments] == [number, 3 if "outer.name" in own else 0]
     rows = {row["cause"]: row for row in files.read_json(tmp_path / "ledger.json")["rows"]}
     for cause in causes:
         assert rows[cause]["expected"] == rows[cause]["hlo"] > 0
     evaluation = rows["evaluation"]
     assert evaluation["hlo"] <= evaluation["expected"]
-    assert (evaluation["hlo"] > 0) == ("gather" in causes)  # whole models are scored without a byte
+    assert (evaluation["hlo"] > 0) == (own.get("method") != "local_sgd")  # a whole model: without a byte

@@ -94,6 +94,7 @@ def recipe_of(layout):
         loss_fn=loss_fn,
         batch_fn=lambda data, batch, key: (data["image"][batch], data["label"][batch]),
         score_fn=lambda params, batches: jnp.zeros((1, 3)),
+        score_members=lambda members, batches: jnp.zeros((1, 3)),
         init_params=lambda key: {},
         policy=steps.POLICIES["reset"],
     )

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 from jax.extend.core import ClosedJaxpr
+from jaxtyping import PyTree
 
 from ist_jax.costs import compiled, formula
 from ist_jax.costs.compiled import Executable
@@ -13,6 +14,7 @@ from ist_jax.costs.sockets import Meter
 from ist_jax.costs.traced import collectives_of, sent
 from ist_jax.costs.traffic import by_cause, round_traffic
 from ist_jax.data import Split
+from ist_jax.exchange.layout import Layout
 from ist_jax.methods.method import Recipe, State, Told, TracedPhase
 from ist_jax.workdir.files import Json
 
@@ -79,7 +81,7 @@ def ledger_of(subject: Subject) -> Ledger:
     if found["subnets"]:  # their moments aside
         held = slots * found["subnets"] / kept["subnets"]
     else:
-        trees = sum(map(layout.is_tree, jax.tree.leaves(subject.state, is_leaf=layout.is_tree)))
+        trees = _trees(layout, subject.state._replace(own=())) + workers * _trees(layout, subject.state.own)
         held = found["store"] / trees / layout.dtype.itemsize
     figures = {"expected": slots, "hlo": held}
     figures["paper"] = formula.subnet_parameters(layout) / layout.num_workers
@@ -145,6 +147,11 @@ def _held(programs: Mapping[str, Executable]) -> dict[str, int]:
         return sum(x or 0 for path, x in own.items() if path.startswith("[1]") and not path.endswith(told))
 
     return {"store": sum(state.values()), "subnets": max(map(value, arguments))}
+
+
+def _trees(layout: Layout, tree: PyTree) -> int:
+    """How many in it are shaped like the parameters."""
+    return sum(map(layout.is_tree, jax.tree.leaves(tree, is_leaf=layout.is_tree)))
 
 
 def _peak(program: Executable) -> int | None:

@@ -3,7 +3,15 @@
 A deal is a `partition.Deal`: one file, and one line here.
 """
 
+from ist_jax.deals.fixed import fixed
+from ist_jax.deals.independent import independent
 from ist_jax.deals.random import random
+from ist_jax.deals.rolling import rolling
 from ist_jax.partition import Deal
 
-DEALS: dict[str, Deal] = {"random": random}
+DEALS: dict[str, Deal] = {
+    "random": random,
+    "rolling": rolling,
+    "fixed": fixed,
+    "independent": independent,
+}

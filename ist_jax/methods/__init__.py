@@ -6,7 +6,7 @@ Beside a method, chosen by name as well, stands what becomes of the optimizer's 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ist_jax.methods import data_parallel, subnets
+from ist_jax.methods import data_parallel, ensemble, subnets
 from ist_jax.methods.method import Method, Recipe
 
 
@@ -19,6 +19,7 @@ class Entry(NamedTuple):
       policies: of the optimizer's state that the method has, names of `steps.POLICIES`; its default first.
       exchanges: parameters go out and come back, so that a codec has something to encode.
       has_outer: what a merge brings goes through `recipe.outer`.
+      members: every worker has a net of its own, of a subnet's size, and there is no model of all.
     """
 
     make: Callable[[Recipe], Method]
@@ -26,12 +27,14 @@ class Entry(NamedTuple):
     policies: tuple[str, ...] = ("reset", "keep", "carry")
     exchanges: bool = True
     has_outer: bool = False
+    members: bool = False
 
 
 METHODS: dict[str, Entry] = {
     "ist": Entry(subnets.make, deals_units=True, has_outer=True),
     "local_sgd": Entry(subnets.make, policies=("keep", "reset", "carry"), has_outer=True),
     "data_parallel": Entry(data_parallel.make, policies=("carry",), exchanges=False),
+    "ensemble": Entry(ensemble.make, policies=("carry",), exchanges=False, members=True),
 }
 
 

@@ -94,7 +94,7 @@ class Method(NamedTuple):
       init: this device's shards of the parameters -> the state before the first round.
       phases: by name, in order: (state, value, turn) -> value, where the first value is None; the last phase
         returns (state, `Told`). One called 'local' is the computing, as modelled times take it.
-      score: (state, evaluation batches [n, B, ...]) -> sums [n, 2 + M], as `runtime.scoring` adds them up.
+      score: (state, evaluation batches [n, B, ...]) -> sums [n, k], as `runtime.scoring` adds them up.
       own_restarts: where the number of workers changes, what they keep is that of `init` again; else such a
         run cannot go on.
     """
@@ -133,6 +133,8 @@ class Recipe(NamedTuple):
         key is for what is random in the model and the loss.
       batch_fn: (data, indices [B], key) -> (inputs, labels).
       score_fn: (shards of the parameters, evaluation batches) -> sums, the `Method.score` of one model.
+      score_members: (flat parameters of whole nets, one of each worker, [W, ...]; evaluation batches) ->
+        sums, the score of them all together and of each by itself.
       init_params: key -> the model's fresh parameters (nested), for methods with more than one model.
       policy: of the optimizer's state.
       outer: what becomes of the means of a merge; None: they are taken as they are.
@@ -145,6 +147,7 @@ class Recipe(NamedTuple):
     loss_fn: Callable[[Shards, PyTree, PyTree, Gates | None, Key[Array, ""]], Losses]
     batch_fn: Callable[[Split, Int[Array, " B"], Key[Array, ""]], tuple[PyTree, PyTree]]
     score_fn: Callable[[Shards, Split], Float[Array, "n k"]]
+    score_members: Callable[[Shards, Split], Float[Array, "n k"]]
     init_params: Callable[[Key[Array, ""]], Params]
     policy: Policy
     outer: Outer | None = None

@@ -140,6 +140,8 @@ def _told(units: UnitMap) -> str:
     met = "each worker trained each unit" if counts.all() else (
         f"of {counts.size:,} pairs of a worker and a unit {(counts == 0).sum():,} never met"
     )  # fmt: skip
+    if units.group.independent:
+        met = f"about {units.group.coverage:.0%} of them are trained in each; {met}"
     of_layers = f" in {units.group.layers:,} layers" if units.group.layers else ""
     total = f"{units.group.total:,} units{of_layers}"
     return f"{name}: {total}, each trained {times} times in {rounds:,} rounds; {met}."

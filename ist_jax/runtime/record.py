@@ -184,10 +184,10 @@ def last_line(summary: Summary) -> str:
     exchanged, full = summary["bytes_exchanged_per_worker"], summary["bytes_local_sgd_per_worker"]
     metric = metric_of(summary)
     reached = f"{summary['method']}: test {metric.name} {metric.text(summary[f'test_{metric.name}'])}"
-    cost = f"each worker exchanged {megabytes(exchanged)} MB"
-    if exchanged != full:
+    cost = f"each worker exchanged {megabytes(exchanged)} MB" if exchanged else "nothing was exchanged"
+    if exchanged and exchanged != full:
         cost += f", {share(exchanged, full)} the {megabytes(full)} MB of local SGD"
-    if "bytes_sent_per_worker" in summary:  # earlier versions did not sum it up
+    if exchanged and "bytes_sent_per_worker" in summary:  # earlier versions did not sum it up
         apart = " if each had a device of its own" * (summary["num_devices"] < summary["num_workers"])
         cost += f"; {megabytes(summary['bytes_sent_per_worker'])} MB were sent on the wire{apart}"
     return f"{reached} in {summary['seconds_total']:.1f} s; {cost}"

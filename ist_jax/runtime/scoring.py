@@ -15,7 +15,7 @@ from jax.interpreters import partial_eval
 from jaxtyping import PyTree
 
 from ist_jax.data import Split
-from ist_jax.exchange.layout import Layout, Shards
+from ist_jax.exchange.layout import AXIS, Layout, Shards
 from ist_jax.exchange.streaming import Streamed
 from ist_jax.methods.method import Gates, Losses, State
 from ist_jax.models import adapter
@@ -26,12 +26,16 @@ _LOSS = 2**31 + 2  # folded into a step's key
 
 
 class Score(NamedTuple):
-    """What all examples come to, each counted once: the mean loss, and the task's figures by their names."""
+    """What all examples come to, each counted once: the mean loss, and the task's figures by their names.
+
+    `members`: the same, by name, of each net of an ensemble by itself; () for one model.
+    """
 
     loss: float
     scores: dict[str, float]
     examples: int
     metric: Metric
+    members: tuple[dict[str, float], ...] = ()
 
     @property
     def value(self) -> float:
@@ -39,8 +43,13 @@ class Score(NamedTuple):
         return ({"loss": self.loss} | self.scores)[self.metric.name]
 
     def figures(self, split: str) -> dict[str, float]:
-        """For a record: 'test_loss', 'test_examples' and the others by their names, as 'test_accuracy'."""
+        """For a record: 'test_loss', 'test_examples' and the others by their names, as 'test_accuracy'.
+
+        Of an ensemble also 'test_member_accuracy' and so on, means over its nets by themselves.
+        """
         named = {"loss": self.loss, "examples": self.examples} | self.scores
+        for name in ("loss", *self.scores) if self.members else ():
+            named[f"member_{name}"] = float(np.mean([own[name] for own in self.members]))
         return {f"{split}_{name}": value for name, value in named.items()}
 
     def __str__(self) -> str:
@@ -110,15 +119,62 @@ def score_batch(model: nn.Module, task: Task, scale: Scale, variables: PyTree, b
     """Weighted sums over a batch, float32 [2 + M]: the loss, the scores, and the weights'."""
     inputs, labels = task.show(batch)
     outputs = adapter.apply(model, variables, inputs, scale=scale)
-    weight, scores = batch["weight"], (score(outputs, labels) for score in task.scores.values())
+    return jnp.concatenate([_judge(task, outputs, labels, batch["weight"]), batch["weight"].sum()[None]])
+
+
+def _judge(task: Task, outputs: PyTree, labels: PyTree, weight: jax.Array) -> jax.Array:
+    """Weighted sums of the loss and the scores, float32 [1 + M]."""
+    scores = (score(outputs, labels) for score in task.scores.values())
     judged = jnp.stack([task.loss(outputs, labels, None), *scores], axis=-1)
-    return jnp.concatenate([(weight[:, None] * judged).sum(0), weight.sum()[None]])
+    return (weight[:, None] * judged).sum(0)
+
+
+def score_members(model: nn.Module, task: Task, members: Shards, batches: Split) -> jax.Array:
+    """The same of nets of the workers' own: of all of them together, as the task combines them, and of each.
+
+    The examples go to all devices, and the outputs of their nets come back.
+
+    Args:
+      model: of one net.
+      task: as for `score_shards`.
+      members: flat parameters of this device's nets, [W, ...].
+      batches: as for `score_shards`.
+
+    Returns:
+      float32 [n, (1 + S) (1 + M) + 1]: the sums of all together, of each, and the weights'.
+    """
+
+    def score_one(batch: Split) -> jax.Array:
+        everybody = jax.tree.map(lambda x: lax.all_gather(x, AXIS), dict(batch))  # [D, B, ...]
+
+        def outputs_of(params: Shards) -> PyTree:
+            variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
+            return lax.map(lambda own: adapter.apply(model, variables, task.show(own)[0]), everybody)
+
+        outputs = jax.tree.map(lambda x: lax.all_to_all(x, AXIS, 1, 0), lax.map(outputs_of, members))
+        outputs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)  # [S, B, ...]
+        labels, weight = task.show(batch)[1], batch["weight"]
+        together = _judge(task, task.combine(outputs), labels, weight)
+        singly = lax.map(lambda own: _judge(task, own, labels, weight), outputs)
+        return jnp.concatenate([together, singly.ravel(), weight.sum()[None]])
+
+    return lax.map(score_one, dict(batches))
 
 
 def total_score(task: Task, sums: np.ndarray) -> Score:
-    """The score from the sums [..., 2 + M] of all devices and batches, added up in float64."""
+    """The score from the sums of all devices and batches, added up in float64.
+
+    Args:
+      task: whose figures it has.
+      sums: [..., 2 + M] of one model, or what `score_members` returns.
+    """
     sums = np.asarray(sums, np.float64)
-    loss, *scores, weight = sums.reshape(-1, sums.shape[-1]).sum(0).tolist()
-    means = {name: score / weight for name, score in zip(task.scores, scores, strict=True)}
-    figures = dict(task.figures({"loss": loss / weight} | means))
-    return Score(loss / weight, figures, round(weight), task.metric)
+    *added, weight = sums.reshape(-1, sums.shape[-1]).sum(0).tolist()
+    names, found = ("loss", *task.scores), []
+    for start in range(0, len(added), len(names)):
+        own = added[start : start + len(names)]
+        means = {name: x / weight for name, x in zip(names, own, strict=True)}
+        found.append((means["loss"], dict(task.figures(means))))
+    (loss, figures), *others = found
+    members = tuple({"loss": own} | scores for own, scores in others)
+    return Score(loss, figures, round(weight), task.metric, members)

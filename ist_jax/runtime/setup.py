@@ -201,6 +201,8 @@ def make_recipe(
     if task.example is None:
         raise ValueError(f"task {task.name!r} has no example to show to the model")
     shown = task.example[0]
+    if entry.members:
+        model = _member(config, model, shown)
 
     def init_params(key: jax.Array) -> Params:
         return adapter.init(model, key, shown)
@@ -232,18 +234,14 @@ def make_recipe(
     tx = optimizers.make(config.optimizer.to_dict()) if tx is None else tx
     policy = methods.policy_of(entry, config.optimizer_state)
     optimizers.check(tx, layout, policy)
-    if groups and not adapter.offers(model, "subnet"):
-        raise ValueError(
-            f"method={config.method!r} deals out units, and the model {type(model).__name__} has no method "
-            "`subnet(sizes)`: the same architecture with so many units of each group"
-        )
-    subnet = model.subnet({name: group.slots for name, group in groups.items()}) if groups else model
+    subnet = _subnet(config, model, groups) if groups else model
     return Recipe(
         layout=layout,
         tx=tx,
         loss_fn=scoring.make_loss_fn(subnet, task),
         batch_fn=task.batch,
         score_fn=partial(scoring.score_shards, layout, model, task, unit_scale(config, layout)),
+        score_members=partial(scoring.score_members, model, task),
         init_params=replay(jaxpr, shapes),
         policy=POLICIES[policy],
         outer=outer.make(config.outer.to_dict(), config.num_workers),
@@ -263,10 +261,37 @@ def _make_groups(
             f"units: {', '.join(repr(name) for name, x in methods.METHODS.items() if not x.deals_units)}"
         )
     own, workers = config.partition, config.num_workers
-    groups = partition.make_groups(shapes, axes, workers, min_units=own.min_units, shares=tuple(own.shares))
+    rule = partition.rule_of(_load(config, "partition.deal", DEALS))
+    groups = partition.make_groups(
+        shapes,
+        axes,
+        workers,
+        min_units=own.min_units,
+        shares=tuple(own.shares),
+        independent=rule.independent,
+    )
     if adapter.offers(model, "check_groups"):
         model.check_groups(groups)
     return groups
+
+
+def _subnet(config: ConfigDict, model: nn.Module, groups: partition.Groups) -> nn.Module:
+    """The model of a worker's part."""
+    if not adapter.offers(model, "subnet"):
+        raise ValueError(
+            f"method={config.method!r} is of parts of a model, and the model {type(model).__name__} has no "
+            "method `subnet(sizes)`: the same architecture with so many units of each group"
+        )
+    return model.subnet({name: group.slots for name, group in groups.items()})
+
+
+def _member(config: ConfigDict, model: nn.Module, shown: PyTree) -> nn.Module:
+    """A net of an ensemble: of the size of the largest subnet; the whole model where that names no units."""
+    shapes = jax.eval_shape(lambda: adapter.init(model, jax.random.key(0), shown))
+    axes = partition.resolve_axes(shapes, model.unit_axes() if adapter.offers(model, "unit_axes") else {})
+    if not any(map(partition.names_of, axes.values())):
+        return model
+    return _subnet(config, model, _make_groups(config, model, shapes, axes))
 
 
 def warmup_recipe(recipe: Recipe, model: nn.Module, task: Task, scale: dict[str, float]) -> Recipe:
@@ -466,7 +491,8 @@ def _log_model(name: str, model: nn.Module, layout: Layout, chosen: Devices) -> 
         least, most = min(group.counts), max(group.counts)
         each = f"{least}" if least == most else f"{least} to {most}"
         layers = f" in each of {group.layers} layers" if group.layers else ""
-        log.info(f"units: {group.name} has {group.size}, {each} per worker{layers}")
+        nobody = f"; about {group.coverage:.0%} are trained in a round" if group.independent else ""
+        log.info(f"units: {group.name} has {group.size}, {each} per worker{layers}{nobody}")
         waste = group.strips * group.strip_slots / group.slots
         if group.strips > 1 and waste > 1:
             log.info(

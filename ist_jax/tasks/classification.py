@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ist_jax.data import Split, augment
 from ist_jax.data.augment import Statistics
-from ist_jax.tasks.task import ACCURACY, Batch, PerExample, Task
+from ist_jax.tasks.task import ACCURACY, Batch, PerExample, Task, mean_probability
 
 
 def make(split: Split, num_classes: int, *, pad: int, flip: bool) -> Task:
@@ -53,6 +53,7 @@ def classification(statistics: Statistics, *, pad: int, flip: bool, num_classes:
         check=check,
         check_outputs=lambda outputs: check_classes(outputs, num_classes),
         normalization=statistics,
+        combine=mean_probability,
     )
 
 

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ist_jax.data import Split
-from ist_jax.tasks.task import Batch, Metric, PerExample, Task
+from ist_jax.tasks.task import Batch, Metric, PerExample, Task, mean_probability
 
 
 def make(split: Split, num_classes: int = 0, *, pad: int = 0, flip: bool = False) -> Task:
@@ -48,6 +48,7 @@ def make(split: Split, num_classes: int = 0, *, pad: int = 0, flip: bool = False
         metric=Metric(f"bits_per_{unit}"),
         check=lambda split: _check_tokens(split["tokens"], vocabulary),
         check_outputs=_output_check(tokens.shape[1] - 1, vocabulary),
+        combine=mean_probability,
     )
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 from ist_jax.data import Split
 from ist_jax.data.sparse import draw
 from ist_jax.tasks.classification import check_classes
-from ist_jax.tasks.task import ACCURACY, Batch, PerExample, Task
+from ist_jax.tasks.task import ACCURACY, Batch, PerExample, Task, mean_probability
 
 _PRECISIONS = (3, 5)  # beside that at 1, which is the accuracy
 
@@ -39,6 +39,7 @@ def make(split: Split, num_classes: int, *, pad: int = 0, flip: bool = False) ->
         figures=figures,
         metric=ACCURACY,
         check_outputs=lambda outputs: check_classes(outputs, num_classes),
+        combine=mean_probability,
     )
 
 

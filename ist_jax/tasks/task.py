@@ -61,6 +61,16 @@ def but_the_loss(means: Mapping[str, float]) -> dict[str, float]:
     return {name: mean for name, mean in means.items() if name != "loss"}
 
 
+def mean_outputs(outputs: PyTree[Float[Array, "S B ..."]]) -> PyTree[Float[Array, "B ..."]]:
+    """Of several nets."""
+    return jax.tree.map(lambda x: x.mean(0), outputs)
+
+
+def mean_probability(logits: Float[Array, "S ... C"]) -> Float[Array, "... C"]:
+    """The logarithm of the mean of what several nets give each class: logits of it."""
+    return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - jnp.log(len(logits))
+
+
 class Task(NamedTuple):
     """What a model is shown, and how its outputs are judged.
 
@@ -80,6 +90,7 @@ class Task(NamedTuple):
       example: (inputs, labels) of one example, zeros [1, ...]; None: as `batch` makes them.
       normalization: mean and deviation, per channel or feature, of what a model is shown, for records; None:
         examples are shown as they are.
+      combine: outputs of several nets, [S, B, ...] -> the outputs of an ensemble of them.
     """
 
     name: str
@@ -92,6 +103,7 @@ class Task(NamedTuple):
     check_outputs: Callable[[PyTree], None] = lambda outputs: None
     example: Batch | None = None
     normalization: Statistics | None = None
+    combine: Callable[[PyTree], PyTree] = mean_outputs
 
     def show(self, split: Split) -> Batch:
         """All examples of a split, as they are evaluated."""

@@ -10,7 +10,10 @@ devices or padding:
                       the rest raveled.
   travels/<i>/<path>  the same of the i-th tree shaped like the parameters; `stays` likewise.
   travels/<i>         the i-th part where it is no such tree, but an array that is the same on all devices.
-  own/<i>             [S, ...], the i-th array of what workers keep.
+  own/<i>/<path>      [S, ...], a leaf of the i-th such tree that workers keep, as it is.
+  own/<i>             [S, ...], the i-th part of what workers keep where it is no such tree, but an array.
+
+Of an ensemble there are no params, and own/0 are the parameters of its nets.
 
 A device's part is a chunk, which its process writes. `index-<process>.json` has the SHA-256 of every part,
 and one of itself: zarr (and orbax) read flipped bits and missing files without complaint.
@@ -51,6 +54,7 @@ log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 ITEM = "model"
 PARAMS = "params"
+MEMBERS = "own/0"
 # what an index says of an array: shape, unit_axes, their blocks (outer, inner), layer_axis (of layers with a
 # draw each, or null), dtype, chunk, and pieces [axis, start, stop, SHA-256]
 Entry = dict[str, Json]
@@ -129,13 +133,15 @@ def stored_arrays(layout: Layout, like: State) -> list[Stored]:
                 )
             else:
                 stored.append(Stored(name, (), x.dtype, Leaf((), (), (), ())))
-    for number, x in enumerate(jax.tree.leaves(like.own)):
-        if x.shape[:1] != (layout.workers_per_device,):
-            raise ValueError(
-                f"array {number} of a state's `own` has shape {tuple(x.shape)} on a device; its first axis "
-                f"must be that of the device's {layout.workers_per_device} workers"
-            )
-        stored.append(Stored(f"own/{number}", (layout.num_workers, *x.shape[1:]), x.dtype, None))
+    for number, part in enumerate(jax.tree.leaves(like.own, is_leaf=layout.is_tree)):
+        named = {f"own/{number}/{path}": x for path, x in part.items()} if layout.is_tree(part) else {}
+        for name, x in sorted(named.items()) or [(f"own/{number}", part)]:
+            if x.shape[:1] != (layout.workers_per_device,):
+                raise ValueError(
+                    f"{name} of the state has shape {tuple(x.shape)} on a device; its first axis must be "
+                    f"that of the device's {layout.workers_per_device} workers"
+                )
+            stored.append(Stored(name, (layout.num_workers, *x.shape[1:]), x.dtype, None))
     return stored
 
 
@@ -166,11 +172,21 @@ class Saved(NamedTuple):
         """The same without what workers kept."""
         return self._replace(arrays={n: x for n, x in self.arrays.items() if not n.startswith("own/")})
 
+    @property
+    def members(self) -> int:
+        """How many nets an ensemble has; 0 where there is one model."""
+        return 0 if any(name.startswith(f"{PARAMS}/") for name in self.arrays) else self.workers or 0
+
     def params(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(path, whole leaf) of the parameters, one at a time, verified. Raises Damaged."""
+        """(path, whole leaf) of the parameters, one at a time, verified; of an ensemble [S, ...].
+
+        Raises:
+          Damaged: one is not what was written.
+        """
+        prefix = f"{MEMBERS if self.members else PARAMS}/"
         for name in self.arrays:
-            if name.startswith(f"{PARAMS}/"):
-                yield name.removeprefix(f"{PARAMS}/"), self.read(name)
+            if name.startswith(prefix):
+                yield name.removeprefix(prefix), self.read(name)
 
     def restore(self, layout: Layout, like: State, put: Callable[[np.ndarray], jax.Array]) -> State:
         """The state that was saved, placed array by array: no process ever holds the whole model.
@@ -192,15 +208,15 @@ class Saved(NamedTuple):
     def _check(self, wanted: list[Stored], workers: int) -> None:
         there = {name: (x["dtype"], *x["shape"]) for name, x in self.arrays.items()}
         here = {one.name: (str(one.dtype), *one.shape) for one in wanted}
+        if there.keys() == here.keys() and self.workers not in (None, workers):
+            raise ValueError(
+                f"{self.folder} holds what each of {self.workers} workers kept for itself, and num_workers="
+                f"{workers}; set config.num_workers to {self.workers}, or choose another --workdir"
+            )
         for name in sorted(there.keys() | here.keys()):
             before, now = there.get(name), here.get(name)
             if before == now:
                 continue
-            if name.startswith("own/") and before and now and before[0] == now[0] and before[2:] == now[2:]:
-                raise ValueError(
-                    f"{self.folder} holds what each of {before[1]} workers kept for itself, and num_workers="
-                    f"{workers}; set config.num_workers to {before[1]}, or choose another --workdir"
-                )
             raise ValueError(
                 f"{self.folder} is of another model, method or version: {name} is {_text(before)} there and "
                 f"{_text(now)} here; choose another --workdir"
@@ -298,16 +314,17 @@ def verify(saved: Saved) -> None:
         saved.read(name)
 
 
-def load_params(workdir: str | Path, which: int | str = "last") -> Params:
+def load_params(workdir: str | Path, which: int | str = "last", *, member: int | None = None) -> Params:
     """The global parameters of a run: nested dict of NumPy arrays, for `model.apply`.
 
     Args:
       workdir: of the run; or the folder of one checkpoint.
       which: 'last', 'best' (by the task's metric on the validation split where there is one, else on the test
         set; among those that were kept) or the number of a round.
+      member: of an ensemble, which of its nets, counted from 0; `model.subnet` makes the model of one.
 
     Raises:
-      ValueError: there is no such checkpoint, or it is damaged.
+      ValueError: there is no such checkpoint or net, or it is damaged.
     """
     workdir = Path(workdir)
     if (workdir / ITEM).is_dir() and workdir.name.isdigit():
@@ -322,7 +339,16 @@ def load_params(workdir: str | Path, which: int | str = "last") -> Params:
     number = there[-1] if which == "last" else which
     if number not in there:
         raise ValueError(f"{workdir} holds no checkpoint of round {which}; there are {there}")
-    return traverse_util.unflatten_dict(dict(open_round(workdir, int(number)).params()), sep="/")
+    saved = open_round(workdir, int(number))
+    if saved.members and member not in range(saved.members):
+        raise ValueError(
+            f"{workdir} holds an ensemble of {saved.members} nets, and no model of all; give load_params one "
+            f"of member=0 to {saved.members - 1}"
+        )
+    if member is not None and not saved.members:
+        raise ValueError(f"{workdir} holds one model, and no ensemble; leave member={member} out")
+    flat = ((path, x[member] if saved.members else x) for path, x in saved.params())
+    return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 def load_model(
