@@ -1,4 +1,4 @@
-"""Twelve small models of different kinds, each with the data that it learns from."""
+"""Small models of different kinds, each with the data that it learns from."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from ist_jax.data.sparse import Rows
 from ist_jax.models.conv import conv_general_dilated
 from ist_jax.models.mlp import MLP
 from ist_jax.models.norm import BatchNorm
-from ist_jax.partition import Blocks
+from ist_jax.partition import Blocks, Each
 from ist_jax.tasks import Metric, Task
 from ist_jax.tasks.classification import cross_entropy, is_right
 
@@ -236,6 +236,45 @@ class EncoderLayer(nn.Module):
         return x + of_neurons * nn.Dense(x.shape[-1], name="down")(y)
 
 
+class ScannedTransformer(nn.Module):
+    """The same layers stacked by `nn.scan`; every layer's heads and neurons have a draw of their own."""
+
+    heads: int = 4
+    neurons: int = 32
+    width: int = 16
+    head_width: int = 4
+    layers: int = 2
+
+    def unit_axes(self):
+        fused, inner = Each(Blocks("head", 3, self.head_width)), Each(Blocks("head", 1, self.head_width))
+        neuron = Each("neuron")
+        return {
+            "layers/qkv/kernel": (None, None, fused),
+            "layers/qkv/bias": (None, fused),
+            "layers/out/kernel": (None, inner, None),
+            "layers/up/kernel": (None, None, neuron),
+            "layers/up/bias": (None, neuron),
+            "layers/down/kernel": (None, neuron, None),
+        }
+
+    def subnet(self, sizes):
+        return self.clone(heads=sizes["head"], neurons=sizes["neuron"])
+
+    @nn.compact
+    def __call__(self, x, scale=None):
+        x = nn.Dense(self.width, name="embed")(x.reshape(len(x), *x.shape[1:3]))
+        x = x + self.param("position", nn.initializers.normal(0.1), x.shape[1:])
+        factors = [(scale or {}).get(name, 1.0) for name in ("head", "neuron")]
+        stack = nn.scan(
+            lambda layer, x, _: (layer(x, *factors), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=self.layers,
+        )
+        x, _ = stack(EncoderLayer(self.heads, self.neurons, self.head_width, name="layers"), x, None)
+        return nn.Dense(10, name="classes")(nn.LayerNorm(name="norm")(x).mean(1))
+
+
 class LSTM(nn.Module):
     """The four gates of a hidden unit are columns of fused kernels."""
 
@@ -394,6 +433,9 @@ SMALL = {
     "PreAct ResNet18": Small(PreActResNet()),
     "transformer": Small(
         Transformer(), overrides={"optimizer.name": "adamw", "optimizer.learning_rate": 0.01}
+    ),
+    "scanned transformer": Small(
+        ScannedTransformer(), overrides={"optimizer.name": "adamw", "optimizer.learning_rate": 0.01}
     ),
     "LSTM": Small(LSTM(), overrides={"optimizer.name": "adamw", "optimizer.learning_rate": 0.02}),
     "tied embeddings": Small(Tied(), (sentences(400), sentences(50))),
