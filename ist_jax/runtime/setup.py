@@ -23,7 +23,7 @@ from ist_jax.costs import formula
 from ist_jax.costs.traffic import Traffic, round_traffic
 from ist_jax.data.stream import Evaluation, Feed
 from ist_jax.deals import DEALS
-from ist_jax.exchange.codec import CODECS, NONE, Codec
+from ist_jax.exchange.codec import CODECS, NONE, Bits, Codec
 from ist_jax.exchange.kinds import from_params, shard_shapes
 from ist_jax.exchange.layout import Layout, make_layout, regroup
 from ist_jax.masking import Params
@@ -154,6 +154,7 @@ def for_method(config: ConfigDict, method: str) -> ConfigDict:
     own.method = method
     if method != config.method and not method_of(own).exchanges:
         own.exchange.codec = own.outer.name = "none"
+        own.exchange.gather_bits = own.exchange.merge_bits = 32
     return own
 
 
@@ -220,6 +221,7 @@ def make_recipe(
             "none; set config.outer.name to 'none'"
         )
     layout = make_layout(shapes, axes, groups, config.num_workers, num_devices, codec)
+    layout = layout._replace(bits=_bits(config, entry, codec))
     partition.draw(config.seed, 0, groups, _load(config, "partition.deal", DEALS))  # is it sound?
     tx = optimizers.make(config.optimizer.to_dict()) if tx is None else tx
     policy = methods.policy_of(entry, config.optimizer_state)
@@ -242,6 +244,23 @@ def make_recipe(
         seed=config.seed,
         vmapped=config.workers_on_device == "vmap",
     )
+
+
+def _bits(config: ConfigDict, entry: methods.Entry, codec: Codec) -> Bits:
+    """What `config.exchange` says of bits."""
+    own = config.exchange
+    bits = Bits(own.gather_bits, own.merge_bits, config.seed)
+    given = f"exchange.gather_bits={bits.gather} and exchange.merge_bits={bits.merge}"
+    if bits.compress and not entry.exchanges:
+        raise ValueError(
+            f"{given} are for exchanges of parameters, and method={config.method!r} has none; set both to 32"
+        )
+    if bits.compress and codec != NONE:
+        raise ValueError(
+            f"{given} beside exchange.codec={own.codec!r}: a number goes one way alone; set both to 32, or "
+            "config.exchange.codec to 'none'"
+        )
+    return bits
 
 
 def _make_groups(
