@@ -68,8 +68,8 @@ class LSTM(nn.Module):
 class Case(NamedTuple):
     """A run; `place`: workers, devices and, where there are several on one, how they train.
 
-    `outer`: options of `config.outer`, all of them. `ill`: who has a bad batch in the last round, and whether
-    it spoils the 'loss' or the last 'update' alone.
+    `bits`: of a gather and of a merge. `outer`: options of `config.outer`, all of them. `ill`: who has a bad
+    batch in the last round, and whether it spoils the 'loss' or the last 'update' alone.
     """
 
     place: tuple
@@ -78,6 +78,7 @@ class Case(NamedTuple):
     policy: str = "reset"
     deal: str = "random"
     codec: Codec = NONE
+    bits: tuple = (32, 32)
     tx: Any = None
     overrides: Mapping[str, Any] = {}
     ill: tuple[int, str] | None = None
@@ -101,6 +102,16 @@ CASES = {
     "ist overlap": Case((4, 2, "map"), **CARRY, tx=ADAM, overrides={"partition.min_units": 20}),
     "ist ill": Case((4, 1, "vmap"), **CARRY, ill=(2, "update")),
     "ist bfloat16": Case((4, 2, "vmap"), **EXACT, codec=BFLOAT16, deal="rolling", overrides=SOME),
+    "ist 8 4": Case(
+        (4, 2, "vmap"), **EXACT, bits=(8, 4), policy="carry", overrides=SOME | {"partition.min_units": 16}
+    ),
+    "ist 16 8": Case((3, 3), **EXACT, bits=(16, 8), model=LSTM(), ill=(1, "update")),
+    "local_sgd 5 6": Case(
+        (4, 2, "map"), **EXACT, method="local_sgd", policy="keep", bits=(5, 6), overrides=SOME
+    ),
+    "resnet 8 8 outer": Case((2, 1, "map"), "resnet", **EXACT, bits=(8, 8), outer=NESTEROV, policy="keep"),
+    "resnet 32 4": Case((2, 2), "resnet", **EXACT, bits=(32, 4)),
+    "resnet 8 32": Case((2, 2), "resnet", **EXACT, bits=(8, 32)),
     "ist keep": Case((2, 2), "resnet", **EXACT, policy="keep", tx=ADAM),
     "ist outer": Case(
         (3, 3), **EXACT, outer=ADAM_OUTSIDE | {"by_holders": 1.0}, policy="carry",
@@ -147,6 +158,8 @@ SLOW = (
     "data_parallel map",
     "local_sgd bfloat16",
     "resnet outer",
+    "resnet 32 4",
+    "resnet 8 32",
 )  # another covers what they cover
 
 
@@ -190,6 +203,7 @@ def set_up_case(case):
 
     settings = {"num_workers": workers, "num_devices": num_devices, "optimizer_state": case.policy}
     settings |= {f"outer.{key}": value for key, value in (case.outer or {}).items()}
+    settings |= {"exchange.gather_bits": case.bits[0], "exchange.merge_bits": case.bits[1]}
     settings |= {"partition.deal": case.deal} | ({"workers_on_device": mode[0]} if mode else {})
     return set_up(case.config, change, model=case.model, method=case.method, **settings, **case.overrides)
 
@@ -257,7 +271,9 @@ def check_loop(case, run, turns, states, heard):
     if case.method == "data_parallel":
         loop, moments = reference.data_parallel(recipe), recipe.tx.init(params)
     else:
-        loop = reference.subnets(recipe, whole_axes(run), send, keeps=case.policy == "keep")
+        few_bits = reference.FewBits(recipe.layout) if recipe.layout.bits.compress else None
+        keeps = case.policy == "keep"
+        loop = reference.subnets(recipe, whole_axes(run), send, keeps=keeps, few_bits=few_bits)
         moments = recipe.tx.init(params) if case.policy == "carry" else None
         if case.policy == "keep":
             shared = {path: x for path, x in params.items() if not recipe.layout.leaves[path].unit_axes}
@@ -280,6 +296,10 @@ def check_loop(case, run, turns, states, heard):
     assert reference.max_difference(params, whole(run, states[-1].params)) < case.tolerance
     assert reference.max_difference(params, whole(run, start.params)) > 1e-2
     after, wanted = states[-1], jax.tree.leaves(moments)
+    if recipe.layout.bits.compress:
+        own, residual = after.own
+        check_residual(few_bits.residual, residual, case.tolerance)
+        after = after._replace(own=own)
     if case.outer:
         number = {"adam": 3}.get(case.outer["name"], 1)
         wanted_slow = tuple({path: x[i] for path, x in slow.items()} for i in range(number))
@@ -293,6 +313,15 @@ def check_loop(case, run, turns, states, heard):
     if wanted:
         assert reference.max_difference(wanted, kept) < 10 * case.tolerance
         assert max(np.abs(x).max() for x in wanted) > 0.1
+
+
+def check_residual(wanted, found, tolerance):
+    """What the copies of shared leaves lack, in slices of the workers."""
+    assert wanted.keys() == found.keys()
+    for path, x in wanted.items():
+        flat = np.concatenate([*np.asarray(found[path])]).ravel()
+        assert np.abs(flat[: x.size] - x.ravel()).max() < tolerance
+        assert np.abs(x).max() > 1e-6 and not flat[x.size :].any()
 
 
 def whole_axes(run):
@@ -342,7 +371,9 @@ def check_no_step(case, run, turns, states):
     begun, turn = states[number], turns[number]._replace(rates=rates)
     still, _ = run_turn(run.stages[-1], copied(begun, run), turn)
     if case.codec is NONE:
-        assert_same_bits(still.params, begun.params)
+        unlike = run.layout.bits.compress  # what copies of shared leaves lack still comes
+        kept = [path for path, leaf in run.layout.leaves.items() if leaf.unit_axes or not unlike]
+        assert_same_bits(*([state.params[path] for path in kept] for state in (still, begun)))
     for turn, before in zip(turns, states, strict=False):
         lost, told = run_turn(run.stages[-1], copied(before, run), turn._replace(rates=rates + np.inf))
         assert not told.healthy.any()
@@ -359,7 +390,7 @@ def check_traffic(run):
         parts = Counter()
         for part in phase.parts:
             parts[part.kind, layout.num_devices] += part.operand
-        exchanges = {key: size for key, size in found.items() if key[0] != "all-reduce"}
+        exchanges = {key: size for key, size in found.items() if key[0] != "all-reduce" or key in parts}
         assert exchanges == (dict(parts) if layout.num_devices > 1 else {}), name
         assert bool(found) == (layout.num_devices > 1 and (name != "local" or "merge" not in stage.phases))
     _, program, trace = run.splits["test"]

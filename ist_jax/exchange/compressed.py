@@ -44,7 +44,7 @@ class _Sent(NamedTuple):
     paper: float
 
 
-def init(layout: Layout, shards: Own) -> Residual:
+def init(layout: Layout) -> Residual:
     """What the copies of shared leaves lack at first: zeros, of a slice per worker, [W, ceil(p / S)]."""
     found = {}
     for path, leaf in _shared(layout):
@@ -63,7 +63,7 @@ def gather(layout: Layout, shards: Own, draw: Draw, index: Round) -> Subnets:
         if path in scaled:
             largest[path] = kind.largest(layout, leaf, jnp.abs(shards[path].astype(jnp.float32)))
     held = sum(4.0 * sum(layout.leaves[path].groups[0].counts) for path in scaled)
-    largest = _largest_of_all(layout, largest, "gather", held)
+    largest = _largest_of_all(layout, largest, "gather", float(held))
     scales = {path: quantize.scale_of(x, bits[path]) for path, x in largest.items()}
     for path, leaf, kind in units:
         x = shards[path]
@@ -265,7 +265,7 @@ def _bits(layout: Layout, leaf: Leaf, wanted: int) -> int:
 def _paper(layout: Layout, leaf: Leaf, bits: int) -> float:
     """Bytes of the numbers that all workers' subnets hold."""
     numbers = kind_of(leaf).assigned(leaf, layout.num_workers)
-    return numbers * (layout.dtype.itemsize if bits == 32 else bits / 8)
+    return float(numbers * (layout.dtype.itemsize if bits == 32 else bits / 8))
 
 
 def _key(layout: Layout, path: str, direction: int, *numbers: Int[Array, "..."]) -> UInt32[Array, "..."]:

@@ -203,7 +203,7 @@ def _entries(layout: Layout, group: Group, draw: Draw) -> Int[Array, "S W m"]:
     return _own(layout, jnp.where(slots_of < indices.shape[1], units, group.strip_size), 1)
 
 
-def _own(layout: Layout, per_worker: Int[Array, "..."], axis: int) -> Int[Array, "..."]:
+def _own(layout: Layout, per_worker: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
     """This device's W of S entries along an axis."""
     workers = layout.workers_per_device
     return lax.dynamic_slice_in_dim(per_worker, lax.axis_index(AXIS) * workers, workers, axis)

@@ -77,28 +77,23 @@ def pack(codes: Shaped[Array, "D k"], bits: int) -> Shaped[Array, "D b"]:
     """Codes in bytes: of every eighth of them and each of their bits, a byte holds eight."""
     if bits % 8 == 0:
         return codes
-    codes = jnp.pad(codes, ((0, 0), (0, -codes.shape[1] % 8))).reshape(len(codes), 8, -1)
-    planes = []
-    for bit in range(bits):
-        byte = jnp.zeros_like(codes[:, 0])
-        for place in range(8):
-            byte |= ((codes[:, place] >> bit) & jnp.uint8(1)) << place
-        planes.append(byte)
-    return jnp.concatenate(planes, axis=1)
+    eighths = jnp.pad(codes, ((0, 0), (0, -codes.shape[1] % 8))).reshape(len(codes), 1, 8, -1)
+    places, planes = _ramp(8), _ramp(bits)[:, None]
+    packed = (((eighths >> planes) & jnp.uint8(1)) << places).sum(2, dtype=jnp.uint8)
+    return packed.reshape(len(codes), -1)
 
 
 def unpack(packed: Shaped[Array, "D b"], count: int, bits: int) -> Shaped[Array, "D k"]:
     """So many codes again."""
     if bits % 8 == 0:
         return packed
-    planes: UInt8[Array, "D bits c"] = packed.reshape(len(packed), bits, -1)
-    eighths = []
-    for place in range(8):
-        code = jnp.zeros_like(planes[:, 0])
-        for bit in range(bits):
-            code |= ((planes[:, bit] >> place) & jnp.uint8(1)) << bit
-        eighths.append(code)
-    return jnp.concatenate(eighths, axis=1)[:, :count]
+    planes = packed.reshape(len(packed), bits, 1, -1)
+    codes = (((planes >> _ramp(8)) & jnp.uint8(1)) << _ramp(bits)[:, None]).sum(1, dtype=jnp.uint8)
+    return codes.reshape(len(packed), -1)[:, :count]
+
+
+def _ramp(count: int) -> UInt8[Array, "_ 1"]:
+    return jnp.arange(count, dtype=jnp.uint8)[:, None]
 
 
 def _most(bits: int) -> int:

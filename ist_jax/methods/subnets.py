@@ -35,7 +35,7 @@ def make(recipe: Recipe) -> Method:
 
     def init(params: Shards) -> State:
         travels, own = policy.init(layout, tx, params)
-        own = (own, compressed.init(layout, params)) if compress else own
+        own = (own, compressed.init(layout)) if compress else own
         return State(params, travels, outer.init(params) if outer is not None else (), own)
 
     def gather(state: State, _: None, turn: Turn) -> Subnets:
