@@ -158,6 +158,8 @@ SLOW = (
     "data_parallel map",
     "local_sgd bfloat16",
     "resnet outer",
+    "ist 16 8",
+    "resnet 8 8 outer",
     "resnet 32 4",
     "resnet 8 32",
 )  # another covers what they cover

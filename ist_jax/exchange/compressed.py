@@ -31,7 +31,7 @@ from ist_jax.partition import Draw
 LEAST = 16
 _GATHER, _MERGE, _RETURN = range(3)  # directions, in the key of the noise
 _HEALTHY, _SCALES = "health flags", "scales of "
-Residual: TypeAlias = PyTree[Float[Array, "W q"]]  # by path
+Residual: TypeAlias = PyTree[Float[Array, "W _"]]  # by path
 Round: TypeAlias = Int[Array, ""]
 
 
