@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from test_masking import leaves, make_case
+from test_masking import leaves
 from test_store import random_update
 
-from ist_jax import partition
+from ist_jax import deals, partition
 from ist_jax.costs import compiled
 from ist_jax.costs.traced import collectives_of, operands
 from ist_jax.exchange import compressed, quantize, store, wire
@@ -71,11 +71,7 @@ def test_codes_come_out_of_the_bytes_as_they_went_in(bits, count):
     assert np.array_equal(quantize.unpack(packed, count, bits), codes)
 
 
-def jitted(run, **axes):
-    return jax.jit(jax.vmap(run, **axes))
-
-
-def exchange(layout, params, draw, change, healthy, mapped):
+def exchange(layout, params, draw, change, healthy):
     """Two rounds: (subnets [S, ...] of the second, merged parameters, residual [S, ...] by path)."""
 
     def run(shards, residual, change, healthy, draw, index):
@@ -84,7 +80,7 @@ def exchange(layout, params, draw, change, healthy, mapped):
 
     grid = (layout.num_devices, layout.workers_per_device)
     change = {path: x.reshape(*grid, *x.shape[1:]) for path, x in change.items()}
-    run = mapped(run, in_axes=(0, 0, 0, 0, None, None), axis_name=AXIS)
+    run = jax.pmap(run, in_axes=(0, 0, 0, 0, None, None), axis_name=AXIS)
     shards, residual = from_params(layout, params), compressed.init(layout)
     residual = {path: np.zeros((layout.num_devices, *x.shape), x.dtype) for path, x in residual.items()}
     for index in range(2):
@@ -94,22 +90,30 @@ def exchange(layout, params, draw, change, healthy, mapped):
     return flat(subnets), leaves(to_params(layout, shards)), flat(residual)
 
 
+def make_leaves(workers, least=0):
+    """(params, axes, groups, draw) of a leaf of each kind and form; `few` and `short` are sent as they are."""
+    shapes = {"pairs": (12, 9, 2), "first": (12, 17), "last": (5, 4, 12), "bias": (5, 7), "few": (3,)}
+    axes = {"pairs": ("u", "v", None), "first": ("u", None), "last": (None, None, "u"), "bias": (None, None)}
+    shapes, axes = shapes | {"short": (9, 2)}, axes | {"few": (None,), "short": ("v", None)}
+    rng = np.random.default_rng(2)
+    params = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+    groups = partition.make_groups(params, axes, workers, min_units=least)
+    return params, axes, groups, partition.draw(0, 0, groups, deals.random)
+
+
 @pytest.mark.parametrize(
     ("bits", "least"),
-    [((8, 4), 0), ((16, 8), 9), pytest.param((5, 6), 9, marks=pytest.mark.slow)],
+    [((8, 4), 0), *(pytest.param(own, 7, marks=pytest.mark.slow) for own in ((16, 8), (5, 6)))],
 )
 def test_no_bit_depends_on_the_number_of_devices(bits, least):
     results = []
-    for num_devices, mapped in ((1, jax.pmap), (2, jax.pmap), (6, jax.pmap), (3, jitted)):
-        params, axes, groups, draw = make_case(36, 9, 6, min_units=least)
-        params["bias"] = np.random.default_rng(2).normal(size=(5, 7)).astype(np.float32)  # shared
-        params["wide"] = np.random.default_rng(3).normal(size=(20, 36)).astype(np.float32)
-        axes |= {"bias": (None, None), "wide": (None, "h1")}
+    for num_devices in (1, 2, 6):
+        params, axes, groups, draw = make_leaves(6, least)
         layout = make_layout(params, axes, groups, 6, num_devices)._replace(bits=Bits(*bits, seed=4))
         change = random_update(layout, np.random.default_rng(5))
-        change["mid/kernel"][1] = np.nan  # of one who is not heard
+        change["pairs"][1] = np.nan  # of one who is not heard
         healthy = np.arange(6) != 1
-        results.append(exchange(layout, params, draw, change, healthy, mapped))
+        results.append(exchange(layout, params, draw, change, healthy))
     assert results[0][2].keys() == {"bias"}  # the others are too small
     for other in results[1:]:
         for got, wanted in zip(other, results[0], strict=True):
@@ -180,17 +184,13 @@ def test_on_one_device_nothing_is_sent():
 
 
 def test_plain_numbers_are_sent_where_few_share_a_scale():
-    params, axes, groups, draw = make_case(36, 9, 6)
+    params, axes, groups, draw = make_leaves(6)
     layout = make_layout(params, axes, groups, 6, 1)._replace(bits=Bits(4, 4))
-    shards = {path: x[0] for path, x in from_params(layout, params).items()}
-    got, plain = (
-        jax.vmap(fn, axis_name=AXIS, in_axes=(0,))({p: x[None] for p, x in shards.items()})
-        for fn in (
-            lambda own: compressed.gather(layout, own, draw, jnp.int32(0)),
-            lambda own: store.gather(layout, own, draw),
-        )
-    )
-    for path, x in plain.items():
-        few = np.prod(layout.leaves[path].shape) // layout.leaves[path].groups[0].size < compressed.LEAST
-        assert np.array_equal(got[path], x) == few, path
-    assert {"norm/scale", "in/kernel"} <= plain.keys()
+
+    @partial(jax.pmap, axis_name=AXIS)
+    def both(shards):
+        return compressed.gather(layout, shards, draw, jnp.int32(0)), store.gather(layout, shards, draw)
+
+    got, plain = both(from_params(layout, params))
+    assert [path for path in plain if np.array_equal(got[path], plain[path])] == ["short"]
+    assert compressed.init(layout).keys() == {"bias"}

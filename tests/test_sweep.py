@@ -105,7 +105,8 @@ CASES = {
     "ist 8 4": Case(
         (4, 2, "vmap"), **EXACT, bits=(8, 4), policy="carry", overrides=SOME | {"partition.min_units": 16}
     ),
-    "ist 16 8": Case((3, 3), **EXACT, bits=(16, 8), model=LSTM(), ill=(1, "update")),
+    "ist 16 8": Case((3, 3), **EXACT, bits=(16, 8), model=LSTM()),
+    "ist 8 16 ill": Case((4, 1, "vmap"), **EXACT, bits=(8, 16), ill=(2, "update")),
     "local_sgd 5 6": Case(
         (4, 2, "map"), **EXACT, method="local_sgd", policy="keep", bits=(5, 6), overrides=SOME
     ),
@@ -159,6 +160,7 @@ SLOW = (
     "local_sgd bfloat16",
     "resnet outer",
     "ist 16 8",
+    "ist 8 16 ill",
     "resnet 8 8 outer",
     "resnet 32 4",
     "resnet 8 32",
