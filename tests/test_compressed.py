@@ -91,7 +91,7 @@ def exchange(layout, params, draw, change, healthy):
 
 
 def make_leaves(workers, least=0):
-    """(params, axes, groups, draw) of a leaf of each kind and form; `few` and `short` are sent as they are."""
+    """(params, axes, groups, draw) of leaves of each kind and form; `few` and `short` go as they are."""
     shapes = {"pairs": (12, 9, 2), "first": (12, 17), "last": (5, 4, 12), "bias": (5, 7), "few": (3,)}
     axes = {"pairs": ("u", "v", None), "first": ("u", None), "last": (None, None, "u"), "bias": (None, None)}
     shapes, axes = shapes | {"short": (9, 2)}, axes | {"few": (None,), "short": ("v", None)}
