@@ -19,6 +19,7 @@ from ist_jax import data, extension
 from ist_jax.deals import DEALS
 from ist_jax.errors import did_you_mean
 from ist_jax.exchange.codec import CODECS
+from ist_jax.exchange.quantize import BITS
 from ist_jax.key import FILE, Key, Options, Settings, Value
 from ist_jax.methods import METHODS, policy_of
 from ist_jax.methods.optimizers import OPTIMIZERS
@@ -95,6 +96,8 @@ COMMON: dict[str, Key] = {
         True, "scale what units add (an MLP's logits) by the fraction of the workers that held them"
     ),
     "exchange.codec": Key("none", "what an exchange sends; 'none': plain numbers", choices=CODECS, file=True),
+    "exchange.gather_bits": Key(32, "of each number that an owner sends; 16: bfloat16", choices=BITS),
+    "exchange.merge_bits": Key(32, "of each number that a worker sends back; 16: bfloat16", choices=BITS),
     "optimizer.name": Key("sgd", "what a worker takes its steps by", choices=OPTIMIZERS),
     "optimizer.learning_rate": Key(0.1, "learning rate at its highest", least=0),
     "optimizer.momentum": Key(0.9, "momentum of SGD; 0: none", least=0, most=1),

@@ -22,7 +22,7 @@ class Key(NamedTuple):
       least: the least number that is allowed; of tuples, for every element.
       most: the greatest one; it must be finite in any case.
       above: `least` itself is not allowed.
-      choices: the names that are allowed; (): any.
+      choices: the names or numbers that are allowed; (): any.
       file: something of the user's own, FILE.py:NAME, is allowed as well.
       kind: of a tuple's elements, or of what is unset by default.
       resume: a run may go on with another value: what was trained so far does not depend on it.
@@ -34,7 +34,7 @@ class Key(NamedTuple):
     least: float | None = None
     most: float = math.inf
     above: bool = False
-    choices: Collection[str] = ()
+    choices: Collection[Value] = ()
     file: bool = False
     kind: type | None = None
     resume: bool = False

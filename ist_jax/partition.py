@@ -438,7 +438,7 @@ def draw(seed: int, round_index: int, groups: Groups, deal: Deal) -> dict[str, A
     for name, group in sorted(groups.items()):
         where = f"deal {rule.name!r} in round {round_index + 1}, group {name!r}"
 
-        def once(group: Group) -> Assignment:
+        def once(group: Group) -> Any:  # a user's own may return anything
             return rule.deal(source, group, number)
 
         if group.layers:
@@ -449,7 +449,7 @@ def draw(seed: int, round_index: int, groups: Groups, deal: Deal) -> dict[str, A
     return drawn
 
 
-def _draw_once(deal: Callable[[Group], Assignment], group: Group, where: str) -> Assignment:
+def _draw_once(deal: Callable[[Group], Any], group: Group, where: str) -> Assignment:
     """A deal of a group, or of one of its layers, that keeps the contract."""
     if group.min_units == group.size:  # as in a warm-up: there is nothing to choose
         return assign(np.ones((group.num_workers, group.size), bool), group)

@@ -13,6 +13,7 @@ import optax
 from flax import traverse_util
 
 from ist_jax import masking
+from ist_jax.exchange.layout import canonical, restore
 from ist_jax.partition import Assignment, as_blocks
 
 plainly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
@@ -34,7 +35,7 @@ def of_all_workers(turn):
     )
 
 
-def subnets(recipe, axes, send=lambda x: x, *, keeps=False):
+def subnets(recipe, axes, send=lambda x: x, *, keeps=False, few_bits=None):
     """The round of IST; without groups: of local SGD.
 
     Args:
@@ -42,6 +43,7 @@ def subnets(recipe, axes, send=lambda x: x, *, keeps=False):
       axes: unit axes by path.
       send: what becomes of an array on its way.
       keeps: every worker keeps the optimizer's state of the shared leaves.
+      few_bits: `FewBits` by which the parameters are sent; None: as they are.
 
     Returns:
       (params, moments, turn) -> (params, moments, healthy [S]): whole leaves by path; the optimizer's state
@@ -80,7 +82,8 @@ def subnets(recipe, axes, send=lambda x: x, *, keeps=False):
         return {path: jnp.where(masks[path], x, 0) for path, x in subnet.items()}
 
     def one_round(params, moments, turn):
-        cut_out, carries = gather(params, turn.draw), moments is not None and not keeps
+        carries = moments is not None and not keeps
+        cut_out = few_bits.gather(params, axes, turn) if few_bits else gather(params, turn.draw)
         if carries:
             carried = _each_tree(
                 lambda x: gather(x, turn.draw), moments, other=lambda x: [x for _ in workers]
@@ -108,7 +111,11 @@ def subnets(recipe, axes, send=lambda x: x, *, keeps=False):
             trained.append((subnet, states[0]))
             healthy.append(sound)
         heard = turn.present & np.array(healthy)
-        params = merge(params, turn.draw, [subnet for subnet, _ in trained], heard)
+        subnets = [subnet for subnet, _ in trained]
+        if few_bits:
+            params = few_bits.merge(params, axes, turn, cut_out, subnets, heard)
+        else:
+            params = merge(params, turn.draw, subnets, heard)
         if keeps:
             moments = [new if heard[w] else moments[w] for w, (_, new) in enumerate(trained)]
         elif carries:
@@ -120,6 +127,98 @@ def subnets(recipe, axes, send=lambda x: x, *, keeps=False):
         return params, moments, healthy
 
     return one_round
+
+
+class FewBits:
+    """The exchange of few bits on whole leaves, in NumPy.
+
+    Attributes:
+      residual: by path, what the copies of a shared leaf lack.
+    """
+
+    def __init__(self, layout):
+        self.layout, self.residual = layout, {}
+        for path, leaf in layout.leaves.items():
+            if not leaf.unit_axes and self._bits(leaf, layout.bits.gather) < 32:
+                self.residual[path] = np.zeros(leaf.shape, layout.dtype)
+
+    def gather(self, params, axes, turn):
+        sent = {}
+        for path, x in params.items():
+            leaf = self.layout.leaves[path]
+            bits = self._bits(leaf, self.layout.bits.gather) if leaf.unit_axes else 32
+            units = canonical(np.asarray(x), leaf)
+            places = np.arange(units.size, dtype=np.uint32).reshape(units.shape)
+            sent[path] = restore(self._round(path, units, places, bits, 0, turn.index), leaf)
+        return [flat(masking.gather(nested(sent), axes, turn.draw, w)) for w in range(len(turn.indices))]
+
+    def merge(self, params, axes, turn, started, trained, heard):
+        old = [flat(masking.gather(nested(params), axes, turn.draw, w)) for w in range(len(heard))]
+        new, means = [], {}
+        for worker in range(len(heard)):
+            changes = {
+                path: self._change(path, x - started[worker][path], worker, turn)
+                for path, x in trained[worker].items()
+            }
+            kept = old[worker] | self.residual
+            new.append(nested({path: kept[path] + x for path, x in changes.items()}))
+        before = nested(dict(params) | self.residual)
+        merged = flat(masking.merge(before, axes, turn.draw, new, heard))
+        for path, lacking in self.residual.items():
+            means[path] = params[path]
+            if heard.any():
+                x, bits = np.asarray(merged[path]), self.layout.bits.gather
+                places = np.arange(x.size, dtype=np.uint32).reshape(1, -1)
+                sent = self._round(path, x.reshape(1, -1), places, bits, 2, turn.index).reshape(x.shape)
+                means[path], self.residual[path] = params[path] + sent, x - sent
+            else:
+                self.residual[path] = lacking
+        return merged | means
+
+    def _change(self, path, x, worker, turn):
+        leaf, x = self.layout.leaves[path], np.asarray(x)
+        bits = self._bits(leaf, self.layout.bits.merge)
+        places = np.arange(x.size, dtype=np.uint32).reshape(x.shape)
+        if not leaf.unit_axes:
+            x, places = x.reshape(1, -1), places.reshape(1, -1)
+            return self._round(path, x, places, bits, 1, turn.index, worker).reshape(leaf.shape)
+        units, places = canonical(x, leaf), canonical(places, leaf)
+        return restore(self._round(path, units, places, bits, 1, turn.index, worker), leaf)
+
+    def _bits(self, leaf, bits):
+        units = leaf.groups[0].size if leaf.unit_axes else 1
+        return bits if np.prod(leaf.shape) // units >= 16 else 32
+
+    def _round(self, path, rows, places, bits, *numbers):
+        """What comes of [k, ...], each of the k with a scale of its own."""
+        if bits == 32:
+            return rows
+        key, number = np.zeros(1, np.uint32), list(self.layout.leaves).index(path)
+        for x in (self.layout.bits.seed, numbers[0], number, *numbers[1:]):
+            key = mixed(key ^ mixed(np.array([int(x)], np.uint32) + np.uint32(0x9E3779B9)))
+        return few_bits(rows.astype(np.float32), mixed(key ^ mixed(places)), bits).astype(rows.dtype)
+
+
+def mixed(x):
+    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return x ^ (x >> np.uint32(16))
+
+
+def few_bits(rows, random, bits):
+    """float32 [k, ...] as it comes from so many bits, by 32 random ones for each number."""
+    if bits == 16:
+        kept = (rows.view(np.uint32) + (random & np.uint32(0xFFFF))) & np.uint32(0xFFFF0000)
+        return kept.view(np.float32)
+    most = 2 ** (bits - 1) - 1
+    largest = np.abs(rows).reshape(len(rows), -1).max(1).reshape(-1, *[1] * (rows.ndim - 1))
+    scale = (largest * np.float32(1 / most)).view(np.uint32) + np.uint32(0xFFFF)
+    scale = np.where(largest > 2.0**-100, (scale & np.uint32(0xFFFF0000)).view(np.float32), np.float32(0))
+    with np.errstate(divide="ignore"):
+        steps = rows * np.where(scale > 0, np.float32(1) / scale, np.float32(0))
+    chance = (random >> np.uint32(8)).astype(np.float32) / np.float32(2**24)
+    code = np.floor(steps) + (steps - np.floor(steps) > chance)
+    return np.clip(code, -most, most).astype(np.float32) * scale
 
 
 def outer(old, new, state, held, options):

@@ -158,7 +158,7 @@ def test_an_outer_optimizer_is_refused_where_a_method_does_not_say_that_it_has_o
     with pytest.raises(SystemExit) as refused:
         main.main(command(folder / "run", method=OWN["method"], **outer))
     assert refused.value.code == 2
-    message = "does not say that it has an outer optimizer; set config.outer.name to 'none', or give its"
+    message = "has none; set config.outer.name to 'none', or give its"
     assert message in capsys.readouterr().err
     cost = plan.predict(get_config("mlp", method="said.py:own", **outer), facts)
     plain = plan.predict(get_config("mlp", method="said.py:own"), facts)
@@ -189,6 +189,25 @@ def test_a_codec_is_refused_where_nothing_is_exchanged(folder, capsys):
         )
     assert refused.value.code == 2
     assert "set config.exchange.codec to 'none'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "data_parallel", "exchange.merge_bits": 8}, "method='data_parallel' has none; set both"),
+        (
+            {"exchange.codec": OWN["exchange.codec"], "exchange.gather_bits": 4},
+            "one way alone; set both to 32",
+        ),
+        ({"exchange.gather_bits": 7}, "set config.exchange.gather_bits to one of 32, 16, 8, 6, 5, 4"),
+    ],
+)
+def test_few_bits_are_refused_where_they_cannot_be_sent(settings, message, folder, capsys):
+    with pytest.raises(SystemExit) as refused:
+        main.main(command(folder / "run", **settings))
+    assert refused.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from conftest import get_config
 from rounds import assert_same_bits, run_all, set_up, whole
 
 from ist_jax import compare, data, evaluate, plan, train
+from ist_jax.costs.link import Link
 from ist_jax.data import batches
 from ist_jax.extension import fingerprint
 from ist_jax.methods import outer
@@ -189,7 +190,7 @@ def test_the_moments_of_other_workers_start_at_zero_and_it_is_said(tmp_path, cap
     config.update({"rounds": 2, "num_workers": 3})
     with caplog.at_level("WARNING"):
         train.train(config, tmp_path)
-    assert "the moments that 2 workers kept start at zero, for num_workers=3" in caplog.text
+    assert "what 2 workers kept (moments, residuals) starts at zero, for num_workers=3" in caplog.text
     saved = checkpoint.open_round(tmp_path, 2)
     assert saved.read("own/0").tolist() == [2] * 3  # Adam's count, of the second round alone
     assert reference.max_difference(checkpoint.load_params(tmp_path), before) > 0
@@ -255,7 +256,7 @@ def test_an_outer_optimizer_is_memory_and_refused_where_nothing_is_merged():
         more = cost.state_bytes_per_worker - plain.state_bytes_per_worker
         assert more == bytes_each * plain.params_per_worker
         assert cost.wire_bytes_per_worker_per_round == plain.wire_bytes_per_worker_per_round
-    with pytest.raises(ValueError, match="method='data_parallel' does not say that it has an outer optim"):
+    with pytest.raises(ValueError, match="method='data_parallel' has none"):
         planned(**{"outer.name": "adam", "method": "data_parallel"})
     config = get_config("mlp", **{"outer.name": "adam"})
     assert setup.for_method(config, "local_sgd").outer.name == "adam"
@@ -273,15 +274,15 @@ def test_a_plan_is_of_a_given_optimizer():
     config = get_config("mlp", optimizer_state="carry")
     # beside the parameters there travels the momentum or, with Adam, two moments and not the count
     assert 2 * planned_bytes(config, GIVEN) == 3 * planned_bytes(config, None)
-    found = plan.plan(config, data.facts("digits", {}), bandwidths=[1e9], flops=1e13, given=GIVEN)["ist"]
+    found = plan.plan(config, data.facts("digits", {}), links=[Link(1e9, 0)], flops=1e13, given=GIVEN)["ist"]
     assert found["exchanged_bytes_per_worker_per_round"] == planned_bytes(config, GIVEN)
 
 
 @pytest.mark.slow
 def test_a_comparison_is_of_a_given_optimizer(tmp_path):
     config = get_config("mlp", optimizer_state="carry", rounds=2)
-    result = compare.compare(config, tmp_path, methods=["ist"], seeds=1, given=GIVEN)
-    assert result["methods"]["ist"]["bytes"]["mean"] == 2 * planned_bytes(config, GIVEN)
+    result = compare.compare(config, tmp_path, variants=compare.of_methods(["ist"]), seeds=1, given=GIVEN)
+    assert result["variants"]["ist"]["bytes"]["mean"] == 2 * planned_bytes(config, GIVEN)
     assert files.read_records(tmp_path / "ist-0")[-1]["lr"] == 1
     with pytest.raises(ValueError, match="holds a run with other settings") as refused:
         compare.compare(config, tmp_path, methods=["ist"], seeds=1, given=Given(optax.adam(0.02)))

@@ -120,7 +120,8 @@ def test_moments_that_are_not_finite_are_no_state(method):
         batch_fn=lambda data, batch, key: (data[batch], None),
     )  # fmt: skip
     made = METHODS[method].make(recipe)
-    state, indices = made.init(params), np.zeros((1, 1, 1), np.int32)
+    started = jax.vmap(lambda _: made.init(params), axis_name=AXIS)(jnp.zeros(1))
+    state, indices = jax.tree.map(lambda x: x[0], started), np.zeros((1, 1, 1), np.int32)
     turn = Turn({}, {}, jnp.ones(1, bool), jnp.ones((1, 3)), jnp.asarray(indices), jnp.ones(1), 0)
 
     def one_round(_):

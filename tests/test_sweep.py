@@ -110,8 +110,8 @@ class Stack(nn.Module):
 class Case(NamedTuple):
     """A run; `place`: workers, devices and, where there are several on one, how they train.
 
-    `outer`: options of `config.outer`, all of them. `ill`: who has a bad batch in the last round, and whether
-    it spoils the 'loss' or the last 'update' alone.
+    `bits`: of a gather and of a merge. `outer`: options of `config.outer`, all of them. `ill`: who has a bad
+    batch in the last round, and whether it spoils the 'loss' or the last 'update' alone.
     """
 
     place: tuple
@@ -120,6 +120,7 @@ class Case(NamedTuple):
     policy: str = "reset"
     deal: str = "random"
     codec: Codec = NONE
+    bits: tuple = (32, 32)
     tx: Any = None
     overrides: Mapping[str, Any] = {}
     ill: tuple[int, str] | None = None
@@ -144,6 +145,17 @@ CASES = {
     "ist overlap": Case((4, 2, "map"), **CARRY, tx=ADAM, overrides={"partition.min_units": 20}),
     "ist ill": Case((4, 1, "vmap"), **CARRY, deal="fixed", ill=(2, "update")),
     "ist bfloat16": Case((4, 2, "vmap"), **EXACT, codec=BFLOAT16, deal="rolling", overrides=SOME),
+    "ist 8 4": Case(
+        (4, 2, "vmap"), **EXACT, bits=(8, 4), policy="carry", overrides=SOME | {"partition.min_units": 16}
+    ),
+    "ist 16 8": Case((3, 3), **EXACT, bits=(16, 8), model=LSTM()),
+    "ist 8 16 ill": Case((4, 1, "vmap"), **EXACT, bits=(8, 16), ill=(2, "update")),
+    "local_sgd 5 6": Case(
+        (4, 2, "map"), **EXACT, method="local_sgd", policy="keep", bits=(5, 6), overrides=SOME
+    ),
+    "resnet 8 8 outer": Case((2, 1, "map"), "resnet", **EXACT, bits=(8, 8), outer=NESTEROV, policy="keep"),
+    "resnet 32 4": Case((2, 2), "resnet", **EXACT, bits=(32, 4)),
+    "resnet 8 32": Case((2, 2), "resnet", **EXACT, bits=(8, 32)),
     "ist keep": Case((2, 2), "resnet", **EXACT, policy="keep", tx=ADAM),
     "ist outer": Case(
         (3, 3), **EXACT, outer=ADAM_OUTSIDE | {"by_holders": 1.0}, policy="carry", deal="independent",
@@ -206,6 +218,11 @@ SLOW = (
     "resnet outer",
     "ensemble blocks",
     "ist keep fixed",
+    "ist 16 8",
+    "ist 8 16 ill",
+    "resnet 8 8 outer",
+    "resnet 32 4",
+    "resnet 8 32",
 )  # another covers what they cover
 
 
@@ -234,6 +251,7 @@ def set_up_case(case):
 
     settings = {"num_workers": workers, "num_devices": num_devices, "optimizer_state": case.policy}
     settings |= {f"outer.{key}": value for key, value in (case.outer or {}).items()}
+    settings |= {"exchange.gather_bits": case.bits[0], "exchange.merge_bits": case.bits[1]}
     settings |= {"partition.deal": case.deal} | ({"workers_on_device": mode[0]} if mode else {})
     return set_up(case.config, change, model=case.model, method=case.method, **settings, **case.overrides)
 
@@ -307,7 +325,9 @@ def check_loop(case, run, turns, states, heard):
     elif case.method == "data_parallel":
         loop, moments = reference.data_parallel(recipe), recipe.tx.init(params)
     else:
-        loop = reference.subnets(recipe, whole_axes(run), send, keeps=case.policy == "keep")
+        few_bits = reference.FewBits(recipe.layout) if recipe.layout.bits.compress else None
+        keeps = case.policy == "keep"
+        loop = reference.subnets(recipe, whole_axes(run), send, keeps=keeps, few_bits=few_bits)
         moments = recipe.tx.init(params) if case.policy == "carry" else None
         if case.policy == "keep":
             shared = {path: x for path, x in params.items() if not recipe.layout.leaves[path].unit_axes}
@@ -330,6 +350,10 @@ def check_loop(case, run, turns, states, heard):
     assert reference.max_difference(params, params_of(run, states[-1])) < case.tolerance
     assert reference.max_difference(params, params_of(run, start)) > 1e-2
     after, wanted = states[-1], jax.tree.leaves(moments)
+    if recipe.layout.bits.compress:
+        own, residual = after.own
+        check_residual(few_bits.residual, residual, case.tolerance)
+        after = after._replace(own=own)
     if case.outer:
         number = {"adam": 3}.get(case.outer["name"], 1)
         wanted_slow = tuple({path: x[i] for path, x in slow.items()} for i in range(number))
@@ -356,6 +380,15 @@ def by_worker(run, own):
     """What each worker keeps, a list, of arrays [D, W, ...]."""
     joined = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:]), own)
     return [jax.tree.map(lambda x, w=worker: x[w], joined) for worker in range(run.layout.num_workers)]
+
+
+def check_residual(wanted, found, tolerance):
+    """What the copies of shared leaves lack, in slices of the workers."""
+    assert wanted.keys() == found.keys()
+    for path, x in wanted.items():
+        flat = np.concatenate([*np.asarray(found[path])]).ravel()
+        assert np.abs(flat[: x.size] - x.ravel()).max() < tolerance
+        assert np.abs(x).max() > 1e-6 and not flat[x.size :].any()
 
 
 def whole_axes(run):
@@ -406,7 +439,11 @@ def check_no_step(case, run, turns, states):
     begun, turn = states[number], turns[number]._replace(rates=rates)
     still, _ = run_turn(run.stages[-1], copied(begun, run), turn)
     if case.codec is NONE:
-        assert_same_bits(params_of(run, still), params_of(run, begun))
+        found = [params_of(run, state) for state in (still, begun)]
+        if run.layout.bits.compress:  # what copies of shared leaves lack still comes
+            dealt = [path for path, leaf in run.layout.leaves.items() if leaf.unit_axes]
+            found = [{path: params[path] for path in dealt} for params in found]
+        assert_same_bits(*found)
     for turn, before in zip(turns, states, strict=False):
         lost, told = run_turn(run.stages[-1], copied(before, run), turn._replace(rates=rates + np.inf))
         assert not told.healthy.any()
@@ -423,7 +460,7 @@ def check_traffic(case, run):
         parts = Counter()
         for part in phase.parts:
             parts[part.kind, layout.num_devices] += part.operand
-        exchanges = {key: size for key, size in found.items() if key[0] != "all-reduce"}
+        exchanges = {key: size for key, size in found.items() if key[0] != "all-reduce" or key in parts}
         assert exchanges == (dict(parts) if layout.num_devices > 1 else {}), name
         sends = case.method != "ensemble" and (name != "local" or "merge" not in stage.phases)
         assert bool(found) == (layout.num_devices > 1 and sends)

@@ -3,14 +3,13 @@
 import json
 import re
 from functools import partial
-from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, get_config
+from conftest import get_config
 from PIL import Image
 from rounds import image_task, train_and_look
 
@@ -353,19 +352,6 @@ def test_a_model_never_seen_before_trains(num_workers, tmp_path, caplog):
         if len(leaf.unit_axes) == 1:
             assert (np.asarray(params[path])[~gates] == 0).all(), path
             assert np.asarray(params[path])[gates].any()
-
-
-def test_the_readmes_own_model_runs(tmp_path, monkeypatch):
-    readme = (ROOT / "README.md").read_text()
-    example = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "unit_axes" in b)
-    assert len(example.strip().splitlines()) <= 12
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.syspath_prepend(str(ROOT))
-    exec(compile(example, "README.md", "exec"), {"__name__": "__main__"})
-    summaries = list(Path().rglob("summary.json"))
-    assert len(summaries) == 1
-    assert json.loads(summaries[0].read_text())["test_accuracy"] > 0.5
 
 
 def test_loaded_parameters_go_into_apply(trained):

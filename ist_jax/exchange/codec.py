@@ -23,5 +23,24 @@ class Codec(NamedTuple):
     decode: Callable[[Shaped[Array, "n ..."]], Float[Array, "n k"]] | None = None
 
 
+class Bits(NamedTuple):
+    """What an exchange sends of each number of the parameters, in bits: one of `quantize.BITS`.
+
+    Attributes:
+      gather: of what an owner sends.
+      merge: of what a worker sends.
+      seed: of the rounding.
+    """
+
+    gather: int = 32
+    merge: int = 32
+    seed: int = 0
+
+    @property
+    def compress(self) -> bool:
+        return min(self.gather, self.merge) < 32
+
+
 NONE = Codec()
+PLAIN = Bits()
 CODECS: dict[str, Codec] = {"none": NONE}

@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
-from ist_jax.exchange.codec import NONE, Codec
+from ist_jax.exchange.codec import NONE, PLAIN, Bits, Codec
 from ist_jax.partition import Axes, Draw, Group, Groups, as_blocks, layer_axis_of
 
 AXIS = "devices"  # the name that collectives go by
@@ -108,6 +108,7 @@ class Layout(NamedTuple):
       num_workers: S.
       num_devices: D, a divisor of S.
       codec: what becomes of the numbers on their way.
+      bits: how many a number has on its way, where there is no codec.
     """
 
     leaves: dict[str, Leaf]
@@ -116,6 +117,7 @@ class Layout(NamedTuple):
     num_workers: int
     num_devices: int
     codec: Codec = NONE
+    bits: Bits = PLAIN
 
     @property
     def workers_per_device(self) -> int:

@@ -5,11 +5,13 @@ The first unit axis is cut into S contiguous strips, W per device. The draw is s
 entries of each; 1 / S^2 of the matrix where S^2 divides U_in.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Float32, Int, Shaped, UInt32
 
 from ist_jax.exchange.layout import (
     AXIS,
@@ -28,8 +30,8 @@ from ist_jax.exchange.wire import Inputs, inputs_of_all, multiply_slice
 from ist_jax.masking import mean_of_parts
 from ist_jax.partition import Draw, Group
 
-Shard = Float[Array, "W _ U_out R"]
-Parts = Float[Array, "D W strips m n_out R"]  # first axis: destination, then source
+Shard = Shaped[Array, "W _ U_out R"]
+Parts = Shaped[Array, "D W strips m n_out R"]  # first axis: destination, then source
 
 
 def split(x: Shaped[A, "*shape"], leaf: Leaf, num_devices: int) -> Shaped[A, "D W _ U_out R"]:
@@ -62,7 +64,7 @@ def cut_out(layout: Layout, leaf: Leaf, shard: Shard, draw: Draw) -> Parts:
     """What a gather sends: [D, W, strips here, m, n_out, R]."""
     inputs, outputs = _entries(layout, leaf.groups[0], draw), indices_of(leaf.groups[1], draw)
 
-    def cut(inputs: Int[Array, "strips m"], outputs: Int[Array, " n"]) -> Float[Array, "strips m n R"]:
+    def cut(inputs: Int[Array, "strips m"], outputs: Int[Array, " n"]) -> Shaped[Array, "strips m n R"]:
         rows = _take(shard, inputs, 0)  # by rows first: one index per row, not per number
         return rows.at[:, :, outputs].get(mode="fill", fill_value=0)
 
@@ -71,7 +73,7 @@ def cut_out(layout: Layout, leaf: Leaf, shard: Shard, draw: Draw) -> Parts:
     return for_each_device(layout, jax.vmap(cut), *own)
 
 
-def assemble(layout: Layout, leaf: Leaf, got: Parts, draw: Draw) -> Float[Array, "W ..."]:
+def assemble(layout: Layout, leaf: Leaf, got: Parts, draw: Draw) -> Shaped[Array, "W ..."]:
     """The leaf of this device's W subnets, [W, ...], from what has come."""
     got = got.swapaxes(0, 1).reshape(layout.workers_per_device, -1, *got.shape[4:])  # [W, S m, n_out, R]
     if not _is_dense(leaf.groups[0]):
@@ -81,7 +83,7 @@ def assemble(layout: Layout, leaf: Leaf, got: Parts, draw: Draw) -> Float[Array,
     return restore(got, leaf)
 
 
-def take_apart(layout: Layout, leaf: Leaf, x: Float[Array, "W ..."], draw: Draw) -> Parts:
+def take_apart(layout: Layout, leaf: Leaf, x: Shaped[Array, "W ..."], draw: Draw) -> Parts:
     """What a merge sends, of the form that a gather receives."""
     devices, workers, group = layout.num_devices, layout.workers_per_device, leaf.groups[0]
     block = canonical(x, leaf)  # [W, n_in, n_out, R]
@@ -137,6 +139,38 @@ def holders(layout: Layout, leaf: Leaf, draw: Draw, flags: Flags) -> Int[Array, 
     return jnp.einsum("swi,so->wio", inputs, held(second, second.size))[..., None]
 
 
+def largest(layout: Layout, leaf: Leaf, shard: Shard) -> Shaped[Array, " U"]:
+    """The largest number of each unit of the first group in what this device keeps; 0 where it keeps none."""
+    group, own = leaf.groups[0], shard.max((2, 3)).reshape(-1)
+    everywhere = jnp.zeros(group.strips * group.strip_size, own.dtype)
+    start = lax.axis_index(AXIS) * len(own)
+    return lax.dynamic_update_slice_in_dim(everywhere, own, start, 0)[: group.size]
+
+
+def spread(layout: Layout, leaf: Leaf, per_unit: Shaped[Array, " U"]) -> Shaped[Array, "W _ 1 1"]:
+    """Numbers by unit of the first group, in a form that is broadcast to this device's shard."""
+    group = leaf.groups[0]
+    strips = pad(per_unit, (0, group.strips * group.strip_size - len(per_unit))).reshape(group.strips, -1)
+    return _own(layout, strips, 0)[..., None, None]
+
+
+def places(layout: Layout, leaf: Leaf) -> UInt32[Array, "W _ U_out R"]:
+    """Where each number of this device's shard stands in the leaf, units first."""
+    shape = (layout.workers_per_device, leaf.groups[0].strip_size, leaf.groups[1].size, leaf.row_size)
+    size = math.prod(shape)
+    first = lax.axis_index(AXIS).astype(jnp.uint32) * size
+    return first + jnp.arange(size, dtype=jnp.uint32).reshape(shape)
+
+
+def scales_of_parts(
+    layout: Layout, leaf: Leaf, per_slot: Float32[Array, "S n"], draw: Draw
+) -> Float32[Array, "D W strips m 1 1"]:
+    """Numbers by worker and slot of the first group, in a form that is broadcast to what a merge brings."""
+    slots_of = _own(layout, _strip_slots(leaf.groups[0], draw), 1)  # [S, strips here, m]
+    taken = _take(per_slot, slots_of, 0)
+    return taken.reshape(layout.num_devices, -1, *taken.shape[1:], 1, 1)
+
+
 def assigned(leaf: Leaf, num_workers: int) -> int | float:
     """Numbers of the leaf that all workers' subnets hold together, assigned slots only; a mean over draws."""
     first, second = leaf.groups
@@ -181,7 +215,7 @@ def _entries(layout: Layout, group: Group, draw: Draw) -> Int[Array, "S W m"]:
     return _own(layout, jnp.where(slots_of < indices.shape[1], units, group.strip_size), 1)
 
 
-def _own(layout: Layout, per_worker: Int[Array, "..."], axis: int) -> Int[Array, "..."]:
+def _own(layout: Layout, per_worker: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
     """This device's W of S entries along an axis."""
     workers = layout.workers_per_device
     return lax.dynamic_slice_in_dim(per_worker, lax.axis_index(AXIS) * workers, workers, axis)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Float32, Int, Shaped, UInt32
 
 from ist_jax.exchange.layout import (
     AXIS,
@@ -29,8 +29,8 @@ from ist_jax.exchange.wire import Inputs, inputs_of_all, multiply_slice
 from ist_jax.masking import mean_of_parts
 from ist_jax.partition import Draw
 
-Shard = Float[Array, "_ _"]  # U and q, as above
-Parts = Float[Array, "D W _ _"]  # n and q; first axis: destination, then source
+Shard = Shaped[Array, "_ _"]  # U and q, as above
+Parts = Shaped[Array, "D W _ _"]  # n and q; first axis: destination, then source
 
 
 def split(x: Shaped[A, "..."], leaf: Leaf, num_devices: int) -> Shaped[A, "D ..."]:
@@ -74,12 +74,12 @@ def cut_out(layout: Layout, leaf: Leaf, shard: Shard, draw: Draw) -> Parts:
     return for_each_device(layout, take, indices)
 
 
-def assemble(layout: Layout, leaf: Leaf, got: Parts, draw: Draw) -> Float[Array, "W ..."]:
+def assemble(layout: Layout, leaf: Leaf, got: Parts, draw: Draw) -> Shaped[Array, "W ..."]:
     """The leaf of this device's W subnets, [W, ...], from what has come."""
     return join(got, leaf)
 
 
-def take_apart(layout: Layout, leaf: Leaf, x: Float[Array, "W ..."], draw: Draw) -> Parts:
+def take_apart(layout: Layout, leaf: Leaf, x: Shaped[Array, "W ..."], draw: Draw) -> Parts:
     """What a merge sends, of the form that a gather receives."""
     return split(x, leaf, layout.num_devices)
 
@@ -112,6 +112,32 @@ def holders(layout: Layout, leaf: Leaf, draw: Draw, flags: Flags) -> Int[Array, 
     real = lax.axis_index(AXIS) * step + jnp.arange(step) < leaf.row_size
     axis = _axis(leaf)
     return jnp.where(jnp.expand_dims(real, axis), jnp.expand_dims(held, 1 - axis), 0)
+
+
+def largest(layout: Layout, leaf: Leaf, shard: Shard) -> Shaped[Array, " U"]:
+    """The largest number of each unit in what this device keeps."""
+    return shard.max(1 - _axis(leaf))
+
+
+def spread(layout: Layout, leaf: Leaf, per_unit: Shaped[Array, " U"]) -> Shard:
+    """Numbers by unit, in a form that is broadcast to this device's shard."""
+    return jnp.expand_dims(per_unit, 1 - _axis(leaf))
+
+
+def places(layout: Layout, leaf: Leaf) -> UInt32[Array, "_ _"]:
+    """Where each number of this device's shard stands in the leaf, units first."""
+    step = -(-leaf.row_size // layout.num_devices)
+    inside = lax.axis_index(AXIS).astype(jnp.uint32) * step + jnp.arange(step, dtype=jnp.uint32)
+    own = jnp.arange(leaf.groups[0].size, dtype=jnp.uint32)[:, None] * leaf.row_size + inside
+    return own.T if leaf.unit_last else own
+
+
+def scales_of_parts(
+    layout: Layout, leaf: Leaf, per_slot: Float32[Array, "S n"], draw: Draw
+) -> Float32[Array, "D W _ _"]:
+    """Numbers by worker and slot, in a form that is broadcast to what a merge brings."""
+    per_slot = per_slot.reshape(layout.num_devices, -1, per_slot.shape[1])
+    return jnp.expand_dims(per_slot, 3 - _axis(leaf))
 
 
 def assigned(leaf: Leaf, num_workers: int) -> int | float:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Float, Float32, Int, PyTree, Shaped
 
 from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf, Shards, cut
 from ist_jax.exchange.wire import Inputs, all_gather
@@ -65,6 +65,13 @@ def put_back(layout: Layout, old: Shards, parts: Shards, flags: Flags) -> Shards
 def holders(layout: Layout, leaf: Leaf, draw: Draw, flags: Flags) -> Int[Array, ""]:
     """How many of the workers flagged hold the leaf."""
     return flags.sum(dtype=jnp.int32)
+
+
+def scales_of_parts(
+    layout: Layout, leaf: Leaf, per_worker: Float32[Array, "S 1"], draw: Draw
+) -> Float32[Array, "D W 1 1"]:
+    """Numbers by worker, in a form that is broadcast to the slices of such a leaf in a compressed merge."""
+    return per_worker.reshape(layout.num_devices, -1, 1, 1)
 
 
 def assigned(leaf: Leaf, num_workers: int) -> int | float:

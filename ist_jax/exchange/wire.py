@@ -91,6 +91,22 @@ def all_gather(layout: Layout, x: Float[Array, " q"]) -> Float[Array, " p"]:
     return _decode(layout, got, jax.ShapeDtypeStruct((layout.num_devices, *x.shape), x.dtype)).reshape(-1)
 
 
+def all_to_all_bytes(layout: Layout, parts: Parts) -> Parts:
+    """Exchanges arrays [D, ...] of any dtypes together, first axis: destination, then source."""
+    got = _exchange(layout, {name: _to_bytes(x) for name, x in parts.items()})
+    return {name: _from_bytes(got[name], x.shape, x.dtype) for name, x in parts.items()}
+
+
+def all_gather_bytes(layout: Layout, parts: PyTree[Shaped[Array, "1 ..."]]) -> Parts:
+    """[D, ...] of arrays [1, ...] of any dtypes, together."""
+    if layout.num_devices == 1 or not parts:
+        return parts
+    sent = [_to_bytes(x) for x in parts.values()]
+    got = lax.all_gather(jnp.concatenate(sent, axis=1), AXIS, tiled=True)
+    pieces = zip(parts.items(), jnp.split(got, np.cumsum([x.size for x in sent])[:-1], axis=1), strict=True)
+    return {name: _from_bytes(y, (len(y), *x.shape[1:]), x.dtype) for (name, x), y in pieces}
+
+
 def _exchange(layout: Layout, parts: Shards) -> Shards:
     if layout.num_devices == 1:
         return parts

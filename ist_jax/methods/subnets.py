@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from ist_jax.data import Split
-from ist_jax.exchange import store
+from ist_jax.exchange import compressed, store
 from ist_jax.exchange.layout import Shards, map_trees
 from ist_jax.exchange.store import Subnets
 from ist_jax.methods.method import Gates, Method, Phase, Recipe, State, Told, Turn
@@ -31,10 +31,11 @@ Trained: TypeAlias = tuple[PerWorker, PerWorker, Told]
 def make(recipe: Recipe) -> Method:
     """The method; the groups of the recipe's layout say what is dealt out."""
     layout, policy, tx, outer = recipe.layout, recipe.policy, recipe.tx, recipe.outer
-    stepping = recipe._replace(tx=policy.transform(layout, tx))
+    stepping, compress = recipe._replace(tx=policy.transform(layout, tx)), layout.bits.compress
 
     def init(params: Shards) -> State:
         travels, own = policy.init(layout, tx, params)
+        own = (own, compressed.init(layout)) if compress else own
         return State(params, travels, outer.init(params) if outer is not None else (), own)
 
     def gather(state: State, _: None, turn: Turn) -> Subnets:
@@ -43,7 +44,10 @@ def make(recipe: Recipe) -> Method:
         def own(tree: Shards) -> Subnets:
             return store.gather(layout, tree, turn.draw)
 
-        return map_trees(layout, own, (state.params, state.travels), scalar=lambda x: None)
+        if not compress:
+            return map_trees(layout, own, (state.params, state.travels), scalar=lambda x: None)
+        units = compressed.gather(layout, state.params, turn.draw, turn.index)
+        return units, map_trees(layout, own, state.travels, scalar=lambda x: None)
 
     def local(state: State, units: Subnets, turn: Turn) -> Trained:
         """This device's trained subnets, (parameters, moments), what is kept and told of them; [W, ...]."""
@@ -57,11 +61,15 @@ def make(recipe: Recipe) -> Method:
             params, travels = map_trees(layout, lambda _, s, u: s | u, kept, shared, own_units)
             own = turn._replace(gates=own_gates, indices=own_indices)
             opt_state = policy.start(layout, tx, params, travels, own_moments)
+            start = params
             params, opt_state, told = train_worker(stepping, params, opt_state, own, worker)
             travels, own_moments = policy.end(opt_state)
+            if compress:  # what was changed goes back
+                params = jax.tree.map(jnp.subtract, params, start)
             return (params, travels), own_moments, told
 
-        args = (worker_numbers(layout), units, state.own, dict(turn.gates), turn.indices)
+        moments = state.own[0] if compress else state.own
+        args = (worker_numbers(layout), units, moments, dict(turn.gates), turn.indices)
         return each_worker(recipe, train, args)
 
     def merge(state: State, trained: Trained, turn: Turn) -> tuple[State, Told]:
@@ -73,14 +81,20 @@ def make(recipe: Recipe) -> Method:
             return store.merge(layout, old, new, turn.draw, heard)
 
         trained_params, moved = subnets
-        params, all_heard = store.merge_heard(layout, state.params, trained_params, turn.draw, heard)
+        own_before, residual = state.own if compress else (state.own, ())
+        if compress:
+            params, residual, all_heard = compressed.merge(
+                layout, state.params, residual, trained_params, turn.draw, heard, turn.index
+            )
+        else:
+            params, all_heard = store.merge_heard(layout, state.params, trained_params, turn.draw, heard)
         travels = map_trees(layout, own, state.travels, moved, scalar=lambda old, new: new[0])
         stays = state.stays
         if outer is not None:
             holders = store.holders(layout, turn.draw, all_heard)
             params, stays = outer.step(state.params, params, stays, holders)
-        moments = jax.tree.map(lambda new, old: jax.vmap(jnp.where)(heard, new, old), moments, state.own)
-        return State(params, travels, stays, moments), told
+        moments = jax.tree.map(lambda new, old: jax.vmap(jnp.where)(heard, new, old), moments, own_before)
+        return State(params, travels, stays, (moments, residual) if compress else moments), told
 
     phases: dict[str, Phase] = {"gather": gather} if layout.groups else {}
     phases |= {"local": local, "merge": merge}

@@ -23,7 +23,7 @@ from ist_jax.costs import formula
 from ist_jax.costs.traffic import Traffic, round_traffic
 from ist_jax.data.stream import Evaluation, Feed
 from ist_jax.deals import DEALS
-from ist_jax.exchange.codec import CODECS, NONE, Codec
+from ist_jax.exchange.codec import CODECS, NONE, Bits, Codec
 from ist_jax.exchange.kinds import from_params, shard_shapes
 from ist_jax.exchange.layout import Layout, make_layout, regroup
 from ist_jax.key import FILE
@@ -156,7 +156,7 @@ def for_method(config: ConfigDict, method: str) -> ConfigDict:
     if method != config.method:
         entry = method_of(own)
         if not entry.exchanges:
-            own.exchange.codec = "none"
+            own.exchange.codec, own.exchange.gather_bits, own.exchange.merge_bits = "none", 32, 32
         if not entry.has_outer:
             own.outer.name = "none"
     return own
@@ -226,10 +226,11 @@ def make_recipe(
         if FILE.fullmatch(config.method):
             remedy += ", or give its methods.Entry has_outer=True, if it is built on what takes recipe.outer"
         raise ValueError(
-            f"outer.name={config.outer.name!r} is for what a merge brings, and method={config.method!r} does "
-            f"not say that it has an outer optimizer; {remedy}"
+            f"outer.name={config.outer.name!r} is for what a merge brings, and method={config.method!r} has "
+            f"none; {remedy}"
         )
     layout = make_layout(shapes, axes, groups, config.num_workers, num_devices, codec)
+    layout = layout._replace(bits=_bits(config, entry, codec, groups))
     partition.draw(config.seed, 0, groups, _load(config, "partition.deal", DEALS))  # is it sound?
     tx = optimizers.make(config.optimizer.to_dict()) if tx is None else tx
     policy = methods.policy_of(entry, config.optimizer_state)
@@ -248,6 +249,25 @@ def make_recipe(
         seed=config.seed,
         vmapped=config.workers_on_device == "vmap",
     )
+
+
+def _bits(config: ConfigDict, entry: methods.Entry, codec: Codec, groups: partition.Groups) -> Bits:
+    """What `config.exchange` says of bits."""
+    own = config.exchange
+    bits = Bits(own.gather_bits, own.merge_bits, config.seed)
+    given = f"exchange.gather_bits={bits.gather} and exchange.merge_bits={bits.merge}"
+    if bits.compress and not entry.exchanges:
+        raise ValueError(
+            f"{given} are for exchanges of parameters, and method={config.method!r} has none; set both to 32"
+        )
+    if bits.compress and codec != NONE:
+        raise ValueError(
+            f"{given} beside exchange.codec={own.codec!r}: a number goes one way alone; set both to 32, or "
+            "config.exchange.codec to 'none'"
+        )
+    if stacked := [name for name, group in groups.items() if bits.compress and group.layers]:
+        raise ValueError(f"{given} are not for units of layers, such as {stacked[0]}; set both to 32")
+    return bits
 
 
 def _make_groups(
