@@ -13,7 +13,7 @@ the methods, 'seconds_per_round', 'utilisation' and 'overlap_saves_per_round' (b
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from absl import flags
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     import flax.linen as nn
 
     from ist_jax import data, tasks
+    from ist_jax.exchange.layout import Layout
     from ist_jax.methods.method import Recipe
     from ist_jax.methods.optimizers import Given
-    from ist_jax.partition import Group
     from ist_jax.workdir.files import Json
 
 Shown: TypeAlias = "tuple[tasks.Task, data.Split]"
@@ -225,7 +225,7 @@ def plan(
             first = [(warmup, _cost(own, shown, warm))] if warmup else []
             totals[method] = total([*first, (rounds - warmup, costs[method])])
         if method == config.method:
-            notes = _notes(workers, recipe.layout.groups, rounds, warmup)
+            notes = _notes(recipe.layout, rounds, warmup)
     found = {method: [on_device(cost, link) for link in links] for method, cost in costs.items()}
     times = {
         f"{field}_per_round" if field != "utilisation" else field: {
@@ -248,16 +248,22 @@ def _whole(figures: Cost | Total) -> "dict[str, Json]":
     return {name: int(x) if isinstance(x, float) and x % 1 == 0 else x for name, x in named}
 
 
-def _notes(workers: int, groups: "Mapping[str, Group]", rounds: int | None, warmup: int) -> list[str]:
+def _notes(layout: "Layout", rounds: int | None, warmup: int) -> list[str]:
     """What makes no sense in a setting, or leaves units out, a line each; usually there are none.
 
     Args:
-      workers: S.
-      groups: of units, as the method deals them; {}: it deals none.
+      layout: with the groups of units as the method deals them.
       rounds: of the run; None: not known.
       warmup: of them, in which nothing is dealt.
     """
-    found = []
+    from ist_jax.exchange.kinds import kind_of
+
+    found, workers, groups = [], layout.num_workers, layout.groups
+    for path, leaf in layout.leaves.items():
+        share = kind_of(leaf).assigned(leaf, workers) / max(1, math.prod(leaf.shape))
+        if len(leaf.unit_axes) == 2 and leaf.rest and share < 1:  # such as blocks and their neurons
+            both = " and ".join(group.name for group in leaf.groups)
+            found.append(f"of {path}, which is dealt by {both} at once, {share:.0%} is trained in a round")
     for name, group in groups.items():
         least = min(group.counts)
         if workers == 1:

@@ -3,6 +3,7 @@
 import json
 import time
 
+import flax.linen as nn
 import pytest
 from conftest import ROOT, get_config
 
@@ -293,3 +294,34 @@ def test_what_is_known_of_a_set_is_what_it_holds():
     assert data.Facts(digits.train[0]["image"].shape, len(digits.classes), len(digits.train)) == data.facts(
         "digits"
     )
+
+
+class Composite(nn.Module):
+    """Stacked blocks, of whose neurons a worker has some in each: both axes are dealt."""
+
+    blocks: int = 4
+    neurons: int = 8
+
+    def unit_axes(self):
+        return {"up": ("block", None, "neuron"), "down": ("block", "neuron", None)}
+
+    def subnet(self, sizes):
+        return self.clone(blocks=sizes["block"], neurons=sizes["neuron"])
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.Dense(5, name="embed")(x.reshape(len(x), -1))
+        up = self.param("up", nn.initializers.normal(0.1), (self.blocks, 5, self.neurons))
+        down = self.param("down", nn.initializers.normal(0.1), (self.blocks, self.neurons, 5))
+        for block in range(self.blocks):
+            y = y + nn.relu(y @ up[block]) @ down[block]
+        return nn.Dense(10, name="head")(y)
+
+
+def test_blocks_and_neurons_dealt_at_once_are_seldom_trained():
+    config = get_config("mlp", rounds=100)
+    planned = plan.plan(config, data.facts("digits", {}), links=[Link(1e9)], flops=1e13, model=Composite())
+    assert planned["notes"] == [
+        f"of {path}, which is dealt by block and neuron at once, 50% is trained in a round"
+        for path in ("down", "up")
+    ]
