@@ -101,9 +101,11 @@ def test_a_net_of_a_model_without_units_is_all_of_it():
 
 @pytest.mark.slow
 def test_it_is_compared_with_methods_of_one_model(tmp_path):
-    found = compare.compare(get_config("mlp", rounds=1), tmp_path, methods=["ensemble", "ist"], seeds=1)
+    found = compare.compare(
+        get_config("mlp", rounds=1), tmp_path, variants=compare.of_methods(["ensemble", "ist"]), seeds=1
+    )
     assert found["start"]["0"].keys() == {"params_sha256", "examples_sha256"}
-    assert found["methods"]["ensemble"]["bytes"]["mean"] == 0
+    assert found["variants"]["ensemble"]["bytes"]["mean"] == 0
 
 
 def test_probabilities_are_averaged_not_logits():

@@ -285,7 +285,9 @@ def test_a_comparison_is_of_a_given_optimizer(tmp_path):
     assert result["variants"]["ist"]["bytes"]["mean"] == 2 * planned_bytes(config, GIVEN)
     assert files.read_records(tmp_path / "ist-0")[-1]["lr"] == 1
     with pytest.raises(ValueError, match="holds a run with other settings") as refused:
-        compare.compare(config, tmp_path, methods=["ist"], seeds=1, given=Given(optax.adam(0.02)))
+        compare.compare(
+            config, tmp_path, variants=compare.of_methods(["ist"]), seeds=1, given=Given(optax.adam(0.02))
+        )
     assert any(note.startswith("optimizer= is ") for note in refused.value.__notes__)
 
 

@@ -346,7 +346,7 @@ def test_a_model_never_seen_before_trains(num_workers, tmp_path, caplog):
     gates = turn.draw["layer"].gates.reshape(num_workers, 1, -1)
     assert gates.all() == (num_workers == 5)
     units = jax.block_until_ready(stage.programs["gather"](state, None, turn))
-    (params, _), told = stage.programs["local"](state, units, turn)
+    (params, _), *_, told = stage.programs["local"](state, units, turn)
     assert np.asarray(told.healthy).all()
     for path, leaf in run.layout.leaves.items():
         if len(leaf.unit_axes) == 1:

@@ -107,7 +107,7 @@ class Task(NamedTuple):
 
     def show(self, split: Split) -> Batch:
         """All examples of a split, as they are evaluated."""
-        return self.batch(split, jnp.arange(num_examples(split)), None)
+        return self.batch(jax.tree.map(jnp.asarray, dict(split)), jnp.arange(num_examples(split)), None)
 
 
 def with_example(task: Task, split: Split) -> Task:
