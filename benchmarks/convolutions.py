@@ -151,7 +151,7 @@ def main(argv: list[str]) -> int:
         opened = inputs.open_inputs(setup.wanted_data(config))
         model = build_model(config, len(opened.dataset.classes))
         print(f"{work}: input, kernel, stride, GFLOP; forward, gradients in ms (GFLOP/s)")
-        for shape in shapes_of(model, opened.task.example, config.batch_size):
+        for shape in shapes_of(model, opened.task.example[0], config.batch_size):
             size, kernel = ("x".join(map(str, part)) for part in (shape.x, shape.kernel))
             row = [f"{size:>14} {kernel:>12} {shape.strides[0]} {shape.flops / 1e9:6.3f}"]
             for name, (forward, gradients) in measure(shape, values.repeats, values.native).items():

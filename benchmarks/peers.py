@@ -281,7 +281,7 @@ def measure(name: str, repeats: int) -> dict[str, float]:
     peer.close()
     found = {key: float(np.median(x)) for key, x in times.items()}
     best = min(found["nchw"], found["channels_last"])
-    flops = step_flops(stage.recipe, run.inputs.task.example, config.batch_size)
+    flops = step_flops(stage.recipe, run.inputs.train, config.batch_size)
     rate = max(multiply(), multiply_here())
     shares = {f"{who}_share": flops / ms * 1e3 / rate for who, ms in (("our", found["ours"]), ("peer", best))}
     return found | {"ratio": found["ours"] / best, "gflops_of_products": rate / 1e9, **shares}
@@ -297,7 +297,7 @@ def measure_round(repeats: int) -> dict[str, float]:
     run = set_up(config)
     stage = run.stages[-1]
     sizes = (
-        int(np.prod(run.inputs.task.example.shape)),
+        int(np.prod(run.inputs.task.example[0].shape)),
         *config.model.hidden,
         len(run.inputs.dataset.classes),
     )
