@@ -7,7 +7,7 @@ A step: here, a device per core trains its workers in the compiled local phase o
 included. The peer is a loop in eager PyTorch, a process per core with one thread, on batches that are in
 memory already: no data, no exchange. It is timed in NCHW and in channels_last, and the better one counts.
 Printed are medians over the repeats, in ms per step of a worker and core; the ratio of ours to the peer's;
-and both rates as shares of that of a large matrix product, by the better of the two libraries on one core.
+and both rates as shares of that of a large matrix product, which PyTorch does on one core.
 
 A round of IST (`ist_round`), in seconds: the peer is of the design of the papers' released code, two
 processes over gloo. The first keeps the model, cuts out each worker's part and puts back what has come of it.
@@ -282,7 +282,7 @@ def measure(name: str, repeats: int) -> dict[str, float]:
     found = {key: float(np.median(x)) for key, x in times.items()}
     best = min(found["nchw"], found["channels_last"])
     flops = step_flops(stage.recipe, run.inputs.train, config.batch_size)
-    rate = max(multiply(), multiply_here())
+    rate = multiply()
     shares = {f"{who}_share": flops / ms * 1e3 / rate for who, ms in (("our", found["ours"]), ("peer", best))}
     return found | {"ratio": found["ours"] / best, "gflops_of_products": rate / 1e9, **shares}
 
@@ -320,22 +320,6 @@ def measure_round(repeats: int) -> dict[str, float]:
     ours = sum(found[name] for name in stage.programs)
     exchange = (ours - found["local"]) / ours
     return found | {"ours": ours, "ratio": ours / found["peer"], "share_of_exchange": exchange}
-
-
-def multiply_here(size: int = 1024, repeats: int = 20) -> float:
-    """As `multiply`, by XLA."""
-    import jax
-    import jax.numpy as jnp
-
-    matrix = jnp.ones((size, size))
-    options = {"xla_cpu_multi_thread_eigen": False}
-    product = jax.jit(lambda a: a @ a).lower(matrix).compile(options)
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        jax.block_until_ready(product(matrix))
-        seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds)
 
 
 def features(directory: str, options: dict):

@@ -71,7 +71,7 @@ COMMON: dict[str, Key] = {
     "stuck_after": free(1800.0, "seconds without progress, though all processes live; 0: for ever", least=0),
     "checkpoint.every": free(50, "rounds between checkpoints; 0: at the end alone", least=0),
     "checkpoint.keep": free(2, "latest checkpoints that stay; the best one does as well", least=1),
-    "data.name": Key("digits", f"data set: {', '.join(data.SETS)}, or FILE.py:NAME"),
+    "data.name": Key("digits", f"data set: {' '.join(data.SETS)}", file=True),
     "data.dir": free("", "folder or file of the data set; embedded ones need none"),
     "data.pad": Key(0, "pixels of padding before a random crop of a training image", least=0),
     "data.flip": Key(False, "mirror half of the training images"),

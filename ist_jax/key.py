@@ -45,7 +45,7 @@ class Key(NamedTuple):
         if self.choices:
             return f"one of {', '.join(map(repr, self.choices))}" + ", or FILE.py:NAME" * self.file
         if self.least is None:
-            return ""
+            return "or FILE.py:NAME" * self.file
         if self.above:
             return f"a number above {self.least}"
         if self.most < math.inf:

@@ -65,7 +65,7 @@ def test_misspelt_keys_are_refused():
 )
 def test_every_key_has_a_line_of_help_and_a_default_that_is_allowed(options):
     for name, key in options.items():
-        assert 0 < len(key.help) <= 200, name
+        assert 0 < len(key.help) <= 170, name
         assert "\n" not in key.help, name
         assert (key.kind is not None) == (key.default is None or isinstance(key.default, tuple)), name
         key.check(name, key.default)

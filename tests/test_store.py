@@ -128,7 +128,7 @@ def test_exchange_of_a_stack_equals_masking(case):
 
 
 @pytest.mark.slow
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_exchange_of_random_cases_equals_masking(case):
     check_equal_to_masking(case, vmapped)

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 Options: TypeAlias = dict[str, str | bool]
 
 # A step of both workers of a ResNet [2,2,9,2], width 64, batch 32, 2 cores of an AMD EPYC with AVX-512, JAX
-# 0.10.2, 2026-11-24: 1,260 ms without, 1,030 ms with them. Without AVX-512 none gained anything (2026-11-25).
+# 0.10.2, 2026-11-24: 1,260 ms without, 1,030 ms with them. Without AVX-512 there is no gain to show.
 _WIDE: Options = {
     # BatchNorm and ReLU of [32, 32, 32, 64], forward and back: 0.86 -> 0.74 ms
     "xla_cpu_prefer_vector_width": "512",
