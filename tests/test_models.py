@@ -274,6 +274,30 @@ def test_convolution_and_its_gradients_equal_xla(strides, kernel, padding, large
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float64, 1e-14), (np.float32, 2e-6)])
+def test_a_convolution_by_tiles_and_its_gradients_equal_xla(dtype, bound, monkeypatch):
+    monkeypatch.setattr(conv_module, "_LARGE", 0)
+    monkeypatch.setattr(conv_module, "_CHANNELS", 64)
+    monkeypatch.setattr(conv_module, "_CHANNELS_OF_GRADIENT", 64)
+
+    def run(x, w, dy):
+        y, back = jax.vjp(lambda x, w: conv_general_dilated(x, w, (1, 1), ((1, 1), (1, 1))), x, w)
+        return y, *back(dy)
+
+    rng = np.random.default_rng(0)
+    x, w, dy = (rng.normal(size=size) for size in ((2, 6, 4, 64), (3, 3, 64, 80), (2, 6, 4, 80)))
+    with jax.enable_x64(True):
+        narrow = [jnp.asarray(a, dtype) for a in (x, w, dy)]
+        assert "conv_general_dilated[" not in str(jax.make_jaxpr(run)(*narrow))
+        got = run(*narrow)
+        monkeypatch.setattr(conv_module, "_CHANNELS", 128)
+        monkeypatch.setattr(conv_module, "_CHANNELS_OF_GRADIENT", 128)
+        wanted = run(*map(jnp.asarray, (x, w, dy)))
+    for a, b in zip(map(np.asarray, got), map(np.asarray, wanted), strict=True):
+        assert a.dtype == dtype
+        assert np.abs(a - b).max() < bound * np.abs(b).max()
+
+
 def test_batch_norm_uses_the_batch_or_what_it_is_given():
     x = jax.random.normal(jax.random.key(0), (64, 3)) * 3 + 1
     norm = BatchNorm()
