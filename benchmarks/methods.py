@@ -1,0 +1,149 @@
+"""Every method, optimizer's state, outer optimizer, deal and codec at a learning rate of its own: one table.
+
+    python benchmarks/methods.py [--work=resnet,mlp] [--dir=DIR] [--workdir=runs/methods] [--seeds=3]
+
+The rate of each variant is the best of one grid by the examples that are held out of the training set
+(data.validation, seed 0); then it is trained on all of them, with every seed, and the test set is looked at
+once, after the last round. All variants of a work see the same examples. Finished runs in the folder are not
+repeated, so that a run that was stopped goes on; what is finished is in WORKDIR/methods.json and, with
+--table, printed without any training.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from ist_jax import cli, compare
+from ist_jax.workdir import files
+
+WORKS = {  # config, and what it changes
+    "resnet": ("configs/resnet.py", {"eval_every": 0}),
+    "mlp": ("configs/mlp.py", {"eval_every": 0}),
+    "delicious": ("configs/mlp.py:delicious", {"eval_every": 0}),
+    "cifar10_small": ("configs/resnet.py:cifar10_small", {"eval_every": 0}),
+}
+FACTORS = (0.5, 1.0, 2.0, 4.0)  # the grid, times the config's learning rate
+HELD_OUT = 0.2
+BITS = "exchange.{}_bits"
+
+
+def _bits(gather: int, merge: int) -> dict:
+    return {BITS.format("gather"): gather, BITS.format("merge"): merge}
+
+
+LOCAL = {"method": "local_sgd"}
+VARIANTS: dict[str, dict] = {
+    "ist": {},
+    "ist keep": {"optimizer_state": "keep"},
+    "ist carry": {"optimizer_state": "carry"},
+    "ist outer sgd": {"outer.name": "sgd"},
+    "ist outer nesterov": {"outer.name": "nesterov"},
+    "ist outer adam": {"outer.name": "adam"},
+    "ist keep, outer nesterov": {"optimizer_state": "keep", "outer.name": "nesterov"},
+    "ist 8/8 bits": _bits(8, 8),
+    "ist 8/4 bits": _bits(8, 4),
+    "ist 4/4 bits": _bits(4, 4),
+    "ist rolling": {"partition.deal": "rolling"},
+    "ist fixed": {"partition.deal": "fixed"},
+    "ist independent": {"partition.deal": "independent"},
+    "local_sgd keep": LOCAL,
+    "local_sgd reset": LOCAL | {"optimizer_state": "reset"},
+    "local_sgd outer nesterov": LOCAL | {"outer.name": "nesterov"},
+    "local_sgd 8/8 bits": LOCAL | _bits(8, 8),
+    "ensemble": {"method": "ensemble"},
+    "data_parallel": {"method": "data_parallel"},
+}
+USAGE = "python benchmarks/methods.py [--work=NAME,...] [--variants=NAME,...] [--dir=DIR] [--workdir=DIR]"
+
+
+def get_config(work: str, folder: str | None, rate: float = 1.0) -> ConfigDict:
+    """The config of a work at so many times its learning rate."""
+    path, changes = WORKS[work]
+    probe = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", path, flag_values=probe, sys_argv=[])
+    probe([""])
+    config = probe.config
+    config.update_from_flattened_dict(changes | ({"data.dir": folder} if folder else {}))
+    config.optimizer.learning_rate *= rate
+    return config
+
+
+def name_of(variant: str, *more: object) -> str:
+    """What a folder is called by."""
+    words = variant.replace(",", "").replace("/", "-").split()
+    return "_".join([*words, *map(str, more)])
+
+
+def measure(work: str, variant: str, folder: str | None, workdir: Path, seeds: int) -> dict:
+    """Chooses the rate of a variant and trains it; what the table says of it."""
+    own, held_out = VARIANTS[variant], {}
+    for factor in FACTORS:
+        config = get_config(work, folder, factor)
+        config.data.validation = HELD_OUT
+        place = workdir / work / name_of(variant, factor)
+        found = compare.compare(config, place, variants={"grid": own}, seeds=1)
+        metric = found["metric"]
+        last = files.read_records(place / found["variants"]["grid"]["runs"][0])[-1]
+        held_out[factor] = last[f"validation_{metric['name']}"]
+    best = (max if metric["higher_is_better"] else min)(held_out, key=lambda factor: held_out[factor])
+    place = workdir / work / name_of(variant, "final")
+    found = compare.compare(get_config(work, folder, best), place, variants={"final": own}, seeds=seeds)
+    figures = found["variants"]["final"]
+    summaries = [files.read_summary(place / run) for run in figures["runs"]]
+    return {
+        "overrides": own,
+        "metric": metric["name"],
+        "held_out": held_out,
+        "learning_rate": get_config(work, folder, best).optimizer.learning_rate,
+        "each": [summary[f"test_{metric['name']}"] for summary in summaries],
+        "exchanged_megabytes": figures["bytes"]["mean"] / 1e6,
+        "sent_megabytes": figures["bytes_sent"]["mean"] / 1e6,
+    }
+
+
+def table(results: dict[str, dict]) -> str:
+    """Markdown, a row for each variant of a work."""
+    rows = [
+        "| | test % (each seed) | learning rate | held out % at "
+        f"{', '.join(f'{f:g}x' for f in FACTORS)} | MB exchanged |",
+        "|---|---|---|---|---|",
+    ]
+    for variant, found in results.items():
+        each = [100 * x for x in found["each"]]
+        spread = f" ± {statistics.stdev(each):.2f}" if len(each) > 1 else ""
+        grid = ", ".join(f"{100 * x:.1f}" for x in found["held_out"].values())
+        rows.append(
+            f"| {variant} | {statistics.mean(each):.2f}{spread} ({', '.join(f'{x:.1f}' for x in each)}) "
+            f"| {found['learning_rate']:g} | {grid} | {found['exchanged_megabytes']:,.1f} |"
+        )
+    return "\n".join(rows)
+
+
+def main(argv: list[str]) -> int:
+    values = flags.FlagValues()
+    flags.DEFINE_multi_enum("work", ["resnet", "mlp"], [*WORKS], "what is trained", flag_values=values)
+    flags.DEFINE_multi_enum("variant", [*VARIANTS], [*VARIANTS], "which ones", flag_values=values)
+    flags.DEFINE_string("dir", None, "data_dir of delicious and cifar10_small", flag_values=values)
+    flags.DEFINE_string("workdir", "runs/methods", "folder for the runs", flag_values=values)
+    flags.DEFINE_integer("seeds", 3, "runs of each variant at its rate", lower_bound=1, flag_values=values)
+    flags.DEFINE_boolean("table", False, "print what is there, train nothing", flag_values=values)
+    cli.parse(values, argv, USAGE, required=[])
+    path = Path(values.workdir) / "methods.json"
+    results: dict[str, dict] = json.loads(path.read_text()) if path.exists() else {}
+    for work in () if values.table else values.work:
+        for variant in values.variant:
+            found = measure(work, variant, values.dir, Path(values.workdir), values.seeds)
+            results.setdefault(work, {})[variant] = found
+            files.write_json(path, results)
+            print(work, variant, json.dumps(found), flush=True)
+    for work in values.work:
+        print(f"\n{work}\n\n{table(results.get(work, {}))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
