@@ -51,13 +51,14 @@ def load(reference: str, table: Mapping[str, T]) -> T:
 def digest(reference: Value) -> str | None:
     """The first 16 hexadecimal digits of the SHA-256 of a FILE.py:NAME's file; None for anything else.
 
-    Of a tuple, those of all that are in it.
+    Of pairs, those of all that are in them.
 
     Raises:
       ValueError: there is no such file.
     """
     if isinstance(reference, tuple | list):
-        return " ".join(filter(None, map(digest, reference))) or None
+        inside = [digest(x) for pair in reference if isinstance(pair, tuple | list) for x in pair]
+        return " ".join(filter(None, inside)) or None
     if not isinstance(reference, str) or (match := FILE.fullmatch(reference)) is None:
         return None
     try:

@@ -60,9 +60,9 @@ class Meter:
         self.times[cause] += 1
 
 
-def can_measure(num_processes: int) -> bool:
-    """Whether there is something to measure, and the system can."""
-    return num_processes > 1 and sys.platform == "linux"
+def open_meter(num_processes: int) -> Meter | None:
+    """A meter, where there is something to measure and the system can."""
+    return Meter() if num_processes > 1 and sys.platform == "linux" else None
 
 
 @contextlib.contextmanager

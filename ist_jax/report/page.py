@@ -149,7 +149,7 @@ def _told(units: UnitMap) -> str:
 
 def _base(series: Sequence[Series]) -> int:
     """Which one the others are compared with: local SGD or, without it, the first."""
-    methods = [s.runs[0].summary["method"] for s in series]
+    methods = [s.runs[0].method for s in series]
     return methods.index("local_sgd") if "local_sgd" in methods else 0
 
 

@@ -58,6 +58,11 @@ class RunFiles(NamedTuple):
         return np.nan_to_num(self.column("messages_sent"))
 
     @property
+    def method(self) -> str:
+        """Its name, or those of the stages."""
+        return self.summary["method"] if self.config.get("stages") else self.config["method"]
+
+    @property
     def metric(self) -> Metric:
         """By which it is compared with others."""
         return metric_of(self.summary)
@@ -236,8 +241,8 @@ def _spaced(size: int, most: int) -> np.ndarray:
 
 def _label(run: RunFiles, others: Sequence[RunFiles]) -> str:
     """Its method and, where several configs share that, the keys in which they differ, the seed aside."""
-    config, method = run.config, run.summary["method"]
-    alike = [other.config for other in others if other.summary["method"] == method]
+    config, method = run.config, run.method
+    alike = [other.config for other in others if other.method == method]
     keys = sorted(set().union(*alike) - {"seed"})
     differing = [key for key in keys if any(other.get(key) != config.get(key) for other in alike)]
     return ", ".join([method, *(f"{key}={config.get(key)}" for key in differing)])

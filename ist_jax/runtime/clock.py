@@ -20,15 +20,16 @@ class Clock:
 
     def __init__(self, num_processes: int) -> None:
         self.meters: dict[str, sockets.Meter] = {}
-        self._metered = sockets.can_measure(num_processes)
+        self._num_processes = num_processes
         self._seconds: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
     def lap(self, name: str, stage: str = "") -> Iterator[None]:
         """Takes the time of what is done and waited for inside, and the bytes of a stage."""
+        if stage and stage not in self.meters and (meter := sockets.open_meter(self._num_processes)):
+            self.meters[stage] = meter
         started = time.perf_counter()
-        meter = self.meters.setdefault(stage, sockets.Meter()) if self._metered and stage else None
-        with sockets.metered(meter, name):
+        with sockets.metered(self.meters.get(stage), name):
             yield
         self._seconds[name] += time.perf_counter() - started
 
