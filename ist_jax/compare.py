@@ -325,7 +325,8 @@ def _note_start(folder: Path, run: "Run") -> None:
     for index, step in ((0, 0), (int(run.schedule.starts[-1]) - 1, -1)):
         shown = batches.train_indices(settings["seed"], index, run.feed.shards, **size)
         digest.update(shown[:, step].tobytes())
-    params = files.params_sha256(iter_leaves(run.layout, run.state.params)) if run.state.params else None
+    leaves = iter_leaves(run.stages[0].layout, run.state.params) if run.state.params else None
+    params = leaves and files.params_sha256(leaves)
     start = {"params_sha256": params, "examples_sha256": digest.hexdigest()}
     files.write_json(folder / "start.json", start)
 
