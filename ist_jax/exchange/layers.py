@@ -78,7 +78,7 @@ def assigned(leaf: Leaf, num_workers: int) -> int | float:
     return _kind(leaf).assigned(leaf, num_workers)  # a row of the whole leaf runs through the layers
 
 
-def whole(leaf: Leaf, shard: Float[Array, "..."]) -> Float[Array, "..."]:
+def whole(leaf: Leaf, shard: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """The whole leaf from what all devices keep; from a layer's part of it, the layer."""
     if shard.ndim == 2 * len(leaf.unit_axes):  # of rows and of pairs; a scan over the layers runs around
         return _kind(leaf).whole(leaf.layer, shard)

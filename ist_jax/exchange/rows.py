@@ -145,7 +145,7 @@ def assigned(leaf: Leaf, num_workers: int) -> int | float:
     return sum(leaf.groups[0].counts) * leaf.row_size
 
 
-def whole(leaf: Leaf, shard: Float[Array, "..."]) -> Float[Array, "..."]:
+def whole(leaf: Leaf, shard: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """The whole leaf from what all devices keep; from a row's slice, one unit without its unit axis."""
     got = lax.all_gather(shard, AXIS)
     if shard.ndim == 1:  # a scan over the units runs around

@@ -83,7 +83,8 @@ class Told(NamedTuple):
     healthy: Bool[Array, " W"]
 
 
-RESERVED = {"compile", "evaluate", "rest", "round", "total"}  # names of other times in records and figures
+# names of other times in records and figures
+RESERVED = {"compile", "enter", "evaluate", "rest", "round", "total"}
 Phase = Callable[[State, PyTree, Turn], PyTree]
 
 
@@ -218,7 +219,7 @@ def trace(method: Method, state: State, turn: Turn, num_devices: int) -> dict[st
         traced[name] = TracedPhase(jaxpr, (state, value, turn), result, parts)
         value = result
     pair = value if isinstance(value, tuple) and len(value) == 2 else (None, None)
-    if not isinstance(pair[1], Told) or _describe(pair[0]) != _describe(state):
+    if not isinstance(pair[1], Told) or describe(pair[0]) != describe(state):
         raise ValueError(
             f"the last phase, {name!r}, must return (state, Told), the state with the structure, shapes and "
             "dtypes that it had"
@@ -226,6 +227,7 @@ def trace(method: Method, state: State, turn: Turn, num_devices: int) -> dict[st
     return traced
 
 
-def _describe(tree: PyTree) -> tuple[object, ...]:
+def describe(tree: PyTree) -> tuple[object, ...]:
+    """The structure, shapes and dtypes."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, *((x.shape, x.dtype) for x in leaves)
