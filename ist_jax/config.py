@@ -98,6 +98,16 @@ COMMON: dict[str, Key] = {
     "exchange.codec": Key("none", "what an exchange sends; 'none': plain numbers", choices=CODECS, file=True),
     "exchange.gather_bits": Key(32, "of each number that an owner sends; 16: bfloat16", choices=BITS),
     "exchange.merge_bits": Key(32, "of each number that a worker sends back; 16: bfloat16", choices=BITS),
+    "exchange.keep": Key(
+        1.0,
+        "fraction that a worker sends back of what it has changed, the largest numbers",
+        least=0,
+        above=True,
+        most=1,
+    ),
+    "exchange.error_feedback": Key(
+        False, "a worker keeps what few bits, or keep, leave unsent of shared leaves, for its next change"
+    ),
     "optimizer.name": Key("sgd", "what a worker takes its steps by", choices=OPTIMIZERS),
     "optimizer.learning_rate": Key(0.1, "learning rate at its highest", least=0),
     "optimizer.momentum": Key(0.9, "momentum of SGD; 0: none", least=0, most=1),
