@@ -139,6 +139,7 @@ COMMON: dict[str, Key] = {
     "outer.by_holders": Key(
         0.0, "power p: the outer rate of a unit is times (its holders / workers)^p", least=0
     ),
+    **{name: key for entry in METHODS.values() for name, key in entry.options.items()},
     "optimizer_state": Key(
         "",
         "at a round's start; 'reset': new, 'keep': a worker's own of the shared leaves, 'carry': what "

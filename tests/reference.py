@@ -329,6 +329,52 @@ def data_parallel(recipe):
     return one_round
 
 
+def power_sgd(recipe, thin):
+    """The round of PowerSGD, as of `data_parallel`.
+
+    Args:
+      recipe: what a worker does.
+      thin: q by path before the first round, ([layers,] columns, r); the other leaves are sent as they are.
+    """
+    gradient, update = _gradient(recipe), _update(recipe)
+    workers, thin = recipe.layout.num_workers, dict(thin)
+    errors = {path: np.zeros((workers, *recipe.layout.leaves[path].shape)) for path in thin}
+
+    def one_round(params, moments, turn):
+        healthy = np.ones(workers, bool)
+        for i, rate in enumerate(turn.rates):
+            sound, mean, following, lost = {}, {}, {}, {}
+            for worker, batches in enumerate(turn.indices):
+                key = batch_key(recipe, turn, worker, i)
+                loss, grads = gradient(params, turn.data, batches[i], key, {})
+                healthy[worker] &= is_finite((loss, grads))
+                if turn.present[worker] and is_finite((loss, grads)):
+                    sound[worker] = {k: g + errors[k][worker] if k in thin else g for k, g in grads.items()}
+            for path, x in params.items():
+                mean[path] = sum((np.asarray(g[path]) for g in sound.values()), 0 * x) / max(1, len(sound))
+                if path in thin:
+                    q = thin[path]
+                    shape = (*q.shape[:-2], -1, q.shape[-2])
+                    p, _ = np.linalg.qr(mean[path].reshape(shape) @ q)
+                    following[path] = mean[path].reshape(shape).swapaxes(-1, -2) @ p
+                    project = lambda m, p=p, s=shape: p @ (p.swapaxes(-1, -2) @ m.reshape(s))  # noqa: E731
+                    mean[path] = project(mean[path]).reshape(x.shape)
+                    for worker, grads in sound.items():
+                        m = np.asarray(grads[path])
+                        lost[worker, path] = m - project(m).reshape(x.shape)
+            stepped = update(params, moments, mean, rate)
+            healthy &= is_finite(stepped)
+            if sound and is_finite(stepped):
+                params, moments = stepped
+                thin.update(following)
+                for (worker, path), x in lost.items():
+                    errors[path][worker] = x
+        return params, moments, healthy
+
+    one_round.errors = errors
+    return one_round
+
+
 def ensemble(recipe):
     """The round of nets that are never merged: (params by worker, moments by worker, turn) -> the same."""
     gradient, update = _gradient(recipe), _update(recipe)

@@ -134,6 +134,7 @@ class Case(NamedTuple):
 CARRY = {"policy": "carry", "tolerance": 2e-5}
 EXACT = {"dtype": np.float64, "tolerance": 1e-10}
 DATA_PARALLEL = {"method": "data_parallel", "policy": "carry"}
+POWER_SGD = {"method": "power_sgd", "policy": "carry"}
 ENSEMBLE = {"method": "ensemble"}
 NESTEROV = {"name": "nesterov", "learning_rate": 0.7, "momentum": 0.6, "beta2": 0.9, "by_holders": 0.0}
 ADAM_OUTSIDE = NESTEROV | {"name": "adam", "learning_rate": 0.02}
@@ -211,6 +212,9 @@ CASES = {
     "data_parallel": Case((4, 4), **DATA_PARALLEL, overrides=SOME),
     "data_parallel ill": Case((4, 2, "vmap"), **DATA_PARALLEL, tx=ADAM, ill=(3, "update")),
     "data_parallel map": Case((4, 2, "map"), **DATA_PARALLEL, ill=(1, "loss")),
+    "power_sgd": Case((4, 2, "vmap"), **EXACT, **POWER_SGD, overrides=SOME, ill=(3, "update")),
+    "power_sgd map": Case((4, 2, "map"), **EXACT, **POWER_SGD, tx=ADAM, ill=(1, "loss")),
+    "power_sgd resnet": Case((2, 2), "resnet", **POWER_SGD, overrides={"power_sgd.rank": 1}),
     "ensemble": Case((3, 3), **ENSEMBLE, policy="carry"),
     "ensemble ill": Case(
         (4, 2, "vmap"), **EXACT, **ENSEMBLE, tx=ADAM, policy="carry", overrides=SOME, ill=(1, "update")
@@ -246,6 +250,13 @@ SLOW = (
     "resnet 8 8 outer",
     "resnet 32 4",
     "resnet 8 32",
+    "ist largest",
+    "ist each 5 16",
+    "ist each 8 4",
+    "resnet 8 largest 4",
+    "power_sgd map",
+    "power_sgd resnet",
+    "local_sgd 32 5",
 )  # another covers what they cover
 
 
@@ -347,6 +358,9 @@ def check_loop(case, run, turns, states, heard):
         assert reference.max_difference(params[:-1], params[1:]) > 0.1
     elif case.method == "data_parallel":
         loop, moments = reference.data_parallel(recipe), recipe.tx.init(params)
+    elif case.method == "power_sgd":
+        thin = {path: np.asarray(q)[0, 0] for path, q in start.own[1].items()}
+        loop, moments = reference.power_sgd(recipe, thin), recipe.tx.init(params)
     else:
         few_bits = reference.FewBits(recipe.layout) if recipe.layout.bits.compress else None
         keeps = case.policy == "keep"
@@ -380,6 +394,10 @@ def check_loop(case, run, turns, states, heard):
         unsent = {path: np.concatenate([*np.asarray(x)]) for path, x in residual.changes.items()}
         check_residual(few_bits.unsent, unsent, case.tolerance)
         after = after._replace(own=own)
+    if case.method == "power_sgd":
+        errors = jax.tree.map(np.concatenate, after.own[0])
+        assert reference.max_difference(errors, loop.errors) < 10 * case.tolerance
+        assert all(np.abs(x).max() > 1e-3 for x in errors.values())
     if case.outer:
         number = {"adam": 3}.get(case.outer["name"], 1)
         wanted_slow = tuple({path: x[i] for path, x in slow.items()} for i in range(number))

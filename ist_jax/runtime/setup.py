@@ -249,6 +249,7 @@ def make_recipe(
         outer=outer.make(config.outer.to_dict(), config.num_workers),
         seed=config.seed,
         vmapped=config.workers_on_device == "vmap",
+        options=options(config, entry.options),
     )
 
 
