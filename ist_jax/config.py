@@ -122,6 +122,16 @@ COMMON: dict[str, Key] = {
     "exchange.codec": Key("none", "what an exchange sends; 'none': plain numbers", choices=CODECS, file=True),
     "exchange.gather_bits": Key(32, "of each number that an owner sends; 16: bfloat16", choices=BITS),
     "exchange.merge_bits": Key(32, "of each number that a worker sends back; 16: bfloat16", choices=BITS),
+    "exchange.keep": Key(
+        1.0,
+        "fraction that a worker sends back of what it has changed, the largest numbers",
+        least=0,
+        above=True,
+        most=1,
+    ),
+    "exchange.error_feedback": Key(
+        False, "a worker keeps what few bits, or keep, leave unsent of shared leaves, for its next change"
+    ),
     "optimizer.name": Key("sgd", "what a worker takes its steps by", choices=OPTIMIZERS),
     "optimizer.learning_rate": Key(0.1, "learning rate at its highest", least=0),
     "optimizer.momentum": Key(0.9, "momentum of SGD; 0: none", least=0, most=1),
@@ -153,6 +163,7 @@ COMMON: dict[str, Key] = {
     "outer.by_holders": Key(
         0.0, "power p: the outer rate of a unit is times (its holders / workers)^p", least=0
     ),
+    **{name: key for entry in METHODS.values() for name, key in entry.options.items()},
     "optimizer_state": Key(
         "",
         "at a round's start; 'reset': new, 'keep': a worker's own of the shared leaves, 'carry': what "
@@ -256,13 +267,12 @@ def _check_stages(config: config_dict.ConfigDict) -> None:
             f"outer.name={config.outer.name!r} is for what a merge brings, and no method of {said} has one; "
             "set config.outer.name to 'none'"
         )
-    own = config.exchange
-    plain = (own.codec, own.gather_bits, own.merge_bits) == ("none", 32, 32)
-    if not (plain or any(entry.exchanges for entry in entries.values())):
+    own = {f"exchange.{key}": value for key, value in config.exchange.items()}
+    changed = [f"{key}={value!r}" for key, value in own.items() if value != COMMON[key].default]
+    if changed and not any(entry.exchanges for entry in entries.values()):
         raise ValueError(
-            f"exchange.codec={own.codec!r}, exchange.gather_bits={own.gather_bits} and exchange.merge_bits="
-            f"{own.merge_bits} are for exchanges of parameters, and no method of {said} has one; set them to "
-            "'none', 32 and 32"
+            f"{', '.join(changed)}: for exchanges of parameters, and no method of {said} has one; leave "
+            "config.exchange as it is by default"
         )
 
 

@@ -52,7 +52,7 @@ class Key(NamedTuple):
         if self.least is None:
             return "or FILE.py:NAME" * self.file
         if self.above:
-            return f"a number above {self.least}"
+            return f"a number above {self.least}" + f", {self.most} at most" * (self.most < math.inf)
         if self.most < math.inf:
             return f"{self.least} to {self.most}"
         return f"{self.least} or more" + ", or leave it unset" * (self.default is None)

@@ -194,10 +194,25 @@ def test_a_codec_is_refused_where_nothing_is_exchanged(folder, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "data_parallel", "exchange.merge_bits": 8}, "method='data_parallel' has none; set both"),
+        (
+            {"method": "data_parallel", "exchange.merge_bits": 8},
+            "method='data_parallel' has none; set config.exchange.merge_bits to 32",
+        ),
+        (
+            {"method": "ensemble", "exchange.keep": 0.5, "exchange.error_feedback": True},
+            "set config.exchange.keep to 1.0 and config.exchange.error_feedback to False",
+        ),
+        (
+            {"exchange.codec": OWN["exchange.codec"], "exchange.keep": 0.5},
+            "one way alone; set config.exchange.keep to 1.0",
+        ),
+        (
+            {"exchange.gather_bits": 4, "exchange.error_feedback": True},
+            "set config.exchange.merge_bits below 32, config.exchange.keep below 1",
+        ),
         (
             {"exchange.codec": OWN["exchange.codec"], "exchange.gather_bits": 4},
-            "one way alone; set both to 32",
+            "one way alone; set config.exchange.gather_bits to 32",
         ),
         ({"exchange.gather_bits": 7}, "set config.exchange.gather_bits to one of 32, 16, 8, 6, 5, 4"),
     ],

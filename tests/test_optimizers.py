@@ -190,7 +190,7 @@ def test_the_moments_of_other_workers_start_at_zero_and_it_is_said(tmp_path, cap
     config.update({"rounds": 2, "num_workers": 3})
     with caplog.at_level("WARNING"):
         train.train(config, tmp_path)
-    assert "what 2 workers kept (moments, residuals) starts at zero, for num_workers=3" in caplog.text
+    assert "what 2 workers kept (moments, residuals) starts anew, for num_workers=3" in caplog.text
     saved = checkpoint.open_round(tmp_path, 2)
     assert saved.read("own/0").tolist() == [2] * 3  # Adam's count, of the second round alone
     assert reference.max_difference(checkpoint.load_params(tmp_path), before) > 0

@@ -383,7 +383,7 @@ def test_stages_are_a_flag():
         ),
         (
             ["stages=(('data_parallel',1.0),)", "exchange.merge_bits=8"],
-            "exchange.merge_bits=8 are for exchanges",
+            "exchange.merge_bits=8: for exchanges",
         ),
         (
             ["local_steps_schedule=qsr"],

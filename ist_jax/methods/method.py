@@ -10,6 +10,7 @@ and is named in the table of `methods`, or given as `--config.method=FILE.py:NAM
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from ist_jax.data import Split
 from ist_jax.exchange import wire
 from ist_jax.exchange.layout import AXIS, Layout, Shapes, Shards
+from ist_jax.key import Options
 from ist_jax.masking import Params
 from ist_jax.methods.outer import Outer
 from ist_jax.partition import Draw
@@ -141,6 +143,7 @@ class Recipe(NamedTuple):
       outer: what becomes of the means of a merge; None: they are taken as they are.
       seed: of the workers' keys.
       vmapped: a device's workers train together by `vmap` instead of one after another.
+      options: values of the method's own keys, by whole names.
     """
 
     layout: Layout
@@ -154,6 +157,7 @@ class Recipe(NamedTuple):
     outer: Outer | None = None
     seed: int = 0
     vmapped: bool = False
+    options: Options = MappingProxyType({})
 
 
 class TracedPhase(NamedTuple):

@@ -187,7 +187,7 @@ def restore_state(method: Method, layout: Layout, saved: checkpoint.Saved, chose
     if not method.own_restarts or saved.workers in (None, layout.num_workers):
         return saved.restore(layout, like, put)
     before, now = f"what {saved.workers} workers kept", f"num_workers={layout.num_workers}"
-    log.warning("%s: %s (moments, residuals) starts at zero, for %s", saved.folder, before, now)
+    log.warning("%s: %s (moments, residuals) starts anew, for %s", saved.folder, before, now)
     state = saved.without_own().restore(layout, like._replace(own=()), put)
     return state._replace(own=init_state(method, state.params, chosen).own)
 

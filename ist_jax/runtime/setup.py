@@ -23,7 +23,7 @@ from ist_jax.data.stream import Feed
 from ist_jax.deals import DEALS
 from ist_jax.exchange.codec import CODECS, NONE, Bits, Codec
 from ist_jax.exchange.kinds import from_params
-from ist_jax.exchange.layout import Layout, make_layout, regroup
+from ist_jax.exchange.layout import Layout, make_layout, regroup, with_bits
 from ist_jax.key import FILE
 from ist_jax.masking import Params
 from ist_jax.methods import optimizers, outer
@@ -52,6 +52,7 @@ from ist_jax.workdir import checkpoint, files
 
 log = logging.getLogger(__name__)
 
+NUMBERS_AS_THEY_ARE = {"gather_bits": 32, "merge_bits": 32, "keep": 1.0, "error_feedback": False}
 T = TypeVar("T")
 
 
@@ -177,7 +178,7 @@ def for_method(config: ConfigDict, method: str) -> ConfigDict:
     if method != config.method or config.stages:
         entry = method_of(own)
         if not entry.exchanges:
-            own.exchange.codec, own.exchange.gather_bits, own.exchange.merge_bits = "none", 32, 32
+            own.exchange.update({"codec": "none"} | NUMBERS_AS_THEY_ARE)
             own.local_steps_schedule = "constant"
         if not entry.has_outer:
             own.outer.name = "none"
@@ -291,7 +292,7 @@ def make_recipe(
             f"none; {remedy}"
         )
     layout = make_layout(shapes, axes, groups, config.num_workers, num_devices, codec)
-    layout = layout._replace(bits=_bits(config, entry, codec, groups))
+    layout = with_bits(layout, _bits(config, entry, codec))
     partition.draw(config.seed, 0, groups, _load(config, "partition.deal", DEALS))  # is it sound?
     tx = optimizers.make(config.optimizer.to_dict()) if tx is None else tx
     policy = methods.policy_of(entry, config.optimizer_state)
@@ -309,25 +310,32 @@ def make_recipe(
         outer=outer.make(config.outer.to_dict(), config.num_workers),
         seed=config.seed,
         vmapped=config.workers_on_device == "vmap",
+        options=options(config, entry.options),
     )
 
 
-def _bits(config: ConfigDict, entry: methods.Entry, codec: Codec, groups: partition.Groups) -> Bits:
-    """What `config.exchange` says of bits."""
+def _bits(config: ConfigDict, entry: methods.Entry, codec: Codec) -> Bits:
+    """What `config.exchange` says of the numbers that are sent."""
     own = config.exchange
-    bits = Bits(own.gather_bits, own.merge_bits, config.seed)
-    given = f"exchange.gather_bits={bits.gather} and exchange.merge_bits={bits.merge}"
-    if bits.compress and not entry.exchanges:
+    bits = Bits(own.gather_bits, own.merge_bits, config.seed, own.keep, own.error_feedback)
+    changed = [key for key, value in NUMBERS_AS_THEY_ARE.items() if own[key] != value]
+    given = " and ".join(f"exchange.{key}={own[key]}" for key in changed)
+    remedy = "set " + " and ".join(f"config.exchange.{key} to {NUMBERS_AS_THEY_ARE[key]}" for key in changed)
+    if changed and not entry.exchanges:
         raise ValueError(
-            f"{given} are for exchanges of parameters, and method={config.method!r} has none; set both to 32"
+            f"{given}: this is for exchanges of parameters, and method={config.method!r} has none; {remedy}"
         )
-    if bits.compress and codec != NONE:
+    if changed and codec != NONE:
         raise ValueError(
-            f"{given} beside exchange.codec={own.codec!r}: a number goes one way alone; set both to 32, or "
+            f"{given} beside exchange.codec={own.codec!r}: a number goes one way alone; {remedy}, or "
             "config.exchange.codec to 'none'"
         )
-    if stacked := [name for name, group in groups.items() if bits.compress and group.layers]:
-        raise ValueError(f"{given} are not for units of layers, such as {stacked[0]}; set both to 32")
+    if bits.error_feedback and bits.merge == 32 and bits.keep == 1:
+        raise ValueError(
+            "exchange.error_feedback=True, and workers send all that they have changed; set "
+            "config.exchange.merge_bits below 32, config.exchange.keep below 1, or "
+            "config.exchange.error_feedback to False"
+        )
     return bits
 
 
