@@ -38,6 +38,8 @@ SWEPT = {  # methods, a round each, and what else is set
     "carry": (("local_sgd", "data_parallel", "ist"), {"optimizer_state": "carry"}),
     "keep": (("data_parallel", "local_sgd", "ist"), {"optimizer_state": "keep"}),
     "few bits": (FOUR, {"exchange.gather_bits": 8, "exchange.merge_bits": 8}),
+    "largest": (("ist", "local_sgd", "ist"), {"exchange.keep": 0.25, "exchange.error_feedback": True}),
+    "power": (("power_sgd", "ist", "power_sgd", "local_sgd", "power_sgd", "data_parallel", "power_sgd"), {}),
     "deal": (("ist", "data_parallel"), {"partition.deal": "rolling", "participation": 0.7, "num_devices": 1}),
     "resnet": (FOUR, {"optimizer_state": "reset"}),
 }
