@@ -7,8 +7,8 @@ A step: here, a device per core trains its workers in the compiled local phase o
 included. The peer is a loop in eager PyTorch, a process per core with one thread, on batches that are in
 memory already: no data, no exchange. It is timed in NCHW and in channels_last, and the better one counts.
 Printed are medians over the repeats, in ms per step of a worker and core; the ratio of ours to the peer's;
-and both rates as shares of that of a large matrix product, which PyTorch does on one core. With --nopeer it is
-ours alone, without PyTorch, to compare versions and XLA_FLAGS.
+and both rates as shares of that of a large matrix product, which PyTorch does on one core. With --nopeer ours
+alone, without PyTorch, to compare versions and XLA_FLAGS.
 
 A round of IST (`ist_round`), in seconds: the peer is of the design of the papers' released code, two
 processes over gloo. The first keeps the model, cuts out each worker's part and puts back what has come of it.
