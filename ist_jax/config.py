@@ -33,7 +33,7 @@ _wrap = functools.partial(textwrap.wrap, width=100, subsequent_indent="    ", br
 free = functools.partial(Key, resume=True)  # a run may go on with another value
 
 COMMON: dict[str, Key] = {
-    "method": Key("ist", "what a round does", choices=METHODS, file=True),
+    "method": Key("ist", "what a round does, where there are no stages", choices=METHODS, file=True),
     "task": Key(
         "auto", "what is learned; 'auto': what the data set is for", choices=("auto", *TASKS), file=True
     ),
