@@ -11,6 +11,7 @@ from rounds import describe, run_all, set_up, whole
 
 from ist_jax import data, plan, train
 from ist_jax.methods import power_sgd
+from ist_jax.runtime import setup
 from ist_jax.workdir import checkpoint, files
 
 POWER = {"method": "power_sgd"}
@@ -72,3 +73,10 @@ def test_it_learns_goes_on_to_the_same_bits_and_anew_with_other_workers(tmp_path
     assert "what 2 workers kept (moments, residuals) starts anew" in caplog.text
     saved = checkpoint.open_round(tmp_path / "half", 31)
     assert saved.workers == 3
+
+
+def test_in_a_comparison_its_numbers_are_as_they_are():
+    few = {"exchange.merge_bits": 8, "exchange.keep": 0.5, "exchange.error_feedback": True}
+    own = setup.for_method(get_config("mlp", **few), "power_sgd")
+    assert own.exchange.to_dict() == get_config("mlp").exchange.to_dict()
+    assert setup.for_method(get_config("mlp", **few), "local_sgd").exchange.keep == 0.5
