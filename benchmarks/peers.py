@@ -248,6 +248,7 @@ def measure(name: str, repeats: int, with_peer: bool) -> dict[str, float]:
     import jax
 
     from ist_jax.costs.formula import step_flops
+    from ist_jax.models.conv import by_definition
     from ist_jax.runtime.setup import set_up
 
     path, _ = WORKS[name]
@@ -285,7 +286,8 @@ def measure(name: str, repeats: int, with_peer: bool) -> dict[str, float]:
     if not with_peer:
         return found
     best = min(found[key] for key in formats)
-    flops = step_flops(stage.recipe, run.inputs.train, config.batch_size)
+    with by_definition():
+        flops = step_flops(stage.recipe, run.inputs.train, config.batch_size)
     rate = multiply()
     shares = {f"{who}_share": flops / ms * 1e3 / rate for who, ms in (("our", found["ours"]), ("peer", best))}
     return found | {"ratio": found["ours"] / best, "gflops_of_products": rate / 1e9, **shares}

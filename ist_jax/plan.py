@@ -126,10 +126,13 @@ def _make(
 
 def _cost(config: config_dict.ConfigDict, shown: "Shown", made: "Made", local_steps: int) -> Cost:
     from ist_jax.costs import formula, traffic
+    from ist_jax.models.conv import by_definition
     from ist_jax.runtime import stages
 
     recipe, data = made.recipe, shown[1]
-    phases = stages.trace_round(made.entry, recipe, data, local_steps, config.batch_size)
+    with by_definition():
+        phases = stages.trace_round(made.entry, recipe, data, local_steps, config.batch_size)
+        flops = formula.step_flops(recipe, data, config.batch_size)
     moved, workers = traffic.round_traffic(phases, recipe.layout), recipe.layout.workers_per_device
     paper = sum(moved.paper.values())
     return Cost(
@@ -138,7 +141,7 @@ def _cost(config: config_dict.ConfigDict, shown: "Shown", made: "Made", local_st
         paper_gigabytes_per_round=paper / 1e9,
         wire_bytes_per_worker_per_round=sum(moved.sent.values()) / workers,
         state_bytes_per_worker=sum(formula.memory(recipe, phases)) / workers,
-        flops_per_worker_per_step=formula.step_flops(recipe, data, config.batch_size),
+        flops_per_worker_per_step=flops,
         messages_per_device_per_round=moved.messages,
     )
 

@@ -48,6 +48,7 @@ def test_an_example_has_at_most_25_lines(block):
     assert 0 < len(block.strip().splitlines()) <= 25
 
 
+@pytest.mark.slow
 def test_own_things_work_in_main_report_and_on_resume(folder, capsys):
     whole, cut = folder / "whole", folder / "cut"
     assert main.main(command(whole, **OWN)) == 0
@@ -232,6 +233,7 @@ def test_in_a_warmup_no_deal_is_asked(folder):
     assert run.turn(run.stages[0], 0).draw["hidden1"].gates.all()
 
 
+@pytest.mark.slow
 def test_the_rolling_window_is_dealt_and_slowmo_is_slow(folder):
     run = set_up(get_config("mlp", **{"partition.deal": OWN["partition.deal"]}))
     for index in (0, 2):

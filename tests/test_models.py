@@ -168,6 +168,7 @@ def test_an_empty_slot_is_as_if_it_were_not_there(model, group):
             assert (np.take(np.asarray(leaf), 1, axes[path].index(group)) == 0).all(), path
 
 
+@pytest.mark.slow
 def test_a_dealt_strided_block_is_the_shared_one():
     dealt = ResNet((1, 2), 4, 10, (2,), deal_strided=True)
     x = jax.random.normal(jax.random.key(1), (4, 9, 8, 1))
@@ -292,6 +293,8 @@ def test_a_convolution_by_tiles_and_its_gradients_equal_xla(dtype, bound, monkey
     with jax.enable_x64(True):
         narrow = [jnp.asarray(a, dtype) for a in (x, w, dy)]
         assert "conv_general_dilated[" not in str(jax.make_jaxpr(run)(*narrow))
+        with conv_module.by_definition():
+            assert "conv_general_dilated[" in str(jax.make_jaxpr(run)(*narrow))
         got = run(*narrow)
         monkeypatch.setattr(conv_module, "_CHANNELS", 128)
         monkeypatch.setattr(conv_module, "_CHANNELS_OF_GRADIENT", 128)

@@ -186,6 +186,7 @@ def test_a_setting_that_makes_no_sense_is_told(flags, notes, capsys, monkeypatch
         assert line.startswith(f"note: {note}")
 
 
+@pytest.mark.slow
 def test_a_thousand_workers_take_less_than_ten_seconds(capsys):
     started = time.process_time()  # of a core, whatever else the machine does
     planned = json.loads(run(capsys, RESNET, "--config.num_workers=1024", "--json"))

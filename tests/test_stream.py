@@ -419,6 +419,7 @@ def tiny(folder, **overrides):
     return config
 
 
+@pytest.mark.slow
 def test_a_folder_trains_and_a_run_repeats_from_any_round(folder, tmp_path, capsys, monkeypatch):
     summary, first, start = train_and_look(tiny(folder), tmp_path / "run")
     assert "22 images of 2 classes" in summary["data"]
