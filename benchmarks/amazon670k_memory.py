@@ -18,7 +18,7 @@ from ist_jax.config import build_model, check
 from ist_jax.costs import formula
 from ist_jax.data.sparse import Rows
 from ist_jax.exchange.layout import Layout
-from ist_jax.runtime import devices, programs, setup
+from ist_jax.runtime import devices, programs, setup, stages
 from ist_jax.tasks import multi_label
 from ist_jax.tasks.task import with_example
 
@@ -53,7 +53,7 @@ def compile_for_shapes(config: Any) -> tuple[Layout, int, dict[str, Any]]:
     recipe = setup.make_recipe(config, build_model(config, LABELS), task, count)
     entry = setup.method_of(config)
     method = entry.make(recipe)
-    phases = setup.trace_round(entry, recipe, points(POINTS), config.local_steps, config.batch_size)
+    phases = stages.trace_round(entry, recipe, points(POINTS), config.local_steps, config.batch_size)
     compiled = programs.compile_phases(phases, chosen)
     size = config.eval_batch_size
     lead = (count, -(-TEST_POINTS // (size * count)))

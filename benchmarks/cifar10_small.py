@@ -86,7 +86,8 @@ def time_rounds(configs: dict, rounds: int) -> dict[str, tuple[float, float]]:
         own = run.feed._replace(data=feed.data)
         turn = setup.turn_maker(config, own, run.schedule)
         states[name] = run.state
-        ready[name] = run._replace(splits={}, state=None, feed=own, turn=turn)
+        stages = tuple(stage._replace(splits={}) for stage in run.stages)
+        ready[name] = run._replace(stages=stages, state=None, feed=own, turn=turn)
     times: dict[str, list] = {name: [] for name in configs}
     for index in range(rounds + 1):
         for name, run in ready.items():

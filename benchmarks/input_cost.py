@@ -18,7 +18,7 @@ from absl import flags
 
 from ist_jax import cli, train
 from ist_jax.config import restore
-from ist_jax.runtime import devices, programs, setup
+from ist_jax.runtime import devices, programs, setup, stages
 from ist_jax.runtime.run import Run
 
 USAGE = "python benchmarks/input_cost.py [--config=FILE[:MODE]] [--rounds=N] [--config.KEY=VALUE ...]"
@@ -33,7 +33,7 @@ def with_constant_batch(run: Run) -> Run:
     chunk = run.feed(0)._replace(data=devices.replicate(batch, run.devices))
     recipe = stage.recipe._replace(batch_fn=lambda data, indices, key: (data["image"], data["label"]))
     entry = setup.method_of(config)
-    phases = setup.trace_round(entry, recipe, batch, config.local_steps, config.batch_size)
+    phases = stages.trace_round(entry, recipe, batch, config.local_steps, config.batch_size)
     compiled = programs.compile_phases(phases, run.devices)
     return run._replace(
         stages=(stage._replace(recipe=recipe, phases=phases, programs=compiled),),

@@ -1,13 +1,14 @@
 """A step of a worker and a round, here and in plain PyTorch: the same subnets, on the same cores, in turn.
 
     pip install -e '.[peers]' --extra-index-url https://download.pytorch.org/whl/cpu
-    python benchmarks/peers.py [--work=cifar10_small,digits] [--repeats=5]
+    python benchmarks/peers.py [--work=cifar10_small,digits] [--repeats=5] [--nopeer]
 
 A step: here, a device per core trains its workers in the compiled local phase of a round, augmentation
 included. The peer is a loop in eager PyTorch, a process per core with one thread, on batches that are in
 memory already: no data, no exchange. It is timed in NCHW and in channels_last, and the better one counts.
 Printed are medians over the repeats, in ms per step of a worker and core; the ratio of ours to the peer's;
-and both rates as shares of that of a large matrix product, which PyTorch does on one core.
+and both rates as shares of that of a large matrix product, which PyTorch does on one core. With --nopeer ours
+alone, without PyTorch, to compare versions and XLA_FLAGS.
 
 A round of IST (`ist_round`), in seconds: the peer is of the design of the papers' released code, two
 processes over gloo. The first keeps the model, cuts out each worker's part and puts back what has come of it.
@@ -242,11 +243,12 @@ def make_config(path: str, overrides: dict) -> ConfigDict:
 # --- the two, in turn ---------------------------------------------------------------------------------------
 
 
-def measure(name: str, repeats: int) -> dict[str, float]:
+def measure(name: str, repeats: int, with_peer: bool) -> dict[str, float]:
     """Medians of ms per step of a worker and core: ours, and the peer's by memory format."""
     import jax
 
     from ist_jax.costs.formula import step_flops
+    from ist_jax.models.conv import by_definition
     from ist_jax.runtime.setup import set_up
 
     path, _ = WORKS[name]
@@ -266,8 +268,9 @@ def measure(name: str, repeats: int) -> dict[str, float]:
         net = {"sections": tuple(sections), "width": config.model.width, "channels": shape[2], "classes": 10}
     steps = config.local_steps
     args = (net, tuple(shape), config.batch_size, steps, config.optimizer.momentum)
-    peer = Peer(serve, [args] * CORES)
-    times: dict[str, list[float]] = {"ours": [], "nchw": [], "channels_last": []}
+    formats = ("nchw", "channels_last") if with_peer else ()
+    peer = Peer(serve, [args] * CORES if with_peer else [])
+    times: dict[str, list[float]] = {name: [] for name in ("ours", *formats)}
     for repeat in range(repeats + 1):
         value = None
         if "gather" in stage.programs:
@@ -275,13 +278,16 @@ def measure(name: str, repeats: int) -> dict[str, float]:
         started = time.perf_counter()
         jax.block_until_ready(stage.programs["local"](run.state, value, turn))
         ours = (time.perf_counter() - started) / stage.recipe.layout.workers_per_device
-        for key, seconds in {"ours": ours, **{k: peer.seconds(k) for k in ("nchw", "channels_last")}}.items():
+        for key, seconds in {"ours": ours, **{k: peer.seconds(k) for k in formats}}.items():
             if repeat:  # the first warms up
                 times[key].append(seconds / steps * 1e3)
     peer.close()
     found = {key: float(np.median(x)) for key, x in times.items()}
-    best = min(found["nchw"], found["channels_last"])
-    flops = step_flops(stage.recipe, run.inputs.train, config.batch_size)
+    if not with_peer:
+        return found
+    best = min(found[key] for key in formats)
+    with by_definition():
+        flops = step_flops(stage.recipe, run.inputs.train, config.batch_size)
     rate = multiply()
     shares = {f"{who}_share": flops / ms * 1e3 / rate for who, ms in (("our", found["ours"]), ("peer", best))}
     return found | {"ratio": found["ours"] / best, "gflops_of_products": rate / 1e9, **shares}
@@ -349,9 +355,11 @@ def main(argv: list[str]) -> int:
     works = (*WORKS, ROUND)
     flags.DEFINE_list("work", list(works), f"of {', '.join(works)}", flag_values=values)
     flags.DEFINE_integer("repeats", 5, "to take the median of", lower_bound=1, flag_values=values)
+    flags.DEFINE_boolean("peer", True, "PyTorch beside it; a round is never without", flag_values=values)
     cli.parse(values, argv, "python benchmarks/peers.py [--work=NAME,...] [--repeats=N]", required=[])
     for name in values.work:
-        found = measure_round(values.repeats) if name == ROUND else measure(name, values.repeats)
+        own = (name, values.repeats, values.peer)
+        found = measure_round(values.repeats) if name == ROUND else measure(*own)
         rounded = {key: float(f"{value:.4g}") for key, value in found.items()}
         print(json.dumps({"work": name, **rounded}), flush=True)
     return 0

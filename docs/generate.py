@@ -53,6 +53,7 @@ TITLES = {
     "exchange": "Exchange",
     "optimizer": "Optimizer",
     "outer": "Outer optimizer",
+    "power_sgd": "PowerSGD",
 }
 
 

@@ -87,6 +87,10 @@ def parse_value(config: config_dict.ConfigDict, key: str, text: str) -> Value:
     check_key(config, key)
     values, argv = flags.FlagValues(), ["", f"--config.{key}={text}"]
     own = config.copy_and_resolve_references()
+    *above, last = key.split(".")
+    level, kept = (functools.reduce(lambda found, part: found[part], above, x) for x in (own, config))
+    if level[last] is None:  # unset; a copy has lost the type
+        level[last] = config_dict.placeholder(kept.get_type(last))
     config_flags.DEFINE_config_dict("config", own, flag_values=values, sys_argv=argv)
     try:
         values(argv)

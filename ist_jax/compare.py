@@ -205,7 +205,8 @@ def _configs(config: ConfigDict, variants: Variants) -> dict[str, ConfigDict]:
                         f"with another {key} a run sees other examples, which is no comparison; set it for "
                         f"all of them, --config.{key}={overrides[key]}"
                     )
-            own = setup.for_method(config, overrides.get("method", config.method))
+            own = config.copy_and_resolve_references()
+            own = setup.for_method(own, overrides["method"]) if "method" in overrides else own
             try:
                 own.update_from_flattened_dict(dict(overrides))
             except TypeError as error:
@@ -232,13 +233,14 @@ def _check_lengths(configs: Mapping[str, ConfigDict], run: "Run") -> None:
     from ist_jax.runtime import inputs, setup
 
     count = inputs.count(run.inputs.train)
-    rounds = {name: setup.make_schedule(own, count).rounds for name, own in configs.items()}
-    steps = {name: rounds[name] * own.local_steps for name, own in configs.items()}
-    if len(set(steps.values())) > 1:
-        told = ", ".join(f"{name} {rounds[name]} x {own.local_steps}" for name, own in configs.items())
+    schedules = {name: setup.make_schedule(own, count) for name, own in configs.items()}
+    if len({schedule.steps_before(schedule.rounds) for schedule in schedules.values()}) > 1:
+        told = ", ".join(
+            f"{name} {schedules[name].rounds} x {own.local_steps}" for name, own in configs.items()
+        )
         raise ValueError(
             f"the variants do not take the same number of steps (rounds x local_steps: {told}), so they see "
-            "other examples; set rounds and local_steps of each"
+            "other examples; set rounds and local_steps of each, or the passes of its stages"
         )
 
 
@@ -320,10 +322,11 @@ def _note_start(folder: Path, run: "Run") -> None:
 
     settings, digest = run.settings, hashlib.sha256()
     size = {"local_steps": settings["local_steps"], "batch_size": settings["batch_size"]}
-    for index, step in ((0, 0), (run.schedule.rounds - 1, -1)):
+    for index, step in ((0, 0), (int(run.schedule.starts[-1]) - 1, -1)):
         shown = batches.train_indices(settings["seed"], index, run.feed.shards, **size)
         digest.update(shown[:, step].tobytes())
-    params = files.params_sha256(iter_leaves(run.layout, run.state.params)) if run.state.params else None
+    leaves = iter_leaves(run.stages[0].layout, run.state.params) if run.state.params else None
+    params = leaves and files.params_sha256(leaves)
     start = {"params_sha256": params, "examples_sha256": digest.hexdigest()}
     files.write_json(folder / "start.json", start)
 

@@ -6,6 +6,7 @@ tables `models.MODELS` and `data.SETS`. `configs/*.py` say what an experiment se
 
 import functools
 import inspect
+import math
 import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from ist_jax.errors import did_you_mean
 from ist_jax.exchange.codec import CODECS
 from ist_jax.exchange.quantize import BITS
 from ist_jax.key import FILE, Key, Options, Settings, Value
-from ist_jax.methods import METHODS, policy_of
+from ist_jax.methods import METHODS, Entry, policy_of
 from ist_jax.methods.optimizers import OPTIMIZERS
 from ist_jax.methods.outer import OUTERS
 from ist_jax.methods.steps import POLICIES
@@ -32,7 +33,7 @@ _wrap = functools.partial(textwrap.wrap, width=100, subsequent_indent="    ", br
 free = functools.partial(Key, resume=True)  # a run may go on with another value
 
 COMMON: dict[str, Key] = {
-    "method": Key("ist", "what a round does", choices=METHODS, file=True),
+    "method": Key("ist", "what a round does, where there are no stages", choices=METHODS, file=True),
     "task": Key(
         "auto", "what is learned; 'auto': what the data set is for", choices=("auto", *TASKS), file=True
     ),
@@ -47,11 +48,32 @@ COMMON: dict[str, Key] = {
     "compute_dtype": Key(
         "float32", "of the layers; parameters, merges, losses stay float32", choices=("float32", "bfloat16")
     ),
+    "stages": Key(
+        (),
+        "methods one after another, each with its passes over the training set; (): method alone",
+        kind=tuple,
+    ),
     "local_steps": Key(50, "steps of a worker between two exchanges", least=1),
+    "local_steps_schedule": Key(
+        "constant",
+        "of the steps between two exchanges; 'qsr': more of them as the learning rate falls",
+        choices=("constant", "qsr"),
+    ),
+    "local_steps_alpha": Key(
+        None,
+        "of 'qsr': a round has (alpha / learning rate)^2 steps, at least local_steps",
+        kind=float,
+        least=0,
+        above=True,
+    ),
     "batch_size": Key(64, "examples per worker and step", least=1),
     "rounds": free(None, "rounds of the run; unset: as many as epochs take", kind=int, least=1, extends=True),
     "epochs": free(
-        40.0, "joint passes over the training set, where rounds is unset", least=0, above=True, extends=True
+        40.0,
+        "joint passes over the training set, where rounds is unset; stages have their own",
+        least=0,
+        above=True,
+        extends=True,
     ),
     "eval_every": free(5, "rounds between evaluations; 0: after the last round only", least=0),
     "eval_batch_size": Key(128, "examples per evaluation batch, whose statistics are part of it", least=1),
@@ -91,13 +113,25 @@ COMMON: dict[str, Key] = {
     "partition.deal": Key("random", "how units are dealt to the workers", choices=DEALS, file=True),
     "partition.min_units": free(0, "least units per worker and group, reached by overlap; 0: none", least=0),
     "partition.shares": free((), "relative speed of each worker; (): equal", kind=float),
-    "partition.warmup_epochs": Key(0.0, "first passes, in which all workers train the whole model", least=0),
+    "partition.warmup_epochs": Key(
+        0.0, "first of the passes, in which all workers train the whole model", least=0
+    ),
     "partition.scale_at_evaluation": Key(
         True, "scale what units add (an MLP's logits) by the fraction of the workers that held them"
     ),
     "exchange.codec": Key("none", "what an exchange sends; 'none': plain numbers", choices=CODECS, file=True),
     "exchange.gather_bits": Key(32, "of each number that an owner sends; 16: bfloat16", choices=BITS),
     "exchange.merge_bits": Key(32, "of each number that a worker sends back; 16: bfloat16", choices=BITS),
+    "exchange.keep": Key(
+        1.0,
+        "fraction that a worker sends back of what it has changed, the largest numbers",
+        least=0,
+        above=True,
+        most=1,
+    ),
+    "exchange.error_feedback": Key(
+        False, "a worker keeps what few bits, or keep, leave unsent of shared leaves, for its next change"
+    ),
     "optimizer.name": Key("sgd", "what a worker takes its steps by", choices=OPTIMIZERS),
     "optimizer.learning_rate": Key(0.1, "learning rate at its highest", least=0),
     "optimizer.momentum": Key(0.9, "momentum of SGD; 0: none", least=0, most=1),
@@ -129,6 +163,7 @@ COMMON: dict[str, Key] = {
     "outer.by_holders": Key(
         0.0, "power p: the outer rate of a unit is times (its holders / workers)^p", least=0
     ),
+    **{name: key for entry in METHODS.values() for name, key in entry.options.items()},
     "optimizer_state": Key(
         "",
         "at a round's start; 'reset': new, 'keep': a worker's own of the shared leaves, 'carry': what "
@@ -192,6 +227,86 @@ def check(config: config_dict.ConfigDict) -> None:
             f"patience={config.patience} counts evaluations of a validation split; set "
             "config.data.validation and config.eval_every above 0, or config.patience to 0"
         )
+    if config.stages:
+        _check_stages(config)
+    if config.local_steps_schedule == "qsr":
+        _check_qsr(config)
+
+
+def _check_stages(config: config_dict.ConfigDict) -> None:
+    said = f"stages={config.stages!r}"
+    for stage in config.stages:
+        right = len(stage) == 2 and isinstance(stage[0], str) and type(stage[1]) in (int, float)
+        if not (right and 0 < stage[1] < math.inf):
+            example = "(('data_parallel',1.0),('ist',3.0))"
+            raise ValueError(
+                f"{said}: {stage!r} is no method with its passes over the training set, above 0; set "
+                f"config.stages to such pairs, as in {example}"
+            )
+        if stage[0] not in METHODS and not FILE.fullmatch(stage[0]):
+            allowed = COMMON["method"].allowed()
+            raise ValueError(f"{said}: there is no method {stage[0]!r}; set config.stages to {allowed}")
+    if config.rounds is not None:
+        raise ValueError(
+            f"rounds={config.rounds} beside stages: their passes say how long the run is; leave rounds unset"
+        )
+    if config.partition.warmup_epochs:
+        raise ValueError(
+            f"partition.warmup_epochs={config.partition.warmup_epochs} beside stages; set it to 0, and give "
+            "the warm-up as the first stage, such as ('local_sgd',1.0)"
+        )
+    entries = {name: entry_of(name) for name in methods_of(config)}
+    members = [name for name, entry in entries.items() if entry.members]
+    if members and len(entries) > 1:
+        raise ValueError(
+            f"{said}: the nets of {members[0]!r} are never merged into a model that another stage could "
+            "begin or end with; make it the only method"
+        )
+    if config.outer.name != "none" and not any(entry.has_outer for entry in entries.values()):
+        raise ValueError(
+            f"outer.name={config.outer.name!r} is for what a merge brings, and no method of {said} has one; "
+            "set config.outer.name to 'none'"
+        )
+    own = {f"exchange.{key}": value for key, value in config.exchange.items()}
+    changed = [f"{key}={value!r}" for key, value in own.items() if value != COMMON[key].default]
+    if changed and not any(entry.exchanges for entry in entries.values()):
+        raise ValueError(
+            f"{', '.join(changed)}: for exchanges of parameters, and no method of {said} has one; leave "
+            "config.exchange as it is by default"
+        )
+
+
+def _check_qsr(config: config_dict.ConfigDict) -> None:
+    said = "local_steps_schedule='qsr'"
+    if config.local_steps_alpha is None:
+        raise ValueError(
+            f"{said} needs an alpha; set config.local_steps_alpha to a number above 0, such as 0.2"
+        )
+    if config.rounds is not None:
+        raise ValueError(
+            f"rounds={config.rounds} beside {said}, by which the learning rate says how many there are; "
+            "leave rounds unset"
+        )
+    if not any(entry_of(name).exchanges for name in methods_of(config)):
+        raise ValueError(
+            f"{said} is for exchanges of parameters, and method={methods_of(config)[0]!r} has none; set "
+            "config.local_steps_schedule to 'constant'"
+        )
+
+
+def methods_of(config: config_dict.ConfigDict) -> list[str]:
+    """The names of a run's methods, each once, in order."""
+    return list(dict.fromkeys(name for name, _ in config.stages)) or [config.method]
+
+
+def entry_of(method: str) -> Entry:
+    """A method's line of the table, or what a file of the user's own makes one of.
+
+    Raises:
+      ValueError: there is no such method.
+    """
+    found: Any = extension.load(method, METHODS)
+    return found if isinstance(found, Entry) else Entry(found, deals_units=True)
 
 
 def options(config: config_dict.ConfigDict, names: Iterable[str]) -> Settings:
@@ -252,7 +367,9 @@ def complete(recorded: Options) -> Settings:
 
 
 def _plainly(settings: Settings, entry: object) -> Settings:
-    """Settings that say what is done with the optimizer's state."""
+    """Settings that say what is done with the optimizer's state, where a run has one method."""
+    if settings.get("stages"):
+        return settings
     return settings | {"optimizer_state": policy_of(entry, settings.get("optimizer_state", ""))}
 
 

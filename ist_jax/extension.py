@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from ist_jax.errors import did_you_mean, last_line
-from ist_jax.key import FILE, Options
+from ist_jax.key import FILE, Options, Value
 
 T = TypeVar("T")
 
@@ -48,13 +48,18 @@ def load(reference: str, table: Mapping[str, T]) -> T:
     return getattr(module, name)
 
 
-def digest(reference: str) -> str | None:
-    """The first 16 hexadecimal digits of the SHA-256 of a FILE.py:NAME's file; None for another name.
+def digest(reference: Value) -> str | None:
+    """The first 16 hexadecimal digits of the SHA-256 of a FILE.py:NAME's file; None for anything else.
+
+    Of pairs, those of all that are in them.
 
     Raises:
       ValueError: there is no such file.
     """
-    if (match := FILE.fullmatch(reference)) is None:
+    if isinstance(reference, tuple | list):
+        inside = [digest(x) for pair in reference if isinstance(pair, tuple | list) for x in pair]
+        return " ".join(filter(None, inside)) or None
+    if not isinstance(reference, str) or (match := FILE.fullmatch(reference)) is None:
         return None
     try:
         return hashlib.sha256(Path(match[1]).read_bytes()).hexdigest()[:16]
@@ -74,7 +79,7 @@ def digests(settings: Options) -> dict[str, str]:
     Raises:
       ValueError: there is no such file.
     """
-    return {key: found for key, x in settings.items() if isinstance(x, str) and (found := digest(x))}
+    return {key: found for key, x in settings.items() if (found := digest(x))}
 
 
 def fingerprint(thing: object) -> str:

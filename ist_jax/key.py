@@ -6,7 +6,12 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 FILE = re.compile(r"(.+\.py):([^\W\d]\w*)")  # FILE.py:NAME, something of the user's own
-_EXAMPLES = {int: ("ints", "'(1,2)'"), float: ("floats", "'(1,2)'"), str: ("strings", "('yes','no')")}
+_EXAMPLES = {
+    int: ("ints", "'(1,2)'"),
+    float: ("floats", "'(1,2)'"),
+    str: ("strings", "('yes','no')"),
+    tuple: ("pairs", '\'(("ist",1.0),("local_sgd",2.0))\''),
+}
 
 Value: TypeAlias = Any  # of a setting: a bool, a number, a string, a tuple of these; None: unset
 Options = Mapping[str, Value]  # by whole names, such as 'model.width'
@@ -47,7 +52,7 @@ class Key(NamedTuple):
         if self.least is None:
             return "or FILE.py:NAME" * self.file
         if self.above:
-            return f"a number above {self.least}"
+            return f"a number above {self.least}" + f", {self.most} at most" * (self.most < math.inf)
         if self.most < math.inf:
             return f"{self.least} to {self.most}"
         return f"{self.least} or more" + ", or leave it unset" * (self.default is None)
@@ -71,11 +76,11 @@ class Key(NamedTuple):
                     raise ValueError(f"{name}={value}; set config.{name} to {self.allowed()}{finite}")
 
     def _check_elements(self, name: str, values: Value) -> None:
-        kinds: Any = (int, float) if self.kind is float else self.kind
+        kinds: Any = {float: (int, float), tuple: (tuple, list)}.get(self.kind or str, self.kind)
 
         def fits(value: Value) -> bool:
             right = isinstance(value, kinds) and not isinstance(value, bool)
-            return right and (self.kind is str or math.isfinite(value))
+            return right and (self.kind in (str, tuple) or math.isfinite(value))
 
         if not isinstance(values, tuple | list) or not all(map(fits, values)):
             plural, example = _EXAMPLES[self.kind or str]

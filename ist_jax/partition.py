@@ -437,15 +437,12 @@ def draw(seed: int, round_index: int, groups: Groups, deal: Deal) -> dict[str, A
     source = rng(seed, Use.PARTITION, number)
     for name, group in sorted(groups.items()):
         where = f"deal {rule.name!r} in round {round_index + 1}, group {name!r}"
-
-        def once(group: Group) -> Any:  # a user's own may return anything
-            return rule.deal(source, group, number)
-
+        once = functools.partial(_draw_once, lambda group: rule.deal(source, group, number), group)
         if group.layers:
-            each = [_draw_once(once, group, f"{where}, layer {layer}") for layer in range(group.layers)]
+            each = [once(f"{where}, layer {layer}") for layer in range(group.layers)]
             drawn[name] = Assignment(*(np.stack(arrays, 1) for arrays in zip(*each, strict=True)))
         else:
-            drawn[name] = _draw_once(once, group, where)
+            drawn[name] = once(where)
     return drawn
 
 

@@ -3,11 +3,12 @@
 python -m ist_jax.plan --config=configs/resnet.py:cifar100 [--json] [--bandwidth=1e8@10ms,1e9@1ms]
                        [--flops=1e13] [--config.num_workers=8 ...]
 
-Only shapes are traced, so the largest nets fit a laptop. The costs of a round are those after a warm-up;
-those of a run have the warm-up in them. `--json` prints an object: by method, the fields of `Cost`; beside
-the methods, 'seconds_per_round', 'utilisation' and 'overlap_saves_per_round' (by method, one per link:
-`costs.link.Modelled`), 'run' (by method, the fields of `Total`; null where its length is not known),
-'setting', and 'notes', on settings that make no sense.
+Only shapes are traced, so the largest nets fit a laptop. The costs of a round are those after a warm-up, of
+`local_steps` steps; those of a run have the warm-up in them. `--json` prints an object: by method, the fields
+of `Cost`; beside the methods, 'seconds_per_round', 'utilisation' and 'overlap_saves_per_round' (by method,
+one per link: `costs.link.Modelled`), 'run' (by method, the fields of `Total`; of a config with stages each
+stage by number and name, such as '1 data_parallel', and 'stages', all of them; null where its length is not
+known), 'setting', and 'notes', on settings that make no sense.
 """
 
 import json
@@ -28,8 +29,9 @@ if TYPE_CHECKING:
 
     from ist_jax import data, tasks
     from ist_jax.exchange.layout import Layout
-    from ist_jax.methods.method import Recipe
     from ist_jax.methods.optimizers import Given
+    from ist_jax.runtime.schedule import Segment
+    from ist_jax.runtime.stages import Made
     from ist_jax.workdir.files import Json
 
 Shown: TypeAlias = "tuple[tasks.Task, data.Split]"
@@ -101,34 +103,36 @@ def predict(
       ValueError: a setting that cannot work, or facts that lack; the message names the key.
     """
     shown = _shown(config, facts, task)
-    recipe, _ = _recipes(config, facts, shown, model, given)
-    return _cost(config, shown, recipe)
+    *_, made = _make(config, facts, shown, model, given)
+    return _cost(config, shown, made, config.local_steps)
 
 
-def _recipes(
+def _make(
     config: config_dict.ConfigDict,
     facts: "data.Facts",
     shown: "Shown",
     model: "nn.Module | None",
     given: "Given | None",
-) -> "tuple[Recipe, Recipe]":
-    """What the method is made from, after the warm-up and during it; shapes alone are looked at."""
+) -> "tuple[Made, ...]":
+    """What the parts of a run are trained by; shapes alone are looked at."""
     from ist_jax.config import build_model, check
     from ist_jax.runtime import setup
 
     check(config)
     model, task = model or build_model(config, facts.num_classes or 0), shown[0]
     devices, optimizer = config.num_devices or config.num_workers, given and given.optimizer
-    recipe = setup.make_recipe(config, model, task, devices, optimizer)
-    return recipe, setup.warmup_recipe(recipe, model, task, setup.unit_scale(config, recipe.layout))
+    return setup.make_all(config, model, task, devices, optimizer)
 
 
-def _cost(config: config_dict.ConfigDict, shown: "Shown", recipe: "Recipe") -> Cost:
+def _cost(config: config_dict.ConfigDict, shown: "Shown", made: "Made", local_steps: int) -> Cost:
     from ist_jax.costs import formula, traffic
-    from ist_jax.runtime import setup
+    from ist_jax.models.conv import by_definition
+    from ist_jax.runtime import stages
 
-    entry, data = setup.method_of(config), shown[1]
-    phases = setup.trace_round(entry, recipe, data, config.local_steps, config.batch_size)
+    recipe, data = made.recipe, shown[1]
+    with by_definition():
+        phases = stages.trace_round(made.entry, recipe, data, local_steps, config.batch_size)
+        flops = formula.step_flops(recipe, data, config.batch_size)
     moved, workers = traffic.round_traffic(phases, recipe.layout), recipe.layout.workers_per_device
     paper = sum(moved.paper.values())
     return Cost(
@@ -137,7 +141,7 @@ def _cost(config: config_dict.ConfigDict, shown: "Shown", recipe: "Recipe") -> C
         paper_gigabytes_per_round=paper / 1e9,
         wire_bytes_per_worker_per_round=sum(moved.sent.values()) / workers,
         state_bytes_per_worker=sum(formula.memory(recipe, phases)) / workers,
-        flops_per_worker_per_step=formula.step_flops(recipe, data, config.batch_size),
+        flops_per_worker_per_step=flops,
         messages_per_device_per_round=moved.messages,
     )
 
@@ -186,46 +190,77 @@ def plan(
     Raises:
       ValueError: a setting that cannot work; the message names the key.
     """
+    from ist_jax.config import methods_of
     from ist_jax.data import batches
     from ist_jax.methods import METHODS, policy_of
-    from ist_jax.runtime import setup
-    from ist_jax.runtime.schedule import NOTHING_DONE
+    from ist_jax.runtime import setup, stages
 
-    workers, rounds, num_train = config.num_workers, config.rounds, facts.num_train
-    devices = config.num_devices or workers
+    workers, num_train = config.num_workers, facts.num_train
+    devices, shown = config.num_devices or workers, _shown(config, facts, task)
+    here = workers // devices
     if num_train is not None:
         num_train -= batches.count_held_out(num_train, config.data.validation)
-        rounds = setup.make_schedule(config, num_train).rounds
+    known = num_train is not None or not (config.rounds is None or config.partition.warmup_epochs)
 
-    def on_device(cost: Cost, link: Link) -> Modelled:
-        here = workers // devices
-        computing = here * config.local_steps * cost.flops_per_worker_per_step / flops
+    def on_device(cost: Cost, link: Link, steps: int = config.local_steps) -> Modelled:
+        computing = here * steps * cost.flops_per_worker_per_step / flops
         sent = here * cost.wire_bytes_per_worker_per_round
         return modelled(computing, sent, cost.messages_per_device_per_round, link)
 
-    def total(parts: Sequence[tuple[int, Cost]]) -> Total:
+    def of_rounds(count: int, cost: Cost, steps: int) -> Total:
         return Total(
-            exchanged_bytes_per_worker=sum(
-                n * cost.exchanged_bytes_per_worker_per_round for n, cost in parts
-            ),
-            paper_gigabytes=sum(n * cost.paper_gigabytes_per_round for n, cost in parts),
-            wire_bytes_per_worker=sum(n * cost.wire_bytes_per_worker_per_round for n, cost in parts),
-            hours=[sum(n * on_device(cost, link).seconds for n, cost in parts) / 3600 for link in links],
+            exchanged_bytes_per_worker=count * cost.exchanged_bytes_per_worker_per_round,
+            paper_gigabytes=count * cost.paper_gigabytes_per_round,
+            wire_bytes_per_worker=count * cost.wire_bytes_per_worker_per_round,
+            hours=[count * on_device(cost, link, steps).seconds / 3600 for link in links],
         )
 
-    costs, totals, notes, policies = {}, {}, [], {}
-    shown = _shown(config, facts, task)
-    for method in dict.fromkeys([*METHODS, config.method]):
-        own = setup.for_method(config, method)
-        policies[method] = policy_of(setup.method_of(own), own.optimizer_state)
-        recipe, warm = _recipes(own, facts, shown, model, given)
-        costs[method], warmup = _cost(own, shown, recipe), 0
-        if rounds is not None and (num_train is not None or not config.partition.warmup_epochs):
-            warmup = setup.count_warmup_rounds(own, num_train or 1, NOTHING_DONE, rounds)
-            first = [(warmup, _cost(own, shown, warm))] if warmup else []
-            totals[method] = total([*first, (rounds - warmup, costs[method])])
-        if method == config.method:
-            notes = _notes(recipe.layout, rounds, warmup)
+    def of_entrance(before: "Made", after: "Made") -> Total:
+        moved = stages.entrance_traffic(before, after)
+        sent = sum(moved.sent.values())
+        hours = [modelled(0.0, sent, moved.messages, link).seconds / 3600 for link in links]
+        return Total(0.0, 0.0, sent / here, hours)
+
+    priced: dict[tuple[str, bool, int], Cost] = {}
+
+    def price(made: "Made", steps: int) -> Cost:
+        key = made.part.method, made.part.whole, steps
+        if key not in priced:
+            priced[key] = _cost(config, shown, made, steps)
+        return priced[key]
+
+    def by_part(made: "Sequence[Made]", segments: "Sequence[Segment]") -> dict[str, list[Total]]:
+        found: dict[str, list[Total]] = {}
+        before, first = made[0], 0
+        for part, steps, until in segments:
+            own = made[part]
+            parts = found.setdefault(f"{part + 1} {own.part.name}", [])
+            parts += [of_entrance(before, own), of_rounds(until - first, price(own, steps), steps)]
+            before, first = own, until
+        return found
+
+    costs, notes, policies, rounds = {}, [], {}, config.rounds
+    totals: dict[str, Total] = {}
+    names = dict.fromkeys([*METHODS, *methods_of(config)])
+    rows = {method: setup.for_method(config, method) for method in names}
+    chosen = "stages" if config.stages else config.method
+    for name, own in (rows | ({chosen: config} if config.stages else {})).items():
+        made, schedule = _make(own, facts, shown, model, given), None
+        if known:
+            schedule = setup.make_schedule(own, num_train or 1, learning_rate=given and given.schedule)
+            parts = by_part(made, schedule.segments)
+            totals |= {part: _sum(found) for part, found in parts.items()} if name == "stages" else {}
+            totals[name] = _sum([total for found in parts.values() for total in found])
+        if name != "stages":
+            policies[name] = policy_of(setup.method_of(own), own.optimizer_state)
+            costs[name] = price(made[-1], config.local_steps)
+        if name == chosen:
+            rounds = schedule.rounds if schedule else rounds
+            longest = max([steps for _, steps, _ in schedule.segments] if schedule else [config.local_steps])
+            layouts = [x.recipe.layout for x in made if not x.part.whole]
+            dealt = next((layout for layout in layouts if layout.groups), layouts[-1])
+            warmup = schedule.segments[0].until if schedule and made[0].part.whole else 0
+            notes = _notes(dealt, rounds, warmup)
     found = {method: [on_device(cost, link) for link in links] for method, cost in costs.items()}
     times = {
         f"{field}_per_round" if field != "utilisation" else field: {
@@ -234,12 +269,17 @@ def plan(
         for field in Modelled._fields
     }
     setting = {"num_workers": workers, "num_devices": devices, "local_steps": config.local_steps}
-    setting |= {"batch_size": config.batch_size, "rounds": rounds}
+    setting |= {"most_local_steps": longest, "batch_size": config.batch_size, "rounds": rounds}
     setting |= {"optimizer_state": policies}
     setting |= {"links": [link._asdict() for link in links], "flops_per_second": flops}
     planned = {method: _whole(cost) for method, cost in costs.items()}
     run = {method: _whole(found) for method, found in totals.items()} or None
     return planned | times | {"run": run, "setting": setting, "notes": notes}
+
+
+def _sum(parts: Sequence[Total]) -> Total:
+    exchanged, paper, wire, hours = zip(*parts, strict=True)
+    return Total(sum(exchanged), sum(paper), sum(wire), [sum(each) for each in zip(*hours, strict=True)])
 
 
 def _whole(figures: Cost | Total) -> "dict[str, Json]":
@@ -297,9 +337,11 @@ def _notes(layout: "Layout", rounds: int | None, warmup: int) -> list[str]:
 def table(planned: "dict[str, Json]") -> str:
     """The plan for people, at most 100 columns wide with up to 6 links."""
     setting, times, run = planned["setting"], planned["seconds_per_round"], planned["run"]
-    count = setting["rounds"]
+    count, steps = setting["rounds"], f"{setting['local_steps']}"
+    if setting["most_local_steps"] > setting["local_steps"]:
+        steps += f" to {setting['most_local_steps']}"
     rounds = "rounds" if count is None else "one round" if count == 1 else f"{count:,} rounds"
-    first = max(14, *(len(method) + 1 for method in times))
+    first = max(14, *(len(name) + 1 for name in [*times, *(run or ())]))
     heads: list[tuple[str, ...]] = [  # of what a round takes
         ("a round", "parameters", "MB exchanged", "MB sent on", "GB exchanged", "MB of state", "GFLOP"),
         ("", "a worker", "a worker", "the wire", "by all", "a worker", "a worker"),
@@ -307,7 +349,7 @@ def table(planned: "dict[str, Json]") -> str:
     ]
     lines = [
         f"{setting['num_workers']:,} workers on {setting['num_devices']:,} devices, "
-        f"{rounds} of {setting['local_steps']} local steps on {setting['batch_size']} examples each",
+        f"{rounds} of {steps} local steps on {setting['batch_size']} examples each",
         *(f"note: {note}" for note in planned["notes"]),
         "",
         *(_row(name, first, *cells) for name, *cells in heads),

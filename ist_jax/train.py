@@ -23,7 +23,7 @@ from ist_jax.methods.optimizers import NOTHING_GIVEN, Given
 from ist_jax.models import adapter
 from ist_jax.runtime import devices, processes, record, scoring, signals
 from ist_jax.runtime.observers import Observer, show_progress
-from ist_jax.runtime.run import Run
+from ist_jax.runtime.run import Run, Stage
 from ist_jax.runtime.setup import set_up
 from ist_jax.runtime.stopping import diverged, has_stopped
 from ist_jax.tasks import Own
@@ -142,9 +142,9 @@ def run_rounds(
     """
     schedule, state, leads = run.schedule, run.state, processes.number() == 0
     log.info("results: %s", workdir)
-    table = record.make_ledger(run) if leads else {}
+    tables = record.make_ledgers(run) if leads else {}
     if leads:
-        files.write_json(workdir / "ledger.json", table)
+        files.write_json(workdir / "ledger.json", ledger.joined(run.name, tables))
     records = files.read_records(workdir)
     given = {"custom_model": adapter.describe(own[0]), "custom_task": resume.name_of(own[1])}
     metric = run.inputs.task.metric
@@ -175,22 +175,26 @@ def run_rounds(
             finished = schedule.is_last(index) or has_stopped(records, schedule.patience, metric)
             leaving = finished or bool(signum) or stuck is not None
             if leaving or schedule.saves(index):
-                writer.save(state, record.about_checkpoint(run, entry, given), records)
+                about = record.about_checkpoint(run, entry, given)
+                writer.save(state, about, records, run.stage(index).layout)
             if leaving:
                 break
     _raise_if_cut_short(run, workdir, records, stuck, signum)
     if "test_loss" not in records[-1]:  # a run that was stopped, and is now wanted no longer than it is
-        records[-1] |= score(run, state).figures("test")
+        stage = run.stage(len(records) - 1)
+        records[-1] |= score(run, _enter(run, stage, state, len(records)), "test", stage).figures("test")
         records[-1]["seconds_evaluate"] += run.clock.take()["evaluate"]
     if has_stopped(records, schedule.patience, metric):
         change = "risen" if metric.higher_is_better else "fallen"
         told = (metric.name, change, schedule.patience)
         log.info("the validation %s has not %s for %d evaluations: stopped", *told)
     if leads:
-        if run.clock.meter is not None:
+        if run.clock.meters:
+            phases = {stage.name: [*stage.phases] for stage in run.stages}
             here = run.layout.num_workers // processes.count()
-            measured = ledger.with_wire(table, run.clock.meter, phases=[*run.stages[-1].phases], workers=here)
-            files.write_json(workdir / "ledger.json", measured)
+            for name, meter in run.clock.meters.items():
+                tables[name] = ledger.with_wire(tables[name], meter, phases=phases[name], workers=here)
+            files.write_json(workdir / "ledger.json", ledger.joined(run.name, tables))
         files.write_records(workdir, records)
         digest = files.params_sha256(checkpoint.open_round(workdir, len(records)).params())
         files.write_json(workdir / "summary.json", record.summarize(run, records, given, digest))
@@ -219,12 +223,21 @@ def train_round(run: Run, state: State, index: int) -> tuple[State, Record]:
     """
     stage = run.stage(index)
     turn, value = run.turn(stage, index), cast(PyTree, None)
+    state = _enter(run, stage, state, index)
     for name, program in stage.programs.items():
-        with run.clock.lap(name, metered=stage is run.stages[-1]):  # the ledger is of the last stage's rounds
+        with run.clock.lap(name, stage.name):
             value = jax.block_until_ready(program(state, value, turn))
     state, told = value
     heard = Told(*(x.reshape(-1) for x in devices.to_host(tuple(told))))
     return state, record.round_record(run, stage, index, heard, turn.present.reshape(-1))
+
+
+def _enter(run: Run, stage: Stage, state: State, index: int) -> State:
+    """The state that a round of a stage takes: in its first, made of that of the stage before."""
+    if stage.enter is None or index != stage.first:
+        return state
+    with run.clock.lap("enter"):
+        return jax.block_until_ready(stage.enter.program(state))
 
 
 def train_and_score(run: Run, state: State, index: int, before: Records = ()) -> tuple[State, Record]:
@@ -237,22 +250,30 @@ def train_and_score(run: Run, state: State, index: int, before: Records = ()) ->
     state, entry = train_round(run, state, index)
     if schedule.evaluates(index):
         split = "validation" if "validation" in run.splits else "test"
-        entry |= score(run, state, split).figures(split)
+        entry |= score(run, state, split, run.stage(index)).figures(split)
     ended = schedule.is_last(index) or has_stopped(
         [*before, entry], schedule.patience, run.inputs.task.metric
     )
     if ended and "test_loss" not in entry:
-        entry |= score(run, state).figures("test")
+        entry |= score(run, state, "test", run.stage(index)).figures("test")
     entry |= {"seconds_evaluate": 0.0} | {f"seconds_{name}": s for name, s in run.clock.take().items()}
     entry["seconds_round"] = time.perf_counter() - started
-    entry["examples_per_second"] = schedule.examples_per_round / entry["seconds_round"]
+    entry["examples_per_second"] = schedule.examples_in(index) / entry["seconds_round"]
     return state, entry
 
 
-def score(run: Run, state: State, split: str = "test") -> scoring.Score:
-    """The score of a state on a split: 'test' or, where there is one, 'validation'."""
-    with run.clock.lap("evaluate", metered=split == "test"):
-        chunks, program, _ = run.splits[split]
+def score(run: Run, state: State, split: str = "test", stage: Stage | None = None) -> scoring.Score:
+    """The score of a state on a split: 'test' or, where there is one, 'validation'.
+
+    Args:
+      run: of which it is a state.
+      state: to score.
+      split: name of the split.
+      stage: that the state is of; None: the last.
+    """
+    stage = stage or run.stages[-1]
+    with run.clock.lap("evaluate", stage.name if split == "test" else ""):
+        chunks, program, _ = stage.splits[split]
         sums = [devices.to_host(jax.block_until_ready(program(state, chunk))) for chunk in chunks]
     return scoring.total_score(run.inputs.task, np.concatenate(sums, axis=1))
 

@@ -29,6 +29,8 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # of commands that tests s
 
 ROOT = Path(__file__).parent.parent
 REPORTING = {"test_bring_your_own", "test_cli", "test_compare", "test_report", "test_train"}
+# Their programs are many and of their own, and are compared by tolerance or with themselves alone.
+UNOPTIMISED = {"test_adapter", "test_bring_your_own", "test_small_models"}
 
 devices.prepare(8)
 hypothesis.settings.register_profile("ist_jax", deadline=None)  # the first example compiles
@@ -49,6 +51,12 @@ def _programs_of_one_module_at_a_time():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_optimisation_where_programs_hardly_run(request):
+    """LLVM's passes take a fifth to a third of the time of the tests that compile most."""
+    jax.config.update("jax_disable_most_optimizations", request.path.stem in UNOPTIMISED)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,6 +4,7 @@ Whole leaves by path, one worker after another, no sharding, no collectives, no 
 engine. Its steps run once or twice each, so they are compiled without optimisation.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -134,32 +135,44 @@ class FewBits:
 
     Attributes:
       residual: by path, what the copies of a shared leaf lack.
+      unsent: by path [S, ...], what was not sent of a worker's changes of a shared leaf.
     """
 
     def __init__(self, layout):
-        self.layout, self.residual = layout, {}
+        self.layout, self.residual, self.unsent = layout, {}, {}
         for path, leaf in layout.leaves.items():
             if not leaf.unit_axes and self._bits(leaf, layout.bits.gather) < 32:
                 self.residual[path] = np.zeros(leaf.shape, layout.dtype)
+            long = leaf.row_size >= 16 * layout.num_workers
+            lossy = self._bits(leaf, layout.bits.merge) < 32 or (layout.bits.keep < 1 and long)
+            if layout.bits.error_feedback and not leaf.unit_axes and lossy:
+                self.unsent[path] = np.zeros((layout.num_workers, *leaf.shape), layout.dtype)
 
     def gather(self, params, axes, turn):
         sent = {}
         for path, x in params.items():
             leaf = self.layout.leaves[path]
             bits = self._bits(leaf, self.layout.bits.gather) if leaf.unit_axes else 32
-            units = canonical(np.asarray(x), leaf)
+            units = by_units(np.asarray(x), leaf)
             places = np.arange(units.size, dtype=np.uint32).reshape(units.shape)
-            sent[path] = restore(self._round(path, units, places, bits, 0, turn.index), leaf)
+            sent[path] = of_units(self._round(path, units, places, bits, 0, turn.index), leaf)
         return [flat(masking.gather(nested(sent), axes, turn.draw, w)) for w in range(len(turn.indices))]
 
     def merge(self, params, axes, turn, started, trained, heard):
         old = [flat(masking.gather(nested(params), axes, turn.draw, w)) for w in range(len(heard))]
         new, means = [], {}
         for worker in range(len(heard)):
-            changes = {
-                path: self._change(path, x - started[worker][path], worker, turn)
-                for path, x in trained[worker].items()
-            }
+            changes = {}
+            for path, x in trained[worker].items():
+                x = np.asarray(x - started[worker][path])
+                if path in self.unsent:
+                    x = x + self.unsent[path][worker]
+                sent = self._change(path, x, worker, turn)
+                leaf, held = self.layout.leaves[path], {n: a.indices[worker] for n, a in turn.draw.items()}
+                sent = np.where(self._largest(leaf, x, held), sent, 0)
+                if path in self.unsent and heard[worker]:
+                    self.unsent[path][worker] = x - sent
+                changes[path] = sent
             kept = old[worker] | self.residual
             new.append(nested({path: kept[path] + x for path, x in changes.items()}))
         before = nested(dict(params) | self.residual)
@@ -176,17 +189,49 @@ class FewBits:
         return merged | means
 
     def _change(self, path, x, worker, turn):
-        leaf, x = self.layout.leaves[path], np.asarray(x)
+        leaf = self.layout.leaves[path]
         bits = self._bits(leaf, self.layout.bits.merge)
         places = np.arange(x.size, dtype=np.uint32).reshape(x.shape)
         if not leaf.unit_axes:
             x, places = x.reshape(1, -1), places.reshape(1, -1)
             return self._round(path, x, places, bits, 1, turn.index, worker).reshape(leaf.shape)
-        units, places = canonical(x, leaf), canonical(places, leaf)
-        return restore(self._round(path, units, places, bits, 1, turn.index, worker), leaf)
+        units, places = by_units(x, leaf), by_units(places, leaf)
+        return of_units(self._round(path, units, places, bits, 1, turn.index, worker), leaf)
+
+    def _largest(self, leaf, x, held):
+        """Where x is one of the largest that a worker has for an owner, who has a slice of each row.
+
+        Of two unit axes, an owner has a strip of the first. `held`: the worker's units, by group.
+        """
+        if (axis := leaf.layer_axis) is not None:
+            layers = [
+                {n: i[layer] if i.ndim > 1 else i for n, i in held.items()} for layer in range(x.shape[axis])
+            ]
+            each = zip(np.moveaxis(x, axis, 0), layers, strict=True)
+            return np.stack([self._largest(leaf.layer, *own) for own in each], axis)
+        layout, workers, axes = self.layout, self.layout.num_workers, len(leaf.unit_axes)
+        if layout.bits.keep == 1 or (axes < 2 and leaf.row_size < 16 * workers):
+            return np.ones(x.shape, bool)
+        if axes == 2:
+            first, second = leaf.groups
+            size = first.strip_slots * second.slots * leaf.row_size
+            rows = canonical(x, leaf)
+            owner = np.asarray(held[first.name]) // first.strip_size
+            owner = np.broadcast_to(owner.reshape(-1, 1, 1), rows.shape)
+        else:
+            long = -(-leaf.row_size // workers)
+            rows = canonical(x, leaf) if axes else x.reshape(1, -1)
+            size, owner = len(rows) * long, np.broadcast_to(np.arange(leaf.row_size) // long, rows.shape)
+        kept = np.zeros(rows.shape, bool)
+        for number in range(workers):
+            own = np.flatnonzero(owner == number)
+            order = np.argsort(-np.abs(rows.reshape(-1)[own]), kind="stable")
+            kept.reshape(-1)[own[order[: math.ceil(layout.bits.keep * size)]]] = True
+        return restore(kept, leaf) if axes else kept.reshape(x.shape)
 
     def _bits(self, leaf, bits):
         units = leaf.groups[0].size if leaf.unit_axes else 1
+        units *= 1 if leaf.layer_axis is None else leaf.shape[leaf.layer_axis]
         return bits if np.prod(leaf.shape) // units >= 16 else 32
 
     def _round(self, path, rows, places, bits, *numbers):
@@ -197,6 +242,21 @@ class FewBits:
         for x in (self.layout.bits.seed, numbers[0], number, *numbers[1:]):
             key = mixed(key ^ mixed(np.array([int(x)], np.uint32) + np.uint32(0x9E3779B9)))
         return few_bits(rows.astype(np.float32), mixed(key ^ mixed(places)), bits).astype(rows.dtype)
+
+
+def by_units(x, leaf):
+    """[k, ...] of a leaf, of which each of the k has a scale of its own."""
+    if leaf.layer_axis is None:
+        return canonical(x, leaf)
+    return np.concatenate([canonical(layer, leaf.layer) for layer in np.moveaxis(x, leaf.layer_axis, 0)])
+
+
+def of_units(units, leaf):
+    """The inverse."""
+    if leaf.layer_axis is None:
+        return restore(units, leaf)
+    layers = np.split(units, leaf.shape[leaf.layer_axis])
+    return np.stack([restore(layer, leaf.layer) for layer in layers], leaf.layer_axis)
 
 
 def mixed(x):
@@ -266,6 +326,52 @@ def data_parallel(recipe):
                 params, moments = stepped
         return params, moments, healthy
 
+    return one_round
+
+
+def power_sgd(recipe, thin):
+    """The round of PowerSGD, as of `data_parallel`.
+
+    Args:
+      recipe: what a worker does.
+      thin: q by path before the first round, ([layers,] columns, r); the other leaves are sent as they are.
+    """
+    gradient, update = _gradient(recipe), _update(recipe)
+    workers, thin = recipe.layout.num_workers, dict(thin)
+    errors = {path: np.zeros((workers, *recipe.layout.leaves[path].shape)) for path in thin}
+
+    def one_round(params, moments, turn):
+        healthy = np.ones(workers, bool)
+        for i, rate in enumerate(turn.rates):
+            sound, mean, following, lost = {}, {}, {}, {}
+            for worker, batches in enumerate(turn.indices):
+                key = batch_key(recipe, turn, worker, i)
+                loss, grads = gradient(params, turn.data, batches[i], key, {})
+                healthy[worker] &= is_finite((loss, grads))
+                if turn.present[worker] and is_finite((loss, grads)):
+                    sound[worker] = {k: g + errors[k][worker] if k in thin else g for k, g in grads.items()}
+            for path, x in params.items():
+                mean[path] = sum((np.asarray(g[path]) for g in sound.values()), 0 * x) / max(1, len(sound))
+                if path in thin:
+                    q = thin[path]
+                    shape = (*q.shape[:-2], -1, q.shape[-2])
+                    p, _ = np.linalg.qr(mean[path].reshape(shape) @ q)
+                    following[path] = mean[path].reshape(shape).swapaxes(-1, -2) @ p
+                    project = lambda m, p=p, s=shape: p @ (p.swapaxes(-1, -2) @ m.reshape(s))  # noqa: E731
+                    mean[path] = project(mean[path]).reshape(x.shape)
+                    for worker, grads in sound.items():
+                        m = np.asarray(grads[path])
+                        lost[worker, path] = m - project(m).reshape(x.shape)
+            stepped = update(params, moments, mean, rate)
+            healthy &= is_finite(stepped)
+            if sound and is_finite(stepped):
+                params, moments = stepped
+                thin.update(following)
+                for (worker, path), x in lost.items():
+                    errors[path][worker] = x
+        return params, moments, healthy
+
+    one_round.errors = errors
     return one_round
 
 

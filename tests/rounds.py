@@ -11,7 +11,7 @@ from ist_jax import train
 from ist_jax.exchange.kinds import iter_leaves
 from ist_jax.exchange.layout import map_trees
 from ist_jax.methods.method import Told
-from ist_jax.runtime import devices, inputs, setup
+from ist_jax.runtime import devices, inputs, setup, stages
 from ist_jax.tasks.classification import classification
 from ist_jax.tasks.task import with_example
 
@@ -51,7 +51,7 @@ def trace_round(config, recipe, opened):
     """The phases of a round of a config by a recipe."""
     data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), opened.train)
     sizes = (data, config.local_steps, config.batch_size)
-    return setup.trace_round(setup.method_of(config), recipe, *sizes)
+    return stages.trace_round(setup.method_of(config), recipe, *sizes)
 
 
 def copied(state, run):

@@ -48,6 +48,7 @@ def test_an_example_has_at_most_25_lines(block):
     assert 0 < len(block.strip().splitlines()) <= 25
 
 
+@pytest.mark.slow
 def test_own_things_work_in_main_report_and_on_resume(folder, capsys):
     whole, cut = folder / "whole", folder / "cut"
     assert main.main(command(whole, **OWN)) == 0
@@ -194,10 +195,25 @@ def test_a_codec_is_refused_where_nothing_is_exchanged(folder, capsys):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "data_parallel", "exchange.merge_bits": 8}, "method='data_parallel' has none; set both"),
+        (
+            {"method": "data_parallel", "exchange.merge_bits": 8},
+            "method='data_parallel' has none; set config.exchange.merge_bits to 32",
+        ),
+        (
+            {"method": "ensemble", "exchange.keep": 0.5, "exchange.error_feedback": True},
+            "set config.exchange.keep to 1.0 and config.exchange.error_feedback to False",
+        ),
+        (
+            {"exchange.codec": OWN["exchange.codec"], "exchange.keep": 0.5},
+            "one way alone; set config.exchange.keep to 1.0",
+        ),
+        (
+            {"exchange.gather_bits": 4, "exchange.error_feedback": True},
+            "set config.exchange.merge_bits below 32, config.exchange.keep below 1",
+        ),
         (
             {"exchange.codec": OWN["exchange.codec"], "exchange.gather_bits": 4},
-            "one way alone; set both to 32",
+            "one way alone; set config.exchange.gather_bits to 32",
         ),
         ({"exchange.gather_bits": 7}, "set config.exchange.gather_bits to one of 32, 16, 8, 6, 5, 4"),
     ],
@@ -217,6 +233,7 @@ def test_in_a_warmup_no_deal_is_asked(folder):
     assert run.turn(run.stages[0], 0).draw["hidden1"].gates.all()
 
 
+@pytest.mark.slow
 def test_the_rolling_window_is_dealt_and_slowmo_is_slow(folder):
     run = set_up(get_config("mlp", **{"partition.deal": OWN["partition.deal"]}))
     for index in (0, 2):

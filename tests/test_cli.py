@@ -52,6 +52,8 @@ MLP = f"--config={ROOT}/configs/mlp.py:smoke"
         ([MLP, "--config.optimizer.name=adam"], "config.optimizer.name to one of 'sgd', 'adamw', 'lion'"),
         ([MLP, "--config.outer.momentum=1.0"], "config.outer.momentum to 0 to 0.999"),
         ([MLP, "--config.outer.name=sgd", "--config.method=data_parallel"], "config.outer.name to 'none'"),
+        ([MLP, "--config.power_sgd.rank=0"], "set config.power_sgd.rank to 1 or more"),
+        ([MLP, "--config.exchange.keep=0"], "set config.exchange.keep to a number above 0, 1 at most"),
         ([MLP, "--config.optimizer.schedule=linear"], "'constant', 'cosine', 'step'"),
         ([MLP, "--config.num_workers=0"], "num_workers=0; set config.num_workers to 1 or more"),
         ([MLP, "--config.local_steps=0"], "config.local_steps to 1"),

@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from rounds import assert_same_bits
 from test_masking import leaves
 from test_store import random_update
 
 from ist_jax import deals, partition
 from ist_jax.costs import compiled
 from ist_jax.costs.traced import collectives_of, operands
-from ist_jax.exchange import compressed, quantize, store, wire
+from ist_jax.exchange import compressed, largest, quantize, store, wire
 from ist_jax.exchange.codec import Bits
 from ist_jax.exchange.kinds import from_params, to_params
-from ist_jax.exchange.layout import AXIS, make_layout
+from ist_jax.exchange.layout import AXIS, make_layout, with_bits
 
 FEW = [bits for bits in quantize.BITS if bits < 32]
 
@@ -61,18 +62,17 @@ def test_rounding_has_the_number_for_its_mean(bits):
     assert np.abs((got - x).mean(0, dtype=np.float64) / step).max() < 0.016
 
 
-@pytest.mark.parametrize("bits", [bits for bits in FEW if bits < 16])
+@pytest.mark.parametrize("bits", [1, 4, 5, 6, 8, 11, 16, 17, 31])
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 40])
 def test_codes_come_out_of_the_bytes_as_they_went_in(bits, count):
-    codes = np.random.default_rng(1).integers(2**bits, size=(3, count), dtype=np.uint8)
+    codes = np.random.default_rng(1).integers(2**bits, size=(3, count), dtype=np.uint32)
     packed = quantize.pack(jnp.asarray(codes), bits)
-    assert packed.dtype == np.uint8
-    assert packed.shape == (3, count if bits == 8 else bits * -(-count // 8))
+    assert packed.nbytes == 3 * (count * bits // 8 if bits in (8, 16) else bits * -(-count // 8))
     assert np.array_equal(quantize.unpack(packed, count, bits), codes)
 
 
 def exchange(layout, params, draw, change, healthy):
-    """Two rounds: (subnets [S, ...] of the second, merged parameters, residual [S, ...] by path)."""
+    """Two rounds: (subnets [S, ...] of the second, merged parameters, residual [S, ...])."""
 
     def run(shards, residual, change, healthy, draw, index):
         subnets = compressed.gather(layout, shards, draw, index)
@@ -82,19 +82,29 @@ def exchange(layout, params, draw, change, healthy):
     change = {path: x.reshape(*grid, *x.shape[1:]) for path, x in change.items()}
     run = jax.pmap(run, in_axes=(0, 0, 0, 0, None, None), axis_name=AXIS)
     shards, residual = from_params(layout, params), compressed.init(layout)
-    residual = {path: np.zeros((layout.num_devices, *x.shape), x.dtype) for path, x in residual.items()}
+    residual = jax.tree.map(lambda x: np.zeros((layout.num_devices, *x.shape), x.dtype), residual)
     for index in range(2):
         told = shards, residual, change, healthy.reshape(grid), draw, np.int32(index)
         subnets, shards, residual, _ = run(*told)
-    flat = lambda tree: {path: np.asarray(x).reshape(-1, *x.shape[2:]) for path, x in tree.items()}  # noqa: E731
+    flat = partial(jax.tree.map, lambda x: np.asarray(x).reshape(-1, *x.shape[2:]))
     return flat(subnets), leaves(to_params(layout, shards)), flat(residual)
 
 
-def make_leaves(workers, least=0):
-    """(params, axes, groups, draw) of leaves of each kind and form; `few` and `short` go as they are."""
+def make_leaves(workers, least=0, *, layers=False):
+    """(params, axes, groups, draw) of leaves of each kind and form; `few`, `short` and `low` go as they are.
+
+    `wide`, `deep`, `long` and `stack` have numbers enough to choose from, and no multiple of the workers.
+    layers: with leaves that have a draw for each.
+    """
     shapes = {"pairs": (12, 9, 2), "first": (12, 17), "last": (5, 4, 12), "bias": (5, 7), "few": (3,)}
     axes = {"pairs": ("u", "v", None), "first": ("u", None), "last": (None, None, "u"), "bias": (None, None)}
     shapes, axes = shapes | {"short": (9, 2)}, axes | {"few": (None,), "short": ("v", None)}
+    shapes |= {"wide": (12, 99), "deep": (5, 21, 12), "long": (7, 15)}
+    axes |= {"wide": ("u", None), "deep": (None, None, "u"), "long": (None, None)}
+    each = partition.Each("w", axis=1)
+    if layers:
+        shapes |= {"stack": (12, 2, 99), "cross": (9, 2, 12, 3), "low": (12, 2)}
+        axes |= {"stack": (each, None, None), "cross": ("v", None, each, None), "low": (each, None)}
     rng = np.random.default_rng(2)
     params = {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
     groups = partition.make_groups(params, axes, workers, min_units=least)
@@ -102,34 +112,45 @@ def make_leaves(workers, least=0):
 
 
 @pytest.mark.parametrize(
-    ("bits", "least"),
-    [((8, 4), 0), *(pytest.param(own, 7, marks=pytest.mark.slow) for own in ((16, 8), (5, 6)))],
+    ("bits", "own", "devices"),
+    [
+        ((8, 4, 4, 0.2, True), {}, (2, 6)),
+        *(
+            pytest.param(bits, {"least": least, "layers": True}, (1, 2, 6), marks=pytest.mark.slow)
+            for bits, least in (
+                ((16, 8), 7),
+                ((5, 6, 4), 0),
+                ((8, 32, 4, 0.02), 7),
+                ((32, 16, 4, 0.5, True), 0),
+            )
+        ),
+    ],
 )
-def test_no_bit_depends_on_the_number_of_devices(bits, least):
+def test_no_bit_depends_on_the_number_of_devices(bits, own, devices):
     results = []
-    for num_devices in (1, 2, 6):
-        params, axes, groups, draw = make_leaves(6, least)
-        layout = make_layout(params, axes, groups, 6, num_devices)._replace(bits=Bits(*bits, seed=4))
+    for num_devices in devices:
+        params, axes, groups, draw = make_leaves(6, **own)
+        layout = with_bits(make_layout(params, axes, groups, 6, num_devices), Bits(*bits))
         change = random_update(layout, np.random.default_rng(5))
         change["pairs"][1] = np.nan  # of one who is not heard
         healthy = np.arange(6) != 1
         results.append(exchange(layout, params, draw, change, healthy))
-    assert results[0][2].keys() == {"bias"}  # the others are too small
+    copies, changes = results[0][2]  # `few` is too small
+    assert copies.keys() == ({"bias", "long"} if bits[0] < 32 else set())
+    assert changes.keys() == ({"bias", "long"} if bits[-1] is True else set())
+    assert all(x[0].any() and not x[1].any() for x in changes.values())
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(results[0]))
     for other in results[1:]:
-        for got, wanted in zip(other, results[0], strict=True):
-            assert got.keys() == wanted.keys()
-            for path, x in wanted.items():
-                assert np.isfinite(x).all()
-                assert got[path].tobytes() == x.tobytes(), path
+        assert_same_bits(other, results[0])
 
 
-def by_hand(bits, num_devices):
-    """(operands, parts) of a gather and of a merge of three leaves by two workers."""
-    sizes = {"pairs": (8, 4, 5), "rows": (4, 18), "shared": (17,), "few": (3,)}
+def by_hand(bits, num_devices, rows=18, shared=17):
+    """(operands, parts) of a gather and of a merge of four leaves by two workers."""
+    sizes = {"pairs": (8, 4, 5), "rows": (4, rows), "shared": (shared,), "few": (3,)}
     params = {path: np.zeros(shape, np.float32) for path, shape in sizes.items()}
     axes = {"pairs": ("v", "u", None), "rows": ("u", None), "shared": (None,), "few": (None,)}
     groups = partition.make_groups(params, axes, 2)
-    layout = make_layout(params, axes, groups, 2, num_devices)._replace(bits=Bits(*bits))
+    layout = with_bits(make_layout(params, axes, groups, 2, num_devices), Bits(*bits))
     shards = {path: x[0] for path, x in from_params(layout, params).items()}
     draw, one = partition.draw(0, 0, groups, lambda *args: _dealt(*args)), jnp.int32(0)
     workers = layout.workers_per_device
@@ -179,13 +200,48 @@ def test_bytes_of_few_bits_by_hand():
         assert sum(part.paper for part in parts if part.cause == cause) == size
 
 
+@pytest.mark.parametrize("keep", [0.25, 0.04])
+def test_bytes_of_the_largest_by_hand(keep):
+    # As above, 32 bits out and 6 back; rows of 37 in slices of 19, so that an owner has 38 numbers, and a
+    # shared leaf of 63 in slices of 32. A quarter: 5 of 20 numbers of pairs, 10 of 38, 8 of 32; which, a bit
+    # for each. A twenty-fifth: 1 of pairs, 2 and 2, at places of 5, 6 and 5 bits.
+    counts, places = {0.25: ((5, 10, 8), (3, 5, 4)), 0.04: ((1, 2, 2), (5, 6, 5))}[keep]
+    operand, parts = by_hand((32, 6, 0, keep), 2, rows=37, shared=63)["merge"]
+    codes = [6 * -(-count // 8) for count in counts]
+    back = sum(codes) + sum(places) + 2 * (2 + 4 + 1) + 4 * 2 + 1
+    assert operand == {("all-to-all", 2): 2 * back, ("all-gather", 2): 4 * (32 + 2)}
+    code = {0.25: (20, 38, 32), 0.04: (5, 12, 10)}[keep]  # bits of the places
+    numbers = [4 * 2 * 5 / 20, 2 * 37 / 38, 63 / 32]  # parts of a worker, without padding
+    sizes = [n * (6 * count + c) / 8 for n, count, c in zip(numbers, counts, code, strict=True)]
+    paper = {"merge_units": 2 * sum(sizes[:2]) + 2 * 2 * (2 + 4)}
+    paper["merge_shared"] = 2 * (sizes[2] + 2 + 4 * 3) + 2 * 4 * (63 + 3)
+    for cause, size in paper.items():
+        assert sum(part.paper for part in parts if part.cause == cause) == pytest.approx(size, rel=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 5, 40, 200])
+def test_the_largest_numbers_come_out_where_they_were(count):
+    x = np.random.default_rng(6).normal(size=(3, 2, 200)).astype(np.float32)
+    x[0, 0, 7:90] = 0.0
+    places = largest.places_of(jnp.asarray(x), count)
+    codes = largest.encode(places, 200)
+    number, bits = largest.code_form(200, count)
+    assert codes.shape == (3, 2, number) and bits == (1 if count * 8 >= 200 else 8)
+    packed = quantize.pack(codes.reshape(3, -1), bits)
+    assert packed.nbytes == 3 * 2 * number * bits // 8
+    sent = largest.decode(quantize.unpack(packed, 2 * number, bits).reshape(codes.shape), 200, count)
+    found = np.asarray(largest.fill(jnp.take_along_axis(jnp.asarray(x), places, -1), sent))
+    least = np.sort(np.abs(x), -1)[..., -count:].min(-1, keepdims=True)
+    assert np.array_equal(found, np.where(np.abs(x) >= least, x, 0))
+
+
 def test_on_one_device_nothing_is_sent():
-    assert all(traced == {} for traced, _ in by_hand((5, 6), 1).values())
+    assert all(traced == {} for traced, _ in by_hand((5, 6, 0, 0.1), 1, 40).values())
 
 
 def test_plain_numbers_are_sent_where_few_share_a_scale():
     params, axes, groups, draw = make_leaves(6)
-    layout = make_layout(params, axes, groups, 6, 1)._replace(bits=Bits(4, 4))
+    layout = with_bits(make_layout(params, axes, groups, 6, 1), Bits(4, 4))
 
     @partial(jax.pmap, axis_name=AXIS)
     def both(shards):
@@ -193,4 +249,4 @@ def test_plain_numbers_are_sent_where_few_share_a_scale():
 
     got, plain = both(from_params(layout, params))
     assert [path for path in plain if np.array_equal(got[path], plain[path])] == ["short"]
-    assert compressed.init(layout).keys() == {"bias"}
+    assert compressed.init(layout).copies.keys() == {"bias", "long"}

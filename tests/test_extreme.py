@@ -385,6 +385,7 @@ def test_patience_counts_evaluations_without_a_better_one(accuracies, patience, 
     assert stopping.has_stopped(mirrored, patience, ACCURACY._replace(higher_is_better=False)) is stopped
 
 
+@pytest.mark.slow
 def test_a_run_stops_by_its_validation_split_and_tests_its_last_state(folder, tmp_path, caplog):
     config = tiny(folder, num_workers=1, rounds=40, patience=2, eval_every=1, **{"data.validation": 0.2})
     config.optimizer.learning_rate = 0.0

@@ -117,6 +117,7 @@ def test_features_are_not_cropped_nor_shown_to_a_net_for_images(tmp_path):
 # --- .npz -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_npz_file_trains_from_the_command_line(tmp_path, capsys):
     (x, y), (x_test, y_test) = examples(60, (6, 6)), examples(20, (6, 6), seed=1)
     np.savez(tmp_path / "f.npz", x_train=x, y_train=y[:, None], x_test=x_test, y_test=y_test)

@@ -27,7 +27,7 @@ from ist_jax.methods.method import Recipe
 from ist_jax.methods.steps import POLICIES
 from ist_jax.models.mlp import MLP
 from ist_jax.models.resnet import ResNet
-from ist_jax.runtime import record, setup
+from ist_jax.runtime import record, setup, stages
 
 LEAVES = {"shared": np.zeros(5), "rows": np.zeros((4, 3)), "pairs": np.zeros((8, 4))}
 LEAVES = {path: x.astype(np.float32) for path, x in LEAVES.items()}
@@ -46,7 +46,7 @@ def traffic_of(method, *, num_devices=2, local_steps=1, tx=None):
         policy=POLICIES["carry" if tx else "reset"],
     )  # fmt: skip
     data = jax.ShapeDtypeStruct((1,), np.float32)
-    phases = setup.trace_round(METHODS[method], recipe, data, local_steps, 1)
+    phases = stages.trace_round(METHODS[method], recipe, data, local_steps, 1)
     return round_traffic(phases, layout), layout
 
 
@@ -122,7 +122,7 @@ def test_the_largest_subnet_is_of_the_worker_with_the_largest_share():
 @pytest.fixture(scope="module")
 def table():
     run = setup.set_up(get_config("mlp", method="data_parallel", num_workers=4, num_devices=2))
-    return record.make_ledger(run)
+    return record.make_ledgers(run)["data_parallel"]
 
 
 def rows(table):

@@ -56,6 +56,23 @@ def leaves(tree):
     return traverse_util.flatten_dict(tree, sep="/")
 
 
+def cut_out(params, axes, assignment):
+    """(masks, subnet) of every worker, by one program."""
+
+    @plainly
+    def of_all(params, assignment):
+        given, workers = (params, axes, assignment), range(len(next(iter(assignment.values())).indices))
+        return [(masking.masks(*given, worker), masking.gather(*given, worker)) for worker in workers]
+
+    return of_all(params, assignment)
+
+
+def put_back(params, axes, assignment, subnets, healthy):
+    """The merge, by one program."""
+    merge = plainly(lambda *args: masking.merge(args[0], axes, *args[1:]))
+    return merge(params, assignment, subnets, np.array(healthy))
+
+
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 5, 6, 8])
 @pytest.mark.parametrize("min_units", [0, 4])
 def test_masking_gather_then_merge_is_the_identity_bit_for_bit(num_workers, min_units):
@@ -68,9 +85,8 @@ def test_masking_gather_then_merge_is_the_identity_bit_for_bit(num_workers, min_
 
 def test_masking_masks_say_what_gather_cuts_out():
     params, axes, _, assignment = make_case(7, 6, 3)
-    for worker in range(3):
-        mask = leaves(masking.masks(params, axes, assignment, worker))
-        subnet = leaves(masking.gather(params, axes, assignment, worker))
+    for own in cut_out(params, axes, assignment):
+        mask, subnet = map(leaves, own)
         for path, leaf in leaves(params).items():
             assert mask[path].shape == leaf.shape
             held = np.sort(np.asarray(leaf)[np.asarray(mask[path])].ravel())
@@ -111,11 +127,9 @@ def test_masking_each_layer_of_a_stack_is_what_it_is_alone():
     assert (groups["h1"].shape, groups["wide"].shape) == ((3, 3, 4), (3, 3))
     assert (groups["h1"].counts, groups["wide"].counts) == ((4, 2, 2), (3, 2, 2))  # uneven, with overlap
     assert len({assignment["h1"].indices[:, layer].tobytes() for layer in range(3)}) == 3
-    trained = [jax.tree.map(np.negative, masking.gather(params, axes, assignment, w)) for w in range(3)]
-    healthy = jnp.array([True, False, True])
-    merged = plainly(lambda *args: masking.merge(args[0], axes, *args[1:]))(
-        params, assignment, trained, healthy
-    )
+    cut, healthy = cut_out(params, axes, assignment), [True, False, True]
+    trained = [jax.tree.map(np.negative, subnet) for _, subnet in cut]
+    merged = put_back(params, axes, assignment, trained, healthy)
     stacked = {path: partition.layer_axis_of(names) for path, names in axes.items() if "last" not in path}
     stacked = {path: axis for path, axis in stacked.items() if axis is not None}
     assert stacked.keys() == {"in", "bias", "mid", "late", "out"}
@@ -132,14 +146,12 @@ def test_masking_each_layer_of_a_stack_is_what_it_is_alone():
             for path in stacked
         }
         one, subnets = of_layer(params), [of_layer(subnet) for subnet in trained]
-        for worker in range(3):
-            masks = of_layer(masking.masks(params, axes, assignment, worker))
-            for path, mask in masking.masks(one, names, own, worker).items():
-                assert np.array_equal(masks[path], mask), path
-            for path, x in masking.gather(one, names, own, worker).items():
+        for worker, (masks, subnet) in enumerate(cut_out(one, names, own)):
+            for path, mask in masks.items():
+                assert np.array_equal(of_layer(cut[worker][0])[path], mask), path
+            for path, x in subnet.items():
                 assert np.array_equal(subnets[worker][path], -x), path
-        meant = plainly(lambda *args: masking.merge(args[0], names, *args[1:]))  # noqa: B023
-        for path, x in meant(one, own, subnets, healthy).items():
+        for path, x in put_back(one, names, own, subnets, healthy).items():
             assert np.array_equal(of_layer(merged)[path], x), path
 
 
@@ -183,7 +195,7 @@ def test_masking_blocks_keep_the_gates_of_a_unit_together():
 
 def test_masking_masks_cover_every_entry_of_rows_once_and_all_of_pairs_never():
     params, axes, _, assignment = make_case(8, 6, 2)
-    count = [leaves(masking.masks(params, axes, assignment, w)) for w in range(2)]
+    count = [leaves(mask) for mask, _ in cut_out(params, axes, assignment)]
     total = {path: sum(np.asarray(c[path], int) for c in count) for path in count[0]}
     assert (total["in/kernel"] == 1).all()
     assert (total["out/bias"] == 2).all()  # shared
@@ -207,24 +219,25 @@ def test_masking_merge_copies_averages_and_keeps():
 
 def test_masking_merge_leaves_sick_workers_out():
     params, axes, _, assignment = make_case(6, 6, 3)
-    subnets = [jax.tree.map(lambda x: x + 1, masking.gather(params, axes, assignment, w)) for w in range(3)]
-    subnets[1] = jax.tree.map(lambda x: x * jnp.nan, subnets[1])
-    merged = leaves(masking.merge(params, axes, assignment, subnets, [True, False, True]))
-    sick = leaves(masking.masks(params, axes, assignment, 1))
+    cut = cut_out(params, axes, assignment)
+    subnets = [jax.tree.map(lambda x: np.asarray(x) + 1, subnet) for _, subnet in cut]
+    subnets[1] = jax.tree.map(lambda x: x * np.float32(np.nan), subnets[1])
+    merged = leaves(put_back(params, axes, assignment, subnets, [True, False, True]))
+    sick = leaves(cut[1][0])
     for path, leaf in leaves(params).items():
         assert np.isfinite(merged[path]).all()
         if len(set(axes[path]) - {None}) == 1 and path != "square":
-            assert np.array_equal(np.asarray(merged[path])[sick[path]], np.asarray(leaf)[sick[path]])
+            held = np.asarray(sick[path])
+            assert np.array_equal(np.asarray(merged[path])[held], np.asarray(leaf)[held])
             assert not np.array_equal(merged[path], leaf)
     assert np.allclose(merged["temperature"], params["temperature"] + 1)
 
 
 def test_masking_merge_of_nobody_changes_nothing():
     params, axes, _, assignment = make_case(6, 6, 2)
-    subnets = [
-        jax.tree.map(lambda x: x * jnp.nan, masking.gather(params, axes, assignment, w)) for w in (0, 1)
-    ]
-    merged = masking.merge(params, axes, assignment, subnets, [False, False])
+    cut = cut_out(params, axes, assignment)
+    subnets = [jax.tree.map(lambda x: np.asarray(x) * np.float32(np.nan), subnet) for _, subnet in cut]
+    merged = put_back(params, axes, assignment, subnets, [False, False])
     for path, leaf in leaves(merged).items():
         assert np.array_equal(leaf, leaves(params)[path])
 

@@ -96,7 +96,7 @@ def test_what_is_unset_is_optax_s_default():
         assert float(second["w"][0]) == pytest.approx(1 - b2, rel=1e-3)
 
 
-@pytest.mark.parametrize("policy", ["reset", "carry"])
+@pytest.mark.parametrize("policy", ["reset", pytest.param("carry", marks=pytest.mark.slow)])
 def test_a_whole_optimizer_of_ones_own_descends(policy, tmp_path):
     config = get_config("mlp", rounds=6, local_steps=8, eval_every=0, optimizer_state=policy)
     summary = train.train(config, tmp_path, optimizer=optax.adamw(0.01))
@@ -167,6 +167,7 @@ def test_what_is_no_optimizer_or_schedule_is_refused(tmp_path):
 LOCAL_SGD = {"method": "local_sgd", "optimizer.name": "adamw", "optimizer.learning_rate": 0.01}
 
 
+@pytest.mark.slow
 def test_local_sgd_keeps_its_moments_the_same_on_any_number_of_devices():
     found = []
     for num_devices in (4, 2, 1):
@@ -183,6 +184,7 @@ def test_local_sgd_keeps_its_moments_the_same_on_any_number_of_devices():
         assert all(np.ptp(x, axis=0).max() > 0 for x in tree.values())  # each has its own
 
 
+@pytest.mark.slow
 def test_the_moments_of_other_workers_start_at_zero_and_it_is_said(tmp_path, caplog):
     config = get_config("mlp", **LOCAL_SGD, rounds=1)
     train.train(config, tmp_path)
@@ -190,7 +192,7 @@ def test_the_moments_of_other_workers_start_at_zero_and_it_is_said(tmp_path, cap
     config.update({"rounds": 2, "num_workers": 3})
     with caplog.at_level("WARNING"):
         train.train(config, tmp_path)
-    assert "what 2 workers kept (moments, residuals) starts at zero, for num_workers=3" in caplog.text
+    assert "what 2 workers kept (moments, residuals) starts anew, for num_workers=3" in caplog.text
     saved = checkpoint.open_round(tmp_path, 2)
     assert saved.read("own/0").tolist() == [2] * 3  # Adam's count, of the second round alone
     assert reference.max_difference(checkpoint.load_params(tmp_path), before) > 0
@@ -224,7 +226,7 @@ def test_an_outer_step_is_what_its_operations_are_one_by_one(name, power):
     assert_same_bits(jax.jit(made.step)(old, new, moments, holders), made.step(old, new, moments, holders))
 
 
-@pytest.mark.parametrize("name", ["nesterov", "adam"])
+@pytest.mark.parametrize("name", [pytest.param("nesterov", marks=pytest.mark.slow), "adam"])
 def test_an_outer_optimizer_has_the_same_bits_on_any_number_of_devices(name):
     found = []
     overrides = {"outer.name": name, "partition.min_units": 12, "participation": 0.7}

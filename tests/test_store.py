@@ -107,8 +107,9 @@ def check_equal_to_masking(case, mapped, rules=RULES):
     [
         (1, 1, 1, 1, 0, (), 0),
         (2, 1, 5, 4, 2, (), 1),
-        (6, 2, 16, 9, 0, (1.0, 2.0, 3.0, 1.0, 2.0, 3.0), 2),
-        (8, 2, 5, 1, 1, (), 3),  # more workers than units, everybody holds the only one
+        pytest.param((6, 2, 16, 9, 0, (1.0, 2.0, 3.0, 1.0, 2.0, 3.0), 2), marks=pytest.mark.slow),
+        # more workers than units, everybody holds the only one
+        pytest.param((8, 2, 5, 1, 1, (), 3), marks=pytest.mark.slow),
     ],
 )
 def test_exchange_equals_masking(case):
@@ -119,7 +120,7 @@ def test_exchange_equals_masking(case):
     "case",
     [
         (2, 1, 5, 4, 2, (), 1),
-        (3, 3, 7, 5, 0, (), 2),  # uneven counts
+        pytest.param((3, 3, 7, 5, 0, (), 2), marks=pytest.mark.slow),  # uneven counts
         (4, 2, 9, 8, 3, (1.0, 2.0, 1.0, 2.0), 3),  # overlap
     ],
 )
@@ -138,9 +139,9 @@ def test_exchange_of_random_cases_equals_masking(case):
     "case",
     [
         (4, 4, 16, 6, 0, (), 1),  # 4 squared divides 16: dense strips
-        (8, 4, 23, 9, 0, (), 2),  # uneven, two workers per device
+        pytest.param((8, 4, 23, 9, 0, (), 2), marks=pytest.mark.slow),  # uneven, two workers per device
         (6, 3, 5, 9, 3, (), 3),  # more workers than units, overlap
-        (3, 3, 16, 4, 0, (3.0, 2.0, 1.0), 4),
+        pytest.param((3, 3, 16, 4, 0, (3.0, 2.0, 1.0), 4), marks=pytest.mark.slow),
     ],
 )
 def test_exchange_on_devices_equals_masking(case):

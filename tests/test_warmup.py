@@ -113,8 +113,10 @@ def test_everyone_holds_every_unit_once(units, workers):
     [(0, 0, 100, 13), (0, 0, 5, 5), (4, 4 * 16, 100, 13), (4, 8 * 16, 100, 9), (20, 20 * 16, 100, 20)],
 )
 def test_the_warmup_ends_by_the_examples_seen(first, before, rounds, wanted):
-    config = get_config("mlp", num_workers=1, local_steps=2, **{"partition.warmup_epochs": 2.0})
-    done = Progress(first, before)
-    assert setup.count_warmup_rounds(config, 100, done, rounds) == wanted  # 200 / 16 = 12.5
+    own = {"num_workers": 1, "local_steps": 2, "rounds": rounds, "partition.warmup_epochs": 2.0}
+    config, done = get_config("mlp", **own), Progress(first, before)
+    segments = setup.make_schedule(config, 100, done).segments
+    assert max([s.until for s in segments if s.part == 0], default=first) == wanted  # 200 / 16 = 12.5
+    assert {s.part for s in segments} == {*[0] * (first < wanted), *[1] * (wanted < rounds)}
     config.method = "local_sgd"
-    assert setup.count_warmup_rounds(config, 100, done, rounds) == 0
+    assert [(s.part, s.until) for s in setup.make_schedule(config, 100, done).segments] == [(0, rounds)]

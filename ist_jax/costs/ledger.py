@@ -112,12 +112,21 @@ def ledger_of(subject: Subject) -> Ledger:
     return about | {"columns": COLUMNS, "rows": [parameters, *traffic, scoring, *memory, step]}
 
 
+def joined(name: str, tables: Mapping[str, Ledger]) -> Ledger:
+    """The ledgers of a run's stages, by their names, as one: of several, rows say of which stage they are."""
+    first = next(iter(tables.values()))
+    if len(tables) == 1:
+        return first
+    rows = [{"stage": stage} | row for stage, table in tables.items() for row in table["rows"]]
+    return first | {"method": name, "rows": rows}
+
+
 def with_wire(table: Ledger, meter: Meter, *, phases: Sequence[str], workers: int) -> Ledger:
     """The ledger with its last column filled in.
 
     Args:
       table: from `ledger_of`.
-      meter: of a process: by phase, and 'evaluate'.
+      meter: of a process and the stage: by phase, and 'evaluate'.
       phases: of a round.
       workers: of the process.
     """

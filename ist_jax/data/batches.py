@@ -91,7 +91,7 @@ def share_examples(
 def train_indices(
     seed: int, round_index: int, shards: Sequence[np.ndarray], local_steps: int, batch_size: int
 ) -> np.ndarray:
-    """The training examples of a round, the same whatever the method and the devices.
+    """The training examples of a base round, the same whatever the method and the devices.
 
     Every worker draws from its examples with its own seed, without replacement within each of its epochs.
     Nothing is dropped: a batch may span two epochs.

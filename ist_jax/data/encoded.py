@@ -74,7 +74,7 @@ class _Batches:
 
 @dataclasses.dataclass(frozen=True)
 class TrainBatches(_Batches):
-    """The training batches by number; a chunk is a round.
+    """The training batches by number; a chunk is a base round.
 
     Attributes:
       source: of the images.
@@ -82,7 +82,7 @@ class TrainBatches(_Batches):
       workers: those whose batches are read here, of S.
       transform: what becomes of the images.
       seed: of the run.
-      local_steps: l.
+      local_steps: of a base round.
       batch_size: B.
     """
 

@@ -2,13 +2,15 @@
 
 import contextlib
 import gc
+import itertools
 import logging
+import math
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -41,7 +43,8 @@ class _Streaming:
     """Chunks of a set on disk: what cannot be read is said once of every image, and counted.
 
     Attributes:
-      spec: what the data of a chunk look like; 'image', 'label' and, of an evaluation, 'weight'.
+      spec: what the data of a chunk look like, of a round those of a base round; 'image', 'label' and, of an
+        evaluation, 'weight'.
     """
 
     def __init__(self, make: TrainBatches | EvalBatches, lead: tuple[int, ...], processes: int, put: Put):
@@ -51,23 +54,36 @@ class _Streaming:
         self._stop = threading.Event()
         self._unreadable: set[int] = set()
 
-    def _chunks(self, first: int, last: int) -> Generator[Split]:
-        """Those from the first on, without the last; no further batch is read once `_stop` is set."""
-        each = self._make.per_chunk
-        numbers = range(first * each, last * each)
+    def spec_of(self, local_steps: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """The data of a round of so many local steps."""
+        times = local_steps // self._make.local_steps
+
+        def longer(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((x.shape[0], times * x.shape[1], *x.shape[2:]), x.dtype)
+
+        return {name: longer(x) for name, x in self.spec.items()}
+
+    def _chunks(self, starts: Sequence[int]) -> Generator[Split]:
+        """One from each start up to the next; no further batch is read once `_stop` is set."""
+        each, steps = self._make.per_chunk, self._make.local_steps
+        numbers = range(starts[0] * each, starts[-1] * each)
         with contextlib.closing(read(self._make, numbers, self._processes)) as stream:
-            for start in numbers[::each]:
-                chunk = {name: np.empty(x.shape, x.dtype) for name, x in self.spec.items()}
-                for number in range(start, start + each):
+            for first, last in itertools.pairwise(starts):
+                spec = self.spec_of((last - first) * steps)
+                chunk = {name: np.empty(x.shape, x.dtype) for name, x in spec.items()}
+                for number in range(first * each, last * each):
                     if self._stop.is_set():
                         return
-                    self._fill_in(chunk, number, next(stream))  # and lets go of the shared memory
+                    self._fill_in(chunk, number, first, next(stream))  # and lets go of the shared memory
                 yield self._put(chunk)
 
-    def _fill_in(self, chunk: Batch, number: int, batch: Batch) -> None:
-        _, worker, step = self._make.place(number)
+    def _fill_in(self, chunk: Batch, number: int, first: int, batch: Batch) -> None:
+        base, worker, step = self._make.place(number)
         for name, x in chunk.items():
-            x.reshape(-1, self._make.local_steps, *batch[name].shape)[worker, step] = batch[name]
+            times = x.shape[1] // self.spec[name].shape[1]
+            cells = x.reshape(len(x), times, -1, self._make.local_steps, *batch[name].shape)
+            device, own = divmod(worker, cells.shape[2])
+            cells[device, base - first, own, step] = batch[name]
         if batch["skipped"].any():
             self._report(*self._make.examples(number), batch["skipped"])
 
@@ -88,7 +104,7 @@ class StreamingFeed(_Streaming):
     Args:
       make: the training batches that are read here.
       num_devices: D.
-      num_rounds: of the run; nothing is read beyond it.
+      starts: by round, the base rounds before it; behind them, all, beyond which nothing is read.
       processes: that read and decode; 0: a thread of this one does.
       put: places arrays [D, ...] on the devices; what other processes read is left unset in them.
 
@@ -96,23 +112,27 @@ class StreamingFeed(_Streaming):
       shards: the examples of each worker.
     """
 
-    def __init__(self, make: TrainBatches, num_devices: int, num_rounds: int, *, processes: int, put: Put):
-        here = (len(make.shards) // num_devices, make.local_steps, make.batch_size)
-        indices = np.arange(np.prod(here), dtype=np.int32).reshape(here)
-        super().__init__(make, (num_devices, indices.size), processes, put)
-        self.shards, self._num_rounds = make.shards, num_rounds
-        self._indices = np.broadcast_to(indices, (num_devices, *here))
+    def __init__(
+        self, make: TrainBatches, num_devices: int, starts: Sequence[int], *, processes: int, put: Put
+    ):
+        self._here = (len(make.shards) // num_devices, make.local_steps, make.batch_size)
+        super().__init__(make, (num_devices, math.prod(self._here)), processes, put)
+        self.shards, self._starts = make.shards, starts
         self._ahead: Future[Split] | None = None
         self._expected = 0
 
     def __call__(self, round_index: int) -> Chunk:
         if self._ahead is None or round_index != self._expected:
             self.close()
-            self._reading = self._chunks(round_index, self._num_rounds)
+            self._reading = self._chunks(self._starts[round_index:])
             self._ahead = _in_background(self._reading.__next__)
         data = self._ahead.result()
         self._ahead, self._expected = _in_background(self._reading.__next__), round_index + 1
-        return Chunk(data, self._indices)
+        times = self._starts[round_index + 1] - self._starts[round_index]
+        workers, steps, size = self._here
+        numbers = np.arange(times * math.prod(self._here), dtype=np.int32).reshape(times, *self._here)
+        indices = numbers.swapaxes(0, 1).reshape(workers, times * steps, size)
+        return Chunk(data, np.broadcast_to(indices, (self.spec["label"].shape[0], *indices.shape)))
 
     def close(self) -> None:
         """Ends the reading; a later call begins anew."""
@@ -145,7 +165,7 @@ class StreamingEvaluation(_Streaming):
         return self._rows
 
     def __iter__(self) -> Iterator[Split]:
-        return self._chunks(0, self._rows)
+        return self._chunks(range(self._rows + 1))
 
 
 Feed = InMemoryFeed | StreamingFeed

@@ -30,17 +30,22 @@ class Bits(NamedTuple):
       gather: of what an owner sends.
       merge: of what a worker sends.
       seed: of the rounding.
+      keep: the fraction that a worker sends of what it has changed, by magnitude.
+      error_feedback: what it did not send of shared leaves stays with it and goes with its next change.
     """
 
     gather: int = 32
     merge: int = 32
     seed: int = 0
+    keep: float = 1.0
+    error_feedback: bool = False
 
     @property
     def compress(self) -> bool:
-        return min(self.gather, self.merge) < 32
+        return min(self.gather, self.merge) < 32 or self.keep < 1
 
 
+LEAST = 16  # numbers that share a scale, or of which some are chosen; fewer are sent as they are
 NONE = Codec()
 PLAIN = Bits()
 CODECS: dict[str, Codec] = {"none": NONE}

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 from flax import traverse_util
+from jax import lax
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from ist_jax.exchange import layers, pairs, rows, shared
-from ist_jax.exchange.layout import A, Layout, Leaf, Shapes
+from ist_jax.exchange.layout import AXIS, A, Layout, Leaf, Shapes, Shards
 from ist_jax.masking import Params
 
 _INIT_PARTS = 2
@@ -88,6 +89,20 @@ def iter_leaves(layout: Layout, shards: Stacked) -> Iterator[tuple[str, np.ndarr
     """(path, whole leaf) on the host, one leaf at a time, in the order of the paths."""
     for path, leaf in layout.leaves.items():
         yield path, kind_of(leaf).join(np.asarray(shards[path]), leaf)
+
+
+def recut(before: Layout, after: Layout, shards: Shards) -> Shards:
+    """This device's shards in another layout of the same model on the same devices, with collectives.
+
+    One leaf after another is whole for a moment, if its cut is another one.
+    """
+    found = {}
+    for path, leaf in after.leaves.items():
+        old, found[path] = before.leaves[path], shards[path]
+        if old.unit_axes != leaf.unit_axes:
+            parts = split_leaf(after, path, kind_of(old).whole(old, shards[path]))
+            found[path] = lax.dynamic_index_in_dim(parts, lax.axis_index(AXIS), keepdims=False)
+    return found
 
 
 def to_params(layout: Layout, shards: Stacked) -> PyTree[Float[np.ndarray | np.generic, "..."]]:

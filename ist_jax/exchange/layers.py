@@ -4,22 +4,24 @@ What a device keeps, and what is sent for a worker, is that of the L layers stac
 once, on the other axis of such a leaf, has the same draw in all layers.
 """
 
+import math
 import types
 from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Float32, Int, Shaped, UInt32
 
 from ist_jax.exchange import pairs, rows
 from ist_jax.exchange.layout import AXIS, A, Flags, Layout, Leaf
 from ist_jax.exchange.wire import Inputs
 from ist_jax.partition import Draw
 
-Shard = Float[Array, "L ..."]  # a layer's behind it
-Parts = Float[Array, "D W L ..."]  # the rest of a layer's behind it; first axis: destination, then source
+Shard = Shaped[Array, "L ..."]  # a layer's behind it
+Parts = Shaped[Array, "D W L ..."]  # the rest of a layer's behind it; first axis: destination, then source
 
 
 def split(x: Shaped[A, "*shape"], leaf: Leaf, num_devices: int) -> Shaped[A, "D L ..."]:
@@ -49,13 +51,13 @@ def cut_out(layout: Layout, leaf: Leaf, shard: Shard, draw: Draw) -> Parts:
     return jax.vmap(cut, (0, _draw_axes(leaf)), 2)(shard, _own(leaf, draw))
 
 
-def assemble(layout: Layout, leaf: Leaf, got: Parts, draw: Draw) -> Float[Array, "W ..."]:
+def assemble(layout: Layout, leaf: Leaf, got: Parts, draw: Draw) -> Shaped[Array, "W ..."]:
     """The leaf of this device's W subnets, [W, ...], from what has come."""
     put = partial(_kind(leaf).assemble, layout, leaf.layer)
     return jax.vmap(put, (2, _draw_axes(leaf)), 1 + _axis(leaf))(got, _own(leaf, draw))
 
 
-def take_apart(layout: Layout, leaf: Leaf, x: Float[Array, "W ..."], draw: Draw) -> Parts:
+def take_apart(layout: Layout, leaf: Leaf, x: Shaped[Array, "W ..."], draw: Draw) -> Parts:
     """What a merge sends, of the form that a gather receives."""
     take = partial(_kind(leaf).take_apart, layout, leaf.layer)
     return jax.vmap(take, (1 + _axis(leaf), _draw_axes(leaf)), 2)(x, _own(leaf, draw))
@@ -73,12 +75,37 @@ def holders(layout: Layout, leaf: Leaf, draw: Draw, flags: Flags) -> Int[Array, 
     return jax.vmap(count, (_draw_axes(leaf), None))(_own(leaf, draw), flags)
 
 
+def largest(layout: Layout, leaf: Leaf, shard: Shard) -> Shaped[Array, "L U"]:
+    """The largest number of each unit in what this device keeps."""
+    return jax.vmap(partial(_kind(leaf).largest, layout, leaf.layer))(shard)
+
+
+def spread(layout: Layout, leaf: Leaf, per_unit: Shaped[Array, "L U"]) -> Shaped[Array, "L ..."]:
+    """Numbers by unit, in a form that is broadcast to this device's shard."""
+    return jax.vmap(partial(_kind(leaf).spread, layout, leaf.layer))(per_unit)
+
+
+def places(layout: Layout, leaf: Leaf) -> UInt32[Array, "L ..."]:
+    """Where each number of this device's shard stands in the leaf, layers first, then units."""
+    own = _kind(leaf).places(layout, leaf.layer)
+    starts = jnp.arange(leaf.shape[_axis(leaf)], dtype=jnp.uint32) * math.prod(leaf.layer.shape)
+    return starts.reshape(-1, *[1] * own.ndim) + own
+
+
+def scales_of_parts(
+    layout: Layout, leaf: Leaf, per_slot: Float32[Array, "S L n"], draw: Draw
+) -> Float32[Array, "D W L ..."]:
+    """Numbers by worker and slot, in a form that is broadcast to what a merge brings."""
+    spread_out = partial(_kind(leaf).scales_of_parts, layout, leaf.layer)
+    return jax.vmap(spread_out, (1, _draw_axes(leaf)), 2)(per_slot, _own(leaf, draw))
+
+
 def assigned(leaf: Leaf, num_workers: int) -> int | float:
     """Numbers of the leaf that all workers' subnets hold together, assigned slots only; a mean over draws."""
     return _kind(leaf).assigned(leaf, num_workers)  # a row of the whole leaf runs through the layers
 
 
-def whole(leaf: Leaf, shard: Float[Array, "..."]) -> Float[Array, "..."]:
+def whole(leaf: Leaf, shard: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """The whole leaf from what all devices keep; from a layer's part of it, the layer."""
     if shard.ndim == 2 * len(leaf.unit_axes):  # of rows and of pairs; a scan over the layers runs around
         return _kind(leaf).whole(leaf.layer, shard)

@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
-from ist_jax.exchange.codec import NONE, PLAIN, Bits, Codec
+from ist_jax.exchange.codec import LEAST, NONE, PLAIN, Bits, Codec
 from ist_jax.partition import Axes, Draw, Group, Groups, as_blocks, layer_axis_of
 
 AXIS = "devices"  # the name that collectives go by
@@ -30,7 +30,8 @@ class Leaf(NamedTuple):
     """Where the units of a leaf are: global shape, axes with units, their groups and (outer, inner); which
     axis is that of the layers, where they have a draw of their own.
 
-    The kinds cut up a view of it in which an axis of `Blocks` is three, (outer, U, inner), but for ones.
+    The kinds cut up a view of it in which an axis of `Blocks` is three, (outer, U, inner), but for ones. A
+    row is padded to a multiple of `slices`, of which the number of devices is a divisor.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +39,7 @@ class Leaf(NamedTuple):
     groups: tuple[Group, ...]
     blocks: tuple[tuple[int, int], ...]
     layer_axis: int | None = None
+    slices: int = 1
 
     @property
     def layer(self) -> "Leaf":
@@ -45,7 +47,8 @@ class Leaf(NamedTuple):
         out = self.layer_axis
         assert out is not None
         shape = (*self.shape[:out], *self.shape[out + 1 :])
-        return Leaf(shape, tuple(a - (a > out) for a in self.unit_axes), self.groups, self.blocks)
+        axes = tuple(a - (a > out) for a in self.unit_axes)
+        return Leaf(shape, axes, self.groups, self.blocks, slices=self.slices)
 
     @property
     def view(self) -> tuple[int | None, ...]:
@@ -66,6 +69,11 @@ class Leaf(NamedTuple):
     def row_size(self) -> int:
         """p: the numbers per unit (rows) or per pair of units (pairs)."""
         return int(np.prod(self.rest, dtype=int))
+
+    def slice_size(self, num_devices: int) -> int:
+        """How many numbers of every row a device keeps, padding included."""
+        slices = max(self.slices, num_devices)
+        return -(-self.row_size // slices) * (slices // num_devices)
 
     @property
     def unit_last(self) -> bool:
@@ -167,6 +175,26 @@ def make_layout(
     return Layout(leaves, dict(groups), np.dtype(dtypes[0]), num_workers, num_devices, codec)
 
 
+def with_bits(layout: Layout, bits: Bits) -> Layout:
+    """The layout for an exchange in few bits.
+
+    Where a worker sends the largest of the numbers that an owner gets, rows are cut for S owners, so that no
+    owner's are kept by two devices.
+    """
+    leaves = layout.leaves
+    if bits.keep < 1:
+        rows = {path for path, leaf in leaves.items() if len(leaf.unit_axes) == 1 and is_long(layout, leaf)}
+        wide = {path: leaves[path]._replace(slices=layout.num_workers) for path in rows}
+        leaves = {path: wide.get(path, leaf) for path, leaf in leaves.items()}
+    return layout._replace(leaves=leaves, bits=bits)
+
+
+def is_long(layout: Layout, leaf: Leaf) -> bool:
+    """Whether an owner's slice of a row, of one layer, has numbers enough to choose from."""
+    row = leaf.row_size if leaf.layer_axis is None else leaf.layer.row_size
+    return row >= LEAST * layout.num_workers
+
+
 def regroup(layout: Layout, groups: Groups) -> Layout:
     """The same shards on the same devices for other draws: `groups` of the same names, sizes and strips."""
     leaves = {
@@ -193,7 +221,7 @@ def map_trees(layout: Layout, fn: Fn, first: PyTree, *rest: PyTree, scalar: Fn =
     return jax.tree.map(visit, first, *rest, is_leaf=layout.is_tree)
 
 
-def indices_of(group: Group, draw: Draw) -> Int[Array, "S n"]:
+def indices_of(group: Group, draw: Draw) -> Int[Array, "S *L n"]:
     """Which units of a group the workers hold, U where a slot is empty."""
     return jnp.asarray(draw[group.name].indices)
 
@@ -262,8 +290,11 @@ def pad(x: Shaped[A, "..."], *widths: tuple[int, int]) -> Shaped[A, "..."]:
     return module.pad(x, (*widths, *((0, 0),) * (x.ndim - len(widths))))
 
 
-def cut(x: Shaped[A, "..."], devices: int, axis: int = -1) -> Shaped[A, "..."]:
-    """[..., D, q, ...] from [..., p, ...]: an axis, counted from the end, padded and cut into slices."""
+def cut(x: Shaped[A, "..."], devices: int, axis: int = -1, slices: int = 1) -> Shaped[A, "..."]:
+    """[..., D, q, ...] from [..., p, ...]: an axis, counted from the end, padded and cut into slices.
+
+    slices: a multiple of D of which the padded axis is a multiple.
+    """
     axis += x.ndim
-    x = pad(x, *((0, 0),) * axis, (0, -x.shape[axis] % devices))
+    x = pad(x, *((0, 0),) * axis, (0, -x.shape[axis] % max(devices, slices)))
     return x.reshape(*x.shape[:axis], devices, -1, *x.shape[axis + 1 :])

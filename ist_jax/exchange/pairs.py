@@ -179,7 +179,7 @@ def assigned(leaf: Leaf, num_workers: int) -> int | float:
     return sum(a * b for a, b in zip(first.counts, second.counts, strict=True)) * leaf.row_size
 
 
-def whole(leaf: Leaf, shard: Shard) -> Float[Array, "..."]:
+def whole(leaf: Leaf, shard: Shard) -> Shaped[Array, "..."]:
     """The whole leaf from what all devices keep."""
     return join(lax.all_gather(shard, AXIS), leaf)
 

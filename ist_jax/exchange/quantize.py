@@ -10,11 +10,13 @@ The noise is a hash of whole numbers: of a key and of where a number stands, not
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32, Integer, Shaped, UInt8, UInt32
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float32, Integer, Shaped, UInt32
 
 BITS = (32, 16, 8, 6, 5, 4)  # 32: numbers as they are
 _LEAST = 2.0**-100  # of a row whose numbers are not all taken for 0: a scale must be a normal float32
 Codes = Shaped[Array, "..."]  # uint8, or uint16 of 16 bits; two's complement, so that 0 is 0
+_WHOLE = {8: jnp.uint8, 16: jnp.uint16}  # bits that are not packed
 
 
 def key_of(*numbers: Integer[Array, "..."] | int) -> UInt32[Array, "..."]:
@@ -68,32 +70,28 @@ def decode(codes: Codes, scale: Float32[Array, "..."], bits: int) -> Float32[Arr
     return ((codes.astype(jnp.int32) ^ sign) - sign).astype(jnp.float32) * scale
 
 
-def packed_bytes(count: int, bits: int) -> int:
-    """Bytes of so many codes."""
-    return count * bits // 8 if bits % 8 == 0 else -(-count // 8) * bits
-
-
 def pack(codes: Shaped[Array, "D k"], bits: int) -> Shaped[Array, "D b"]:
-    """Codes in bytes: of every eighth of them and each of their bits, a byte holds eight."""
-    if bits % 8 == 0:
-        return codes
+    """Codes of 1 to 31 bits in bytes: of every eighth of them and each of their bits, a byte holds eight."""
+    if bits in _WHOLE:
+        return codes.astype(_WHOLE[bits])
     eighths = jnp.pad(codes, ((0, 0), (0, -codes.shape[1] % 8))).reshape(len(codes), 1, 8, -1)
-    places, planes = _ramp(8), _ramp(bits)[:, None]
-    packed = (((eighths >> planes) & jnp.uint8(1)) << places).sum(2, dtype=jnp.uint8)
+    planes = (eighths >> _ramp(bits, codes.dtype)[:, None]) & codes.dtype.type(1)
+    packed = (planes.astype(jnp.uint8) << _ramp(8, jnp.uint8)).sum(2, dtype=jnp.uint8)
     return packed.reshape(len(codes), -1)
 
 
 def unpack(packed: Shaped[Array, "D b"], count: int, bits: int) -> Shaped[Array, "D k"]:
-    """So many codes again."""
-    if bits % 8 == 0:
+    """So many codes again, of the narrowest dtype that holds them."""
+    if bits in _WHOLE:
         return packed
-    planes = packed.reshape(len(packed), bits, 1, -1)
-    codes = (((planes >> _ramp(8)) & jnp.uint8(1)) << _ramp(bits)[:, None]).sum(1, dtype=jnp.uint8)
+    dtype = jnp.uint8 if bits < 8 else jnp.uint16 if bits < 16 else jnp.uint32
+    planes = (packed.reshape(len(packed), bits, 1, -1) >> _ramp(8, jnp.uint8)) & jnp.uint8(1)
+    codes = (planes.astype(dtype) << _ramp(bits, dtype)[:, None]).sum(1, dtype=dtype)
     return codes.reshape(len(packed), -1)[:, :count]
 
 
-def _ramp(count: int) -> UInt8[Array, "_ 1"]:
-    return jnp.arange(count, dtype=jnp.uint8)[:, None]
+def _ramp(count: int, dtype: DTypeLike) -> Shaped[Array, "_ 1"]:
+    return jnp.arange(count, dtype=dtype)[:, None]
 
 
 def _most(bits: int) -> int:

@@ -40,9 +40,10 @@ def split(x: Shaped[A, "..."], leaf: Leaf, num_devices: int) -> Shaped[A, "D ...
     """
     if leaf.unit_last:
         x = viewed(x, leaf)
-        x = cut(x.reshape(*x.shape[: x.ndim - len(leaf.view)], -1, x.shape[-1]), num_devices, -2)
+        x = x.reshape(*x.shape[: x.ndim - len(leaf.view)], -1, x.shape[-1])
+        x = cut(x, num_devices, -2, leaf.slices)
     else:
-        x = cut(canonical(x, leaf), num_devices, -1)
+        x = cut(canonical(x, leaf), num_devices, -1, leaf.slices)
     return _move(x, x.ndim - _from_end(leaf), 0)
 
 
@@ -57,7 +58,7 @@ def join(x: Shaped[A, "D ..."], leaf: Leaf) -> Shaped[A, "..."]:
 
 def stored_piece(leaf: Leaf, device: int, num_devices: int) -> tuple[int, int, int]:
     """(axis, start, stop) of the stored form, [U, p], that a device keeps."""
-    size, step = leaf.row_size, -(-leaf.row_size // num_devices)
+    size, step = leaf.row_size, leaf.slice_size(num_devices)
     return 1, min(device * step, size), min((device + 1) * step, size)
 
 
@@ -108,7 +109,7 @@ def holders(layout: Layout, leaf: Leaf, draw: Draw, flags: Flags) -> Int[Array, 
     indices = indices_of(group, draw)
     counts = jnp.broadcast_to(flags[:, None].astype(jnp.int32), indices.shape)
     held = jnp.zeros(group.size, jnp.int32).at[indices].add(counts, mode="drop")
-    step = -(-leaf.row_size // layout.num_devices)
+    step = leaf.slice_size(layout.num_devices)
     real = lax.axis_index(AXIS) * step + jnp.arange(step) < leaf.row_size
     axis = _axis(leaf)
     return jnp.where(jnp.expand_dims(real, axis), jnp.expand_dims(held, 1 - axis), 0)
@@ -126,7 +127,7 @@ def spread(layout: Layout, leaf: Leaf, per_unit: Shaped[Array, " U"]) -> Shard:
 
 def places(layout: Layout, leaf: Leaf) -> UInt32[Array, "_ _"]:
     """Where each number of this device's shard stands in the leaf, units first."""
-    step = -(-leaf.row_size // layout.num_devices)
+    step = leaf.slice_size(layout.num_devices)
     inside = lax.axis_index(AXIS).astype(jnp.uint32) * step + jnp.arange(step, dtype=jnp.uint32)
     own = jnp.arange(leaf.groups[0].size, dtype=jnp.uint32)[:, None] * leaf.row_size + inside
     return own.T if leaf.unit_last else own
@@ -145,7 +146,7 @@ def assigned(leaf: Leaf, num_workers: int) -> int | float:
     return sum(leaf.groups[0].counts) * leaf.row_size
 
 
-def whole(leaf: Leaf, shard: Float[Array, "..."]) -> Float[Array, "..."]:
+def whole(leaf: Leaf, shard: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """The whole leaf from what all devices keep; from a row's slice, one unit without its unit axis."""
     got = lax.all_gather(shard, AXIS)
     if shard.ndim == 1:  # a scan over the units runs around

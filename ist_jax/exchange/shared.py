@@ -79,7 +79,7 @@ def assigned(leaf: Leaf, num_workers: int) -> int | float:
     return num_workers * leaf.row_size
 
 
-def whole(leaf: Leaf, shard: Float[Array, "..."]) -> Float[Array, "..."]:
+def whole(leaf: Leaf, shard: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
     """The whole leaf from what all devices keep."""
     return shard
 

@@ -3,10 +3,12 @@
 Beside a method, chosen by name as well, stands what becomes of the optimizer's state (`steps.POLICIES`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
-from ist_jax.methods import data_parallel, ensemble, subnets
+from ist_jax.key import Key
+from ist_jax.methods import data_parallel, ensemble, power_sgd, subnets
 from ist_jax.methods.method import Method, Recipe
 
 
@@ -20,6 +22,7 @@ class Entry(NamedTuple):
       exchanges: parameters go out and come back, so that a codec has something to encode.
       has_outer: what a merge brings goes through `recipe.outer`.
       members: every worker has a net of its own, of a subnet's size, and there is no model of all.
+      options: its keys of the config, by whole names; `recipe.options` has their values.
     """
 
     make: Callable[[Recipe], Method]
@@ -28,6 +31,7 @@ class Entry(NamedTuple):
     exchanges: bool = True
     has_outer: bool = False
     members: bool = False
+    options: Mapping[str, Key] = MappingProxyType({})
 
 
 METHODS: dict[str, Entry] = {
@@ -35,6 +39,7 @@ METHODS: dict[str, Entry] = {
     "local_sgd": Entry(subnets.make, policies=("keep", "reset", "carry"), has_outer=True),
     "data_parallel": Entry(data_parallel.make, policies=("carry",), exchanges=False),
     "ensemble": Entry(ensemble.make, policies=("carry",), exchanges=False, members=True),
+    "power_sgd": Entry(power_sgd.make, policies=("carry",), exchanges=False, options=power_sgd.OPTIONS),
 }
 
 

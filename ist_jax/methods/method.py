@@ -10,6 +10,7 @@ and is named in the table of `methods`, or given as `--config.method=FILE.py:NAM
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from ist_jax.data import Split
 from ist_jax.exchange import wire
 from ist_jax.exchange.layout import AXIS, Layout, Shapes, Shards
+from ist_jax.key import Options
 from ist_jax.masking import Params
 from ist_jax.methods.outer import Outer
 from ist_jax.partition import Draw
@@ -83,7 +85,8 @@ class Told(NamedTuple):
     healthy: Bool[Array, " W"]
 
 
-RESERVED = {"compile", "evaluate", "rest", "round", "total"}  # names of other times in records and figures
+# names of other times in records and figures
+RESERVED = {"compile", "enter", "evaluate", "rest", "round", "total"}
 Phase = Callable[[State, PyTree, Turn], PyTree]
 
 
@@ -140,6 +143,7 @@ class Recipe(NamedTuple):
       outer: what becomes of the means of a merge; None: they are taken as they are.
       seed: of the workers' keys.
       vmapped: a device's workers train together by `vmap` instead of one after another.
+      options: values of the method's own keys, by whole names.
     """
 
     layout: Layout
@@ -153,6 +157,7 @@ class Recipe(NamedTuple):
     outer: Outer | None = None
     seed: int = 0
     vmapped: bool = False
+    options: Options = MappingProxyType({})
 
 
 class TracedPhase(NamedTuple):
@@ -218,7 +223,7 @@ def trace(method: Method, state: State, turn: Turn, num_devices: int) -> dict[st
         traced[name] = TracedPhase(jaxpr, (state, value, turn), result, parts)
         value = result
     pair = value if isinstance(value, tuple) and len(value) == 2 else (None, None)
-    if not isinstance(pair[1], Told) or _describe(pair[0]) != _describe(state):
+    if not isinstance(pair[1], Told) or describe(pair[0]) != describe(state):
         raise ValueError(
             f"the last phase, {name!r}, must return (state, Told), the state with the structure, shapes and "
             "dtypes that it had"
@@ -226,6 +231,7 @@ def trace(method: Method, state: State, turn: Turn, num_devices: int) -> dict[st
     return traced
 
 
-def _describe(tree: PyTree) -> tuple[object, ...]:
+def describe(tree: PyTree) -> tuple[object, ...]:
+    """The structure, shapes and dtypes."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, *((x.shape, x.dtype) for x in leaves)

@@ -81,8 +81,9 @@ def make(recipe: Recipe) -> Method:
             return store.merge(layout, old, new, turn.draw, heard)
 
         trained_params, moved = subnets
-        own_before, residual = state.own if compress else (state.own, ())
+        own_before = state.own
         if compress:
+            own_before, residual = state.own
             params, residual, all_heard = compressed.merge(
                 layout, state.params, residual, trained_params, turn.draw, heard, turn.index
             )

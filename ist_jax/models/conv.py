@@ -8,8 +8,10 @@ products in place of 36 (`_winograd`). Other backends use the native one.
 `benchmarks/convolutions.py` would notice when XLA is mended, `benchmarks/peers.py` measures whole steps.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -114,11 +116,24 @@ Matrix = Sequence[Sequence[float]]
 Grid = Sequence[Sequence[jax.Array]]  # arrays of one shape
 
 
+_tiled = contextvars.ContextVar("tiled", default=True)
+
+
+@contextlib.contextmanager
+def by_definition() -> Iterator[None]:
+    """Inside, nothing is traced in tiles: what is counted there is the same on every backend."""
+    token = _tiled.set(False)
+    try:
+        yield
+    finally:
+        _tiled.reset(token)
+
+
 def _in_tiles(x: jax.Array, w: jax.Array, strides: tuple[int, ...], pads: Pads, channels: int) -> bool:
     """Whether a convolution by tiles is possible, and faster with at least so many channels."""
     same = w.shape[:2] == (3, 3) and strides == (1, 1) and pads == ((1, 1), (1, 1))
     large = x.size > _LARGE and min(w.shape[2:]) >= channels and x.dtype.itemsize >= 4
-    return same and large and not x.shape[1] % 2 and not x.shape[2] % 2
+    return _tiled.get() and same and large and not x.shape[1] % 2 and not x.shape[2] % 2
 
 
 def _winograd(x: jax.Array, w: jax.Array, of_input: bool = False) -> jax.Array:

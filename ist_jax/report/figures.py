@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from bokeh.models import BasicTicker, CDSView, ColumnDataSource, HoverTool, IndexFilter, LinearAxis
 from bokeh.models import NumeralTickFormatter as Numerals
+from bokeh.models.annotations import Label, Span
 from bokeh.palettes import interp_palette
 from bokeh.plotting import figure
 
@@ -64,19 +65,26 @@ def metric_figures(series: Sequence[Series], link: Link) -> dict[str, figure]:
             time = modelled_seconds(curve.seconds_local, curve.bytes_sent, curve.messages, link)
             places = {"exchanged": curve.exchanged / 1e6, "time": time, "examples": curve.examples / number}
             for name, x in places.items():
-                columns = {"x": x, "y": curve.value, "round": curve.round}
+                columns = {
+                    "x": x,
+                    "y": curve.value,
+                    "round": curve.round,
+                    "stage": _stage_of(one, curve.round),
+                }
                 columns |= {} if seed else _band(curve)
                 if name == "time":  # made of these, for the page's script
                     columns |= {"seconds_local": curve.seconds_local, "bytes_sent": curve.bytes_sent}
                     columns |= {"messages": curve.messages}
                 _add_curve(figures[name], columns, index, one.label, seed)
+        seen = np.concatenate([[0], one.runs[0].column("examples")[:-1]]) / number
+        _mark_stages(figures["examples"], one.runs[0], seen, METHODS[index % len(METHODS)])
     form, corner = (
         ("0.00" if unit else "0.[0000]"),
         "bottom_right" if metric.higher_is_better else "top_right",
     )
     for name, fig in figures.items():
         tooltips = [
-            ("round", "@round{0,0}"),
+            ("round", "@round{0,0} (@stage)"),
             (titles[name][1], "@x{0,0.[00]}"),
             (what, f"@y{{{form}}}{unit}"),
         ]
@@ -98,13 +106,34 @@ def training_figures(series: Sequence[Series]) -> dict[str, figure]:
         drawn = [("loss", *curve) for curve in _curves(one, losses, [common])] + [("lr", rates, "")]
         for name, values, seed in drawn:
             middles, means, _ = _windows(values, _POINTS)
-            _add_curve(figures[name], {"x": middles, "y": means}, index, one.label, seed)
+            columns = {"x": middles, "y": means, "stage": _stage_of(one, middles)}
+            _add_curve(figures[name], columns, index, one.label, seed)
+        for fig in figures.values():
+            _mark_stages(fig, one.runs[0], 0.5 + np.arange(len(rates)), METHODS[index % len(METHODS)])
     for fig, place in zip(figures.values(), ("top_right", "bottom_left"), strict=True):
-        tooltips = [("round", "@x{0,0.[0]}"), (str(fig.yaxis.axis_label), "@y{0.[00000]}")]
+        tooltips = [("round", "@x{0,0.[0]} (@stage)"), (str(fig.yaxis.axis_label), "@y{0.[00000]}")]
         _finish_curves(fig, tooltips, place, len(series))
         _count_rounds(fig)
     figures["lr"].y_range.start = 0  # type: ignore[attr-defined]
     return figures
+
+
+def _stage_of(one: Series, rounds: np.ndarray) -> np.ndarray:
+    """The names of the stages of a series' first run, by rounds counted from 1, which may lie between two."""
+    return one.runs[0].stages()[np.minimum(rounds.astype(int), len(one.runs[0].records)) - 1]
+
+
+def _mark_stages(fig: figure, run: RunFiles, starts: np.ndarray, color: str) -> None:
+    """Where a stage of a run begins, if it has several: a line with its name. `starts`: by round, where."""
+    names = run.stages()
+    begins = np.flatnonzero(names[1:] != names[:-1]) + 1
+    for number, begin in enumerate([0, *begins] if len(begins) else ()):
+        if number:
+            fig.add_layout(
+                Span(location=starts[begin], dimension="height", line_color=color, line_dash="dotted")
+            )
+        place: dict[str, Any] = {"x": starts[begin], "y": 2 + 14 * (number % 3), "y_units": "screen"}
+        fig.add_layout(Label(text=names[begin], text_color=color, text_font_size="12px", x_offset=3, **place))
 
 
 def _curves(one: Series, runs: Sequence[Any], means: Sequence[Any]) -> list[tuple[Any, str]]:
@@ -185,6 +214,7 @@ def phase_history_figure(run: RunFiles, label: str, styles: Styles) -> figure:
     where = "round" if width == 1 else f"round (a bar: the mean of {width})"
     fig = _figure(f"{label}: rounds by phase", where, "time (ms)", height=_TALL)
     _stack(fig, fig.vbar_stack, source, styles, x="round", width=0.8 * width)
+    _mark_stages(fig, run, 0.5 + np.arange(len(run.records)), PHASES[0][0])
     fig.y_range.start = 0  # type: ignore[attr-defined]
     fig.xgrid.visible = False
     _count_rounds(fig)

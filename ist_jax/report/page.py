@@ -91,7 +91,7 @@ def render(runs: Sequence[RunFiles], names: Mapping[Path, str] | None = None) ->
         messages_unknown=any(np.isnan(run.column("messages_sent")).any() for run in runs),
         results=_results(series),
         targets=_targets(series),
-        ledgers=[_ledger(s) for s in series if s.runs[0].ledger],
+        ledgers=[table for s in series if s.runs[0].ledger for table in _ledgers(s)],
         differing=[row for row in settings if len(set(row[1])) > 1],
         common=[(key, values[:1]) for key, values in settings if len(set(values)) == 1],
         runs=runs,
@@ -149,7 +149,7 @@ def _told(units: UnitMap) -> str:
 
 def _base(series: Sequence[Series]) -> int:
     """Which one the others are compared with: local SGD or, without it, the first."""
-    methods = [s.runs[0].config["method"] for s in series]
+    methods = [s.runs[0].method for s in series]
     return methods.index("local_sgd") if "local_sgd" in methods else 0
 
 
@@ -258,11 +258,16 @@ def _settings(series: Sequence[Series]) -> list[tuple[str, list[str]]]:
     return [(key, [json.dumps(config.get(key)) for config in configs]) for key in keys]
 
 
-def _ledger(series: Series) -> dict[str, object]:
-    """The table of a ledger.json; columns of which nothing is known are left out."""
-    rows, columns = (series.runs[0].ledger[key] for key in ("rows", "columns"))
-    known = {name: text for name, text in columns.items() if any(row[name] is not None for row in rows)}
-    return {"label": series.label, "columns": known, "rows": rows}
+def _ledgers(series: Series) -> list[dict[str, object]]:
+    """The tables of a ledger.json, one per stage; columns of which nothing is known are left out."""
+    every, columns = (series.runs[0].ledger[key] for key in ("rows", "columns"))
+    tables: list[dict[str, object]] = []
+    for stage in dict.fromkeys(row.get("stage", "") for row in every):
+        rows = [row for row in every if row.get("stage", "") == stage]
+        known = {name: text for name, text in columns.items() if any(row[name] is not None for row in rows)}
+        label = f"{series.label}: {stage}" if stage else series.label
+        tables.append({"label": label, "columns": known, "rows": rows})
+    return tables
 
 
 def _made_with(run: RunFiles) -> str:

@@ -49,9 +49,18 @@ class RunFiles(NamedTuple):
         """Of all rounds, float64 [rounds]; 0 in those that had no such phase."""
         return np.nan_to_num(self.column(_SECONDS + phase))
 
+    def stages(self) -> np.ndarray:
+        """Names, by round; '' where an earlier version recorded none."""
+        return np.array([record.get("stage", "") for record in self.records])
+
     def messages(self) -> np.ndarray:
         """That a worker sent, float64 [rounds]; 0 in those of earlier versions, which did not count them."""
         return np.nan_to_num(self.column("messages_sent"))
+
+    @property
+    def method(self) -> str:
+        """Its name, or those of the stages."""
+        return self.summary["method"] if self.config.get("stages") else self.config["method"]
 
     @property
     def metric(self) -> Metric:
@@ -232,8 +241,8 @@ def _spaced(size: int, most: int) -> np.ndarray:
 
 def _label(run: RunFiles, others: Sequence[RunFiles]) -> str:
     """Its method and, where several configs share that, the keys in which they differ, the seed aside."""
-    config, method = run.config, run.config["method"]
-    alike = [other.config for other in others if other.config["method"] == method]
+    config, method = run.config, run.method
+    alike = [other.config for other in others if other.method == method]
     keys = sorted(set().union(*alike) - {"seed"})
     differing = [key for key in keys if any(other.get(key) != config.get(key) for other in alike)]
     return ", ".join([method, *(f"{key}={config.get(key)}" for key in differing)])

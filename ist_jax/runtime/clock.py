@@ -15,18 +15,21 @@ class Clock:
       num_processes: of the run; what they send each other is measured where there are several.
 
     Attributes:
-      meter: of bytes; None where there is nothing to measure, or no way to.
+      meters: of bytes, by stage; none where there is nothing to measure, or no way to.
     """
 
     def __init__(self, num_processes: int) -> None:
-        self.meter = sockets.open_meter(num_processes)
+        self.meters: dict[str, sockets.Meter] = {}
+        self._num_processes = num_processes
         self._seconds: dict[str, float] = defaultdict(float)
 
     @contextlib.contextmanager
-    def lap(self, name: str, *, metered: bool = True) -> Iterator[None]:
-        """Takes the time of what is done and waited for inside."""
+    def lap(self, name: str, stage: str = "") -> Iterator[None]:
+        """Takes the time of what is done and waited for inside, and the bytes of a stage."""
+        if stage and stage not in self.meters and (meter := sockets.open_meter(self._num_processes)):
+            self.meters[stage] = meter
         started = time.perf_counter()
-        with sockets.metered(self.meter if metered else None, name):
+        with sockets.metered(self.meters.get(stage), name):
             yield
         self._seconds[name] += time.perf_counter() - started
 

@@ -18,16 +18,10 @@ log = logging.getLogger(__name__)
 
 Options: TypeAlias = dict[str, str | bool]
 
-# A step of both workers of a ResNet [2,2,9,2], width 64, batch 32, 2 cores of an AMD EPYC with AVX-512, JAX
-# 0.10.2, 2026-11-24: 1,260 ms without, 1,030 ms with them. Without AVX-512 there is no gain to show.
-_WIDE: Options = {
-    # BatchNorm and ReLU of [32, 32, 32, 64], forward and back: 0.86 -> 0.74 ms
-    "xla_cpu_prefer_vector_width": "512",
-    # all but single convolutions, which reach 211 of 380 GFLOP/s at 64 channels; its reductions are good
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,"
-    "LIBRARY_FUSION_TYPE_REDUCE",
-}
-# where every core has a device, their work need not fight over one pool; without it the others gain nothing
+# BatchNorm and ReLU of [32, 32, 32, 64], both ways, on an AMD EPYC with AVX-512, JAX 0.10.2, 2026-11-24:
+# 0.86 -> 0.74 ms. Whole steps on an Intel Xeon, 2026-11-30: the same (benchmarks/RESULTS.md).
+_WIDE: Options = {"xla_cpu_prefer_vector_width": "512"}
+# where every core has a device, their work need not fight over one pool
 _NO_POOL: Options = {"xla_cpu_multi_thread_eigen": False}
 
 

@@ -43,7 +43,7 @@ class Wanted(NamedTuple):
       concentration: of 'skewed' sharing.
       seed: of the run.
       num_workers: S.
-      local_steps: l.
+      local_steps: of a base round.
       batch_size: B, per worker.
       eval_batch_size: examples per evaluation batch.
     """
@@ -216,8 +216,14 @@ def make_transform(wanted: Wanted) -> images.Transform:
     return images.make_transform(wanted.options, flip=wanted.flip)
 
 
-def feed_rounds(inputs: Inputs, chosen: Devices, rounds: int) -> Feed:
-    """What feeds the rounds: the whole set on every device, or a chunk per round."""
+def feed_rounds(inputs: Inputs, chosen: Devices, starts: np.ndarray) -> Feed:
+    """What feeds the rounds: the whole set on every device, or a chunk per round.
+
+    Args:
+      inputs: the data set.
+      chosen: the devices.
+      starts: int [rounds + 1], the base rounds before each round, and all.
+    """
     wanted, encoded = inputs.wanted, inputs.dataset.encoded
     labels: Any = np.zeros(count(inputs.train), np.int32)  # no sharing but 'skewed' looks at them
     if wanted.sharing == "skewed":
@@ -226,12 +232,14 @@ def feed_rounds(inputs: Inputs, chosen: Devices, rounds: int) -> Feed:
     shards = batches.share_examples(wanted.seed, labels, workers, sharing, wanted.concentration)
     steps = {"seed": wanted.seed, "local_steps": wanted.local_steps, "batch_size": wanted.batch_size}
     if not encoded:
-        return InMemoryFeed(devices.replicate(inputs.train, chosen), shards, len(chosen), **steps)
+        return InMemoryFeed(devices.replicate(inputs.train, chosen), shards, starts, len(chosen), **steps)
     each = workers // len(chosen)
     here = [each * device + i for device in _devices_here(chosen) for i in range(each)]
     make = TrainBatches(inputs.train, shards, here, make_transform(wanted), **steps)
     put = partial(devices.put, devices=chosen)
-    return StreamingFeed(make, len(chosen), rounds, processes=wanted.options["data.processes"], put=put)
+    return StreamingFeed(
+        make, len(chosen), starts.tolist(), processes=wanted.options["data.processes"], put=put
+    )
 
 
 def _classes(split: data.Split) -> np.ndarray | Rows:

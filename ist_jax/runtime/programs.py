@@ -70,7 +70,9 @@ class Builder(contextlib.AbstractContextManager):
         return self._pool.submit(compiled)
 
 
-def start_phases(traced: Mapping[str, TracedPhase], chosen: Devices, builder: Builder) -> dict[str, Pending]:
+def start_phases(
+    traced: Mapping[str, TracedPhase], chosen: Devices, builder: Builder, of: str = ""
+) -> dict[str, Pending]:
     """The phases of a round, in order, each compiled once for the whole run; the computing begins first.
 
     The last one may reuse the memory of the state, the others that of their value where all of it fits what
@@ -80,13 +82,16 @@ def start_phases(traced: Mapping[str, TracedPhase], chosen: Devices, builder: Bu
       traced: from `methods.method.trace`; these traces are compiled, the functions are not called again.
       chosen: the devices.
       builder: what compiles them.
+      of: which stage, behind the name of a phase.
     """
 
     def start(name: str) -> Pending:
         phase, last = traced[name], name == list(traced)[-1]
         donate = [0] if last else [1] if _fits(phase.inputs[1], phase.result) else []
         args, fn = with_axes(phase.inputs, len(chosen)), replay(phase.jaxpr, phase.result)
-        return builder.start(name, devices.lower_program(fn, args, chosen, in_axes=_IN_AXES, donate=donate))
+        return builder.start(
+            name + of, devices.lower_program(fn, args, chosen, in_axes=_IN_AXES, donate=donate)
+        )
 
     started = {name: start(name) for name in sorted(traced, key=lambda name: name != "local")}
     return {name: started[name] for name in traced}
@@ -182,7 +187,7 @@ def restore_state(method: Method, layout: Layout, saved: checkpoint.Saved, chose
     if not method.own_restarts or saved.workers in (None, layout.num_workers):
         return saved.restore(layout, like, put)
     before, now = f"what {saved.workers} workers kept", f"num_workers={layout.num_workers}"
-    log.warning("%s: %s (moments, residuals) starts at zero, for %s", saved.folder, before, now)
+    log.warning("%s: %s (moments, residuals) starts anew, for %s", saved.folder, before, now)
     state = saved.without_own().restore(layout, like._replace(own=()), put)
     return state._replace(own=init_state(method, state.params, chosen).own)
 

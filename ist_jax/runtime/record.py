@@ -36,19 +36,24 @@ def round_record(run: Run, stage: Stage, index: int, told: Told, present: jax.Ar
       present: bool [S], who took part.
     """
     schedule, workers = run.schedule, stage.layout.num_workers
+    moved, here = [stage.apart], [stage.traffic]
+    if stage.enter is not None and index == stage.first:
+        moved, here = [*moved, stage.enter.apart], [*here, stage.enter.traffic]
     merged, sick = told.healthy & present, np.flatnonzero(~told.healthy & present)
     for worker in sick:
         log.warning(f"round {index + 1}: worker {worker} had a non-finite loss or update, which is left out")
     return {
         "round": index + 1,
+        "stage": stage.name,
+        "local_steps": stage.local_steps,
         "examples": schedule.examples_after(index),
         "train_loss": _mean_where(merged, told.loss),
         **{f"train_{name}": _mean_where(merged, told.score) for name in [*run.inputs.task.scores][:1]},
-        "lr": float(schedule.learning_rates[index, -1]),
+        "lr": float(schedule.rates(index)[-1]),
         "bytes_per_worker": sum(stage.apart.paper.values()) / workers,
-        "bytes_sent": sum(stage.apart.sent.values()),
-        "messages_sent": stage.apart.messages,
-        "wire_bytes_per_device": sum(stage.traffic.sent.values()),
+        "bytes_sent": sum(sum(traffic.sent.values()) for traffic in moved),
+        "messages_sent": sum(traffic.messages for traffic in moved),
+        "wire_bytes_per_device": sum(sum(traffic.sent.values()) for traffic in here),
         "workers_left_out": len(sick),
         "left_out": sick.tolist(),
         "workers_absent": int((~present).sum()),
@@ -67,25 +72,32 @@ def about_checkpoint(run: Run, record: Record, given: Given) -> dict[str, Json]:
     scored = (f"{split}_{metric.name}" for split in ("test", "validation"))
     about = {key: record.get(key) for key in ("round", "examples", *scored)}
     own = {"task": run.inputs.task.name, "metric": metric._asdict()}
+    done = record["round"]
+    about |= {"stage": run.stage(done - 1).part, "steps": run.schedule.steps_before(done)}
     told = {"config": run.settings, "version": __version__, "compile_options": changing_bits(run.devices)}
     return about | given | own | told
 
 
-def make_ledger(run: Run) -> dict[str, Json]:
-    """The ledger of a run's last stage; see `costs.ledger`."""
-    stage, (chunks, program, scored) = run.stages[-1], run.splits["test"]
-    subject = ledger.Subject(
-        name=run.name,
-        recipe=stage.recipe,
-        phases=stage.phases,
-        programs=stage.programs,
-        score=program,
-        scored=scored,
-        chunks=len(chunks),
-        steps=(run.settings["local_steps"], run.settings["batch_size"]),
-        paper=stage.apart.paper,
-    )
-    return ledger.ledger_of(subject)
+def make_ledgers(run: Run) -> dict[str, ledger.Ledger]:
+    """The ledger of each of a run's stages by name, of its longest rounds; see `costs.ledger`."""
+    longest = {stage.name: stage for stage in sorted(run.stages, key=lambda stage: stage.local_steps)}
+    found = {}
+    for name in dict.fromkeys(stage.name for stage in run.stages):
+        stage = longest[name]
+        chunks, program, scored = stage.splits["test"]
+        subject = ledger.Subject(
+            name=name,
+            recipe=stage.recipe,
+            phases=stage.phases,
+            programs=stage.programs,
+            score=program,
+            scored=scored,
+            chunks=len(chunks),
+            steps=(stage.local_steps, run.settings["batch_size"]),
+            paper=stage.apart.paper,
+        )
+        found[name] = ledger.ledger_of(subject)
+    return found
 
 
 def summarize(run: Run, records: Sequence[Record], given: Given, params_sha256: str) -> Summary:
@@ -98,6 +110,8 @@ def summarize(run: Run, records: Sequence[Record], given: Given, params_sha256: 
       params_sha256: hash of the final parameters.
     """
     last, rounds, layout, device = records[-1], len(records), run.layout, run.devices[0]
+    groups = next((own.groups for own in run.layouts if own.groups), {})
+    most = max(formula.subnet_parameters(own) for own in run.layouts)
     keys = dict.fromkeys(key for r in records for key in r if key.startswith("seconds_"))
     seconds = {key: sum(r.get(key, 0.0) for r in records) for key in keys}
     wire = [r["wire_bytes_per_device"] for r in records]  # earlier versions had none for some methods
@@ -112,9 +126,9 @@ def summarize(run: Run, records: Sequence[Record], given: Given, params_sha256: 
         "seconds_compile": run.seconds_compile,
         **seconds,
         "parameters": formula.model_parameters(layout),
-        "parameters_per_worker": formula.subnet_parameters(layout) / layout.num_workers,
+        "parameters_per_worker": most / layout.num_workers,
         "bytes_exchanged_per_worker": sum(r["bytes_per_worker"] for r in records),
-        "bytes_local_sgd_per_worker": formula.local_sgd_bytes(layout, run.state.travels) * rounds,
+        "bytes_local_sgd_per_worker": formula.local_sgd_bytes(layout, run.stages[-1].travels) * rounds,
         "bytes_sent_per_worker": sum(r["bytes_sent"] for r in records),
         "messages_sent_per_worker": None if None in sent else sum(sent),
         "wire_bytes_per_device": None if None in wire else sum(wire),
@@ -123,7 +137,7 @@ def summarize(run: Run, records: Sequence[Record], given: Given, params_sha256: 
         "num_classes": len(run.inputs.dataset.classes),
         "normalization": _normalization(run.inputs),
         "scale": run.scale,
-        "units": {name: group.to_dict() for name, group in layout.groups.items()},
+        "units": {name: group.to_dict() for name, group in groups.items()},
         "doubts": doubts(run.inputs, records),
         "params_sha256": params_sha256,
         "data": run.inputs.dataset.description,

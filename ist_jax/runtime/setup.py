@@ -3,47 +3,56 @@
 Here a config becomes values; nothing below sees one.
 """
 
+import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr
-from jax.typing import DTypeLike
 from jaxtyping import PyTree
 from ml_collections.config_dict import ConfigDict
 
 from ist_jax import data, extension, methods, partition
 from ist_jax.config import build_model, check, options, record
 from ist_jax.costs import formula
-from ist_jax.costs.traffic import Traffic, round_traffic
-from ist_jax.data.stream import Evaluation, Feed
+from ist_jax.data.stream import Feed
 from ist_jax.deals import DEALS
 from ist_jax.exchange.codec import CODECS, NONE, Bits, Codec
-from ist_jax.exchange.kinds import from_params, shard_shapes
-from ist_jax.exchange.layout import Layout, make_layout, regroup
+from ist_jax.exchange.kinds import from_params
+from ist_jax.exchange.layout import Layout, make_layout, regroup, with_bits
 from ist_jax.key import FILE
 from ist_jax.masking import Params
 from ist_jax.methods import optimizers, outer
-from ist_jax.methods.method import Method, Recipe, TracedPhase, Turn, replay, trace, trace_init
+from ist_jax.methods.method import Recipe, State, Turn, replay
 from ist_jax.methods.optimizers import NOTHING_GIVEN, Given
 from ist_jax.methods.steps import POLICIES
 from ist_jax.models import adapter
 from ist_jax.runtime import compile_options, devices, inputs, processes, programs, scoring
 from ist_jax.runtime.clock import Clock
 from ist_jax.runtime.devices import Devices
-from ist_jax.runtime.run import Run, ScoredSplit, Stage
-from ist_jax.runtime.schedule import NOTHING_DONE, Progress, Schedule, count_rounds
+from ist_jax.runtime.run import Run, Stage
+from ist_jax.runtime.schedule import (
+    NOTHING_DONE,
+    Part,
+    Progress,
+    Schedule,
+    Segment,
+    count_left,
+    lay_out,
+    quadratic,
+)
+from ist_jax.runtime.stages import Made, start_stages, trace_stages, untraced
 from ist_jax.tasks import Own, Task
 from ist_jax.tasks.task import check_fit
 from ist_jax.workdir import checkpoint, files
 
 log = logging.getLogger(__name__)
 
+NUMBERS_AS_THEY_ARE = {"gather_bits": 32, "merge_bits": 32, "keep": 1.0, "error_feedback": False}
 T = TypeVar("T")
 
 
@@ -80,49 +89,41 @@ def set_up(
         compile_options.compare(start.about.get("compile_options", {}), chosen)
     settings = record(config) | given.recorded()
     devices.check_same(settings, chosen)
-    recipe = make_recipe(config, model, opened.task, len(chosen), given.optimizer)
-    layout, method = recipe.layout, method_of(config).make(recipe)
-    scale = unit_scale(config, layout)
-    _log_model(config.method, model, layout, chosen)
+    made = make_all(config, model, opened.task, len(chosen), given.optimizer)
+    for name, own in {own.part.method: own for own in made}.items():
+        _log_model(name, model, own.recipe.layout, chosen)
     started = time.perf_counter()
-    done = Progress(start.round, start.about["examples"]) if start else NOTHING_DONE
-    schedule = make_schedule(config, inputs.count(opened.train), done, given.schedule)
+    schedule = make_schedule(config, inputs.count(opened.train), _progress(config, start), given.schedule)
+    begun = start.about.get("stage") if start else None  # in checkpoints of earlier versions there is none
+    held_out = {} if opened.validation is None else {"validation": opened.validation}
+    scored = {"test": opened.test} | held_out
     feed: Feed = None  # type: ignore[assignment]  # an evaluation has no rounds
-    stages = [Stage(schedule.rounds, recipe, method, {}, {}, Traffic({}, {}), Traffic({}, {}), "")]
     with programs.Builder() as builder:
-        if not evaluation_only:
-            feed = inputs.feed_rounds(opened, chosen, schedule.rounds)
-            stages = [_trace_stage(config, schedule.rounds, recipe, feed)]
-            warmup = count_warmup_rounds(config, inputs.count(opened.train), done, schedule.rounds)
-            if warmup > schedule.first:
-                warm = warmup_recipe(recipe, model, opened.task, scale)
-                stages.insert(0, _trace_stage(config, warmup, warm, feed))
-        phases = [programs.start_phases(stage.phases, chosen, builder) for stage in stages]
-        scores = _start_scores(opened, recipe, method, chosen, builder)
-        log.info("compiling %s", ", ".join(builder.seconds))
-        if start is not None:  # meanwhile
-            state = programs.restore_state(method, layout, start, chosen)
-        elif params is not None:
-            state = programs.init_state(method, devices.put(from_params(layout, params), chosen), chosen)
+        last = Segment(len(made) - 1 if begun is None else begun, config.local_steps, schedule.rounds)
+        if evaluation_only:
+            traced = [untraced(made, last)]
         else:
-            shards = programs.init_shards(layout, recipe.init_params, recipe.seed, chosen)
-            state = programs.init_state(method, shards, chosen)
-        compiled = [programs.finish(pending) for pending in phases]
-        stages = [stage._replace(programs=own) for stage, own in zip(stages, compiled, strict=True)]
-        splits = {
-            name: ScoredSplit(chunks, own.result(), jaxpr) for name, (chunks, own, jaxpr) in scores.items()
-        }
+            feed = inputs.feed_rounds(opened, chosen, schedule.starts)
+            deal = extension.identity(config.partition.deal)
+            segments = schedule.segments or (last,)
+            traced = trace_stages(made, segments, schedule.first, feed, config.batch_size, deal)
+        begun = traced[0].part if begun is None else begun
+        batches = {name: inputs.feed_evaluation(opened.wanted, x, chosen) for name, x in scored.items()}
+        finish = start_stages(traced, made, begun, batches, chosen, builder)
+        log.info("compiling %s", ", ".join(builder.seconds))
+        state = _begin(made[begun], start, params, chosen)  # meanwhile
+        stages = finish()
     run = Run(
-        name=config.method,
+        name=", then ".join(method for method, _ in itertools.groupby(own.part.method for own in made)),
         settings=settings,
         inputs=opened,
         model=model,
-        scale=scale,
+        scale=_scale(config, [own.recipe for own in made]),
+        layouts=tuple(own.recipe.layout for own in made if not own.part.whole),
         devices=chosen,
-        stages=tuple(stages),
+        stages=stages,
         state=state,
         feed=feed,
-        splits=splits,
         schedule=schedule,
         turn=turn_maker(config, feed, schedule),
         clock=Clock(processes.count()),
@@ -130,6 +131,25 @@ def set_up(
     )
     _log_set_up(run, builder.seconds)
     return run
+
+
+def _progress(config: ConfigDict, start: checkpoint.Saved | None) -> Progress:
+    """What earlier sessions did."""
+    if start is None:
+        return NOTHING_DONE
+    steps = start.about.get("steps")  # in checkpoints of earlier versions, as many base rounds as rounds
+    return Progress(start.round, start.about["examples"], steps and steps // config.local_steps)
+
+
+def _begin(made: Made, start: checkpoint.Saved | None, params: Params | None, chosen: Devices) -> State:
+    """The state to begin with: of a checkpoint, of given parameters, or fresh."""
+    method, layout = made.method, made.recipe.layout
+    if start is not None:
+        return programs.restore_state(method, layout, start, chosen)
+    if params is not None:
+        return programs.init_state(method, devices.put(from_params(layout, params), chosen), chosen)
+    shards = programs.init_shards(layout, made.recipe.init_params, made.recipe.seed, chosen)
+    return programs.init_state(method, shards, chosen)
 
 
 def wanted_data(config: ConfigDict) -> inputs.Wanted:
@@ -140,7 +160,7 @@ def wanted_data(config: ConfigDict) -> inputs.Wanted:
 
 
 def method_of(config: ConfigDict) -> methods.Entry:
-    """The method that a config names.
+    """The method that a config names, where it has no stages.
 
     Raises:
       ValueError: there is no such method.
@@ -150,13 +170,16 @@ def method_of(config: ConfigDict) -> methods.Entry:
 
 
 def for_method(config: ConfigDict, method: str) -> ConfigDict:
-    """The config of another method to compare: what that one cannot have is 'none' in it."""
+    """The config of another method to compare, as long a run; what that one cannot have is 'none' in it."""
     own = config.copy_and_resolve_references()
     own.method = method
-    if method != config.method:
+    if config.stages:
+        own.stages, own.epochs = type(own.stages)(), _epochs(config)  # a recorded one has lists
+    if method != config.method or config.stages:
         entry = method_of(own)
         if not entry.exchanges:
-            own.exchange.codec, own.exchange.gather_bits, own.exchange.merge_bits = "none", 32, 32
+            own.exchange.update({"codec": "none"} | NUMBERS_AS_THEY_ARE)
+            own.local_steps_schedule = "constant"
         if not entry.has_outer:
             own.outer.name = "none"
     return own
@@ -175,6 +198,45 @@ def _load(config: ConfigDict, key: str, table: Mapping[str, T]) -> T:
     if key != "exchange.codec" and not (callable(found) or isinstance(found, methods.Entry)):
         raise ValueError(f"{key}={name} is a {type(found).__name__}, and no function")
     return found
+
+
+def make_all(
+    config: ConfigDict,
+    model: nn.Module,
+    task: Task,
+    num_devices: int,
+    tx: optimizers.Transformation | None = None,
+) -> tuple[Made, ...]:
+    """The parts of a run in order, with what each is trained by; shapes alone are looked at.
+
+    Where one of them deals units out, a method that does not trains the same model: with units scaled as at
+    evaluation.
+
+    Args:
+      config: as from `configs/`.
+      model: the global model.
+      task: what is learned.
+      num_devices: D, over which the model is sharded.
+      tx: the optimizer; None: the config's.
+
+    Raises:
+      ValueError: a setting that cannot work; the message names the key.
+    """
+    made, parts = {}, parts_of(config)
+    for part in parts:
+        if part.method not in made:
+            own = for_method(config, part.method)
+            made[part.method] = method_of(own), make_recipe(own, model, task, num_devices, tx)
+    scale, found = _scale(config, [recipe for _, recipe in made.values()]), []
+    for part in parts:
+        entry, recipe = made[part.method]
+        if part.whole:
+            recipe = warmup_recipe(recipe, model, task, scale)
+        elif scale and not recipe.layout.groups:
+            score = partial(scoring.score_shards, recipe.layout, model, task, scale)
+            recipe = recipe._replace(loss_fn=scoring.make_loss_fn(model, task, scale), score_fn=score)
+        found.append(Made(part, entry, recipe))
+    return tuple(found)
 
 
 def make_recipe(
@@ -230,7 +292,7 @@ def make_recipe(
             f"none; {remedy}"
         )
     layout = make_layout(shapes, axes, groups, config.num_workers, num_devices, codec)
-    layout = layout._replace(bits=_bits(config, entry, codec, groups))
+    layout = with_bits(layout, _bits(config, entry, codec))
     partition.draw(config.seed, 0, groups, _load(config, "partition.deal", DEALS))  # is it sound?
     tx = optimizers.make(config.optimizer.to_dict()) if tx is None else tx
     policy = methods.policy_of(entry, config.optimizer_state)
@@ -248,25 +310,32 @@ def make_recipe(
         outer=outer.make(config.outer.to_dict(), config.num_workers),
         seed=config.seed,
         vmapped=config.workers_on_device == "vmap",
+        options=options(config, entry.options),
     )
 
 
-def _bits(config: ConfigDict, entry: methods.Entry, codec: Codec, groups: partition.Groups) -> Bits:
-    """What `config.exchange` says of bits."""
+def _bits(config: ConfigDict, entry: methods.Entry, codec: Codec) -> Bits:
+    """What `config.exchange` says of the numbers that are sent."""
     own = config.exchange
-    bits = Bits(own.gather_bits, own.merge_bits, config.seed)
-    given = f"exchange.gather_bits={bits.gather} and exchange.merge_bits={bits.merge}"
-    if bits.compress and not entry.exchanges:
+    bits = Bits(own.gather_bits, own.merge_bits, config.seed, own.keep, own.error_feedback)
+    changed = [key for key, value in NUMBERS_AS_THEY_ARE.items() if own[key] != value]
+    given = " and ".join(f"exchange.{key}={own[key]}" for key in changed)
+    remedy = "set " + " and ".join(f"config.exchange.{key} to {NUMBERS_AS_THEY_ARE[key]}" for key in changed)
+    if changed and not entry.exchanges:
         raise ValueError(
-            f"{given} are for exchanges of parameters, and method={config.method!r} has none; set both to 32"
+            f"{given}: this is for exchanges of parameters, and method={config.method!r} has none; {remedy}"
         )
-    if bits.compress and codec != NONE:
+    if changed and codec != NONE:
         raise ValueError(
-            f"{given} beside exchange.codec={own.codec!r}: a number goes one way alone; set both to 32, or "
+            f"{given} beside exchange.codec={own.codec!r}: a number goes one way alone; {remedy}, or "
             "config.exchange.codec to 'none'"
         )
-    if stacked := [name for name, group in groups.items() if bits.compress and group.layers]:
-        raise ValueError(f"{given} are not for units of layers, such as {stacked[0]}; set both to 32")
+    if bits.error_feedback and bits.merge == 32 and bits.keep == 1:
+        raise ValueError(
+            "exchange.error_feedback=True, and workers send all that they have changed; set "
+            "config.exchange.merge_bits below 32, config.exchange.keep below 1, or "
+            "config.exchange.error_feedback to False"
+        )
     return bits
 
 
@@ -328,6 +397,21 @@ def unit_scale(config: ConfigDict, layout: Layout) -> dict[str, float]:
     return {name: g.share for name, g in layout.groups.items() if config.partition.scale_at_evaluation}
 
 
+def parts_of(config: ConfigDict) -> tuple[Part, ...]:
+    """What a run is made of: its stages or, after a warm-up if there is one, the one of its method."""
+    if config.stages:
+        ends = itertools.accumulate(epochs for _, epochs in config.stages)
+        return tuple(Part(method, end) for (method, _), end in zip(config.stages, ends, strict=True))
+    warmup = config.partition.warmup_epochs
+    first = (Part(config.method, warmup, whole=True),) if warmup and method_of(config).deals_units else ()
+    return *first, Part(config.method)
+
+
+def _scale(config: ConfigDict, recipes: Sequence[Recipe]) -> dict[str, float]:
+    """That of the units of a run, by the recipe that deals them out."""
+    return next((scale for x in recipes if (scale := unit_scale(config, x.layout))), {})
+
+
 def make_schedule(
     config: ConfigDict,
     num_train: int,
@@ -345,21 +429,36 @@ def make_schedule(
     Raises:
       ValueError: it has more rounds already than the config asks for.
     """
-    per_round = config.num_workers * config.batch_size * config.local_steps
-    rounds = config.rounds
-    if rounds is None:
-        rounds = count_rounds(config.epochs, num_train, per_round, done)
-    if done.rounds > rounds:
+    local_steps, parts = config.local_steps, parts_of(config)
+    per_base = config.num_workers * config.batch_size * local_steps
+    if config.rounds is None:
+        left = count_left(_epochs(config), num_train, per_base, done)
+    else:
+        left = config.rounds - done.rounds
+    if left < 0:
         raise ValueError(
-            f"the run has {done.rounds} rounds already, more than the {rounds} that config.rounds or "
+            f"the run has {done.rounds} rounds already, more than the {config.rounds} that config.rounds or "
             "config.epochs ask for"
         )
+    ends = [min(left, count_left(part.until, num_train, per_base, done)) for part in parts[:-1]] + [left]
+    rates, risen = learning_rates(config, left, done, learning_rate)
+    sizes: list[int] = []
+    for part, start, end in zip(parts, [0, *ends], ends, strict=False):
+        grows = for_method(config, part.method).local_steps_schedule == "qsr"
+        while start < end:
+            rate, alpha = risen[start * local_steps], config.local_steps_alpha
+            sizes.append(quadratic(alpha, rate, local_steps, end - start) if grows else 1)
+            start += sizes[-1]
+    segments, starts = lay_out(ends, sizes, local_steps, done)
+    past = np.full(int(starts[-1]) * local_steps - rates.size, np.nan)
     return Schedule(
         first=done.rounds,
-        rounds=rounds,
+        rounds=done.rounds + len(sizes),
+        segments=segments,
+        starts=starts,
         examples_before=done.examples,
-        examples_per_round=per_round,
-        learning_rates=learning_rates(config, rounds, done, learning_rate),
+        examples_per_base=per_base,
+        learning_rates=np.concatenate([past, rates]).astype(np.float32).reshape(-1, local_steps),
         eval_every=config.eval_every,
         patience=config.patience,
         checkpoint_every=config.checkpoint.every,
@@ -368,112 +467,51 @@ def make_schedule(
     )
 
 
+def _epochs(config: ConfigDict) -> float:
+    """Passes over the training set, of all workers together."""
+    return sum(epochs for _, epochs in config.stages) or config.epochs
+
+
 def learning_rates(
-    config: ConfigDict, rounds: int, done: Progress, given: optimizers.Schedule | None = None
-) -> np.ndarray:
-    """Learning rates float32 [rounds, l], by the fraction of all examples that all workers have seen.
+    config: ConfigDict, left: int, done: Progress, given: optimizers.Schedule | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Learning rates [steps], by the fraction of all examples that all workers have seen.
 
     Args:
       config: of the run.
-      rounds: of the whole run.
-      done: in earlier sessions; their rows are NaN.
+      left: base rounds that remain; of their steps are the rates.
+      done: in earlier sessions.
       given: the rate by the number of examples seen; None: the config's.
+
+    Returns:
+      The rates, and the same as if the rate did not have to rise first.
 
     Raises:
       ValueError: a rate that is given is not finite.
     """
-    optimizer, local_steps = config.optimizer, config.local_steps
-    left, per_step = (rounds - done.rounds) * local_steps, config.num_workers * config.batch_size
-    past = np.full(rounds * local_steps - left, np.nan)
+    optimizer, per_step = config.optimizer, config.num_workers * config.batch_size
+    steps = np.arange(left * config.local_steps)
     if given is not None:
-        seen = done.examples + per_step * np.arange(left)
+        seen = done.examples + per_step * steps
         found = np.asarray(jax.vmap(given)(np.minimum(seen, np.iinfo(np.int32).max).astype(np.int32)))
         if not np.isfinite(found).all():
             first = seen[~np.isfinite(found)][0]
             raise ValueError(f"learning_rate= is not finite after {first:,} examples")
-        found = np.broadcast_to(found, left)
-        return np.concatenate([past, found]).astype(np.float32).reshape(rounds, local_steps)
+        found = np.broadcast_to(found, steps.shape)
+        return found, found
     before = done.examples / per_step  # in steps of today's workers
-    total, step = before + left, before + np.arange(left)
+    total, step = before + steps.size, before + steps
     warmup = round(optimizer.warmup * total)
     after = (step - warmup) / max(1, total - warmup)  # progress after the warm-up, 0 to 1
     decays = sum((step >= at * total).astype(int) for at in optimizer.step_at)
     factors = {
-        "constant": np.ones(left),
+        "constant": np.ones(steps.size),
         "cosine": (1 + np.cos(np.pi * np.clip(after, 0, 1))) / 2,
         "step": optimizer.step_factor ** np.asarray(decays),
     }
     ramp = np.minimum(1, (step + 1) / max(1, warmup))
-    found = optimizer.learning_rate * ramp * factors[optimizer.schedule]
-    return np.concatenate([past, found]).astype(np.float32).reshape(rounds, local_steps)
-
-
-def count_warmup_rounds(config: ConfigDict, num_train: int, done: Progress, rounds: int) -> int:
-    """Rounds, from the run's start, in which all workers train the whole model; at most those of the run.
-
-    0 for methods in which they always do. Arguments as of `make_schedule`, and the rounds of the whole run.
-    """
-    if not method_of(config).deals_units:
-        return 0
-    per_round = config.num_workers * config.batch_size * config.local_steps
-    return min(rounds, count_rounds(config.partition.warmup_epochs, num_train, per_round, done))
-
-
-def trace_round(
-    method: methods.Entry, recipe: Recipe, data: data.Split, local_steps: int, batch_size: int
-) -> dict[str, TracedPhase]:
-    """The phases of a round on one device, from shapes alone.
-
-    Args:
-      method: of the round.
-      recipe: that it is made from.
-      data: shapes of the training data on a device.
-      local_steps: l.
-      batch_size: B.
-    """
-    made, layout = method.make(recipe), recipe.layout
-    groups, workers = layout.groups, layout.workers_per_device
-
-    def shape(*sizes: int, dtype: DTypeLike = np.int32) -> jax.Array:
-        """It stands for an array."""
-        return jax.ShapeDtypeStruct(sizes, dtype)  # type: ignore[return-value]
-
-    def dealt(*sizes: int) -> partition.Assignment:
-        return partition.Assignment(shape(*sizes), shape(*sizes, dtype=bool))
-
-    draw = {name: dealt(*group.shape) for name, group in groups.items()}
-    gates = {n: shape(workers, *g.shape[1:], dtype=bool) for n, g in groups.items() if not g.even}
-    present, indices = shape(workers, dtype=bool), shape(workers, local_steps, batch_size)
-    turn = Turn(draw, gates, present, data, indices, shape(local_steps, dtype=np.float32), shape())
-    _, state = trace_init(made, shard_shapes(layout), layout.num_devices)
-    return trace(made, state, turn, layout.num_devices)
-
-
-def _trace_stage(config: ConfigDict, until: int, recipe: Recipe, feed: Feed) -> Stage:
-    """Rounds by one recipe: traced and counted, not compiled yet."""
-    entry, layout = method_of(config), recipe.layout
-    sizes = (programs.on_one_device(feed.spec), config.local_steps, config.batch_size)
-    phases = trace_round(entry, recipe, *sizes)
-    here = apart = round_traffic(phases, layout)
-    if layout.num_devices < layout.num_workers:
-        alone = recipe._replace(layout=layout._replace(num_devices=layout.num_workers))
-        apart = round_traffic(trace_round(entry, alone, *sizes), alone.layout)
-    deal = partition.fingerprint(tuple(layout.groups.values()), extension.identity(config.partition.deal))
-    return Stage(until, recipe, entry.make(recipe), phases, {}, here, apart, deal)
-
-
-def _start_scores(
-    opened: inputs.Inputs, recipe: Recipe, method: Method, chosen: Devices, builder: programs.Builder
-) -> dict[str, tuple[Evaluation, programs.Pending, ClosedJaxpr]]:
-    """The test set and, where there is one, the validation split: what a `ScoredSplit` holds."""
-    splits, layout = {}, recipe.layout
-    _, state = trace_init(method, shard_shapes(layout), layout.num_devices)
-    for name, examples in (("test", opened.test), ("validation", opened.validation)):
-        if examples is not None:
-            chunks = inputs.feed_evaluation(opened.wanted, examples, chosen)
-            jaxpr, lowered = programs.lower_score(method, state, chunks.spec, chosen)
-            splits[name] = chunks, builder.start(f"evaluation ({name})", lowered), jaxpr
-    return splits
+    rate, factor = optimizer.learning_rate, np.broadcast_to(factors[optimizer.schedule], steps.shape)
+    return rate * ramp * factor, rate * factor
 
 
 def turn_maker(config: ConfigDict, feed: Feed, schedule: Schedule) -> Callable[[Stage, int], Turn]:
@@ -494,7 +532,7 @@ def turn_maker(config: ConfigDict, feed: Feed, schedule: Schedule) -> Callable[[
         uneven = {name: dealt.gates for name, dealt in draw.items() if not groups[name].even}
         gates = {name: np.asarray(own).reshape(*grid, *own.shape[1:]) for name, own in uneven.items()}
         present = partition.draw_present(seed, index, workers, participation).reshape(grid)
-        rates = schedule.learning_rates[index]
+        rates = schedule.rates(index)
         return Turn(draw, gates, present, shown, indices, rates, np.int32(index))  # type: ignore[arg-type]
 
     return turn
@@ -525,10 +563,11 @@ def _log_model(name: str, model: nn.Module, layout: Layout, chosen: Devices) -> 
 
 def _log_set_up(run: Run, seconds: Mapping[str, float]) -> None:
     """How long it took, and what follows; `seconds` of each program, some of them beside each other."""
-    rounds, local_steps = run.schedule.learning_rates.shape
+    sizes = sorted({stage.local_steps for stage in run.stages})
+    steps = f"{sizes[0]} local steps" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} local steps"
     each = ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items())
-    log.info(
-        f"compiled in {run.seconds_compile:.1f} s ({each}); {rounds} rounds of {local_steps} local steps"
-    )
-    for stage in run.stages[:-1]:
-        log.info(f"warm-up: in the first {stage.until} rounds all workers train the whole model")
+    log.info(f"compiled in {run.seconds_compile:.1f} s ({each}); {run.schedule.rounds} rounds of {steps}")
+    for name, stages in itertools.groupby(run.stages, lambda stage: stage.name):
+        first, *_, last = [*stages] * 2
+        if first.first > run.schedule.first or last.until < run.schedule.rounds:
+            log.info(f"stage: {name} in rounds {first.first + 1} to {last.until}")

@@ -75,18 +75,25 @@ class Writer:
         )
         self._manager = ocp.CheckpointManager(folder, item_handlers=handlers, options=options)
 
-    def save(self, state: State, about: dict[str, Json], records: Sequence[Record] = ()) -> None:
+    def save(
+        self,
+        state: State,
+        about: dict[str, Json],
+        records: Sequence[Record] = (),
+        layout: Layout | None = None,
+    ) -> None:
         """Copies the state to the host and starts the write; `wait` (or the next save) ends it.
 
         Args:
           state: of this process's devices.
           about: 'round' (rounds done), 'examples', 'config' and whatever a later run should know.
           records: of the rounds so far, which say what is best.
+          layout: of the state; None: the store's.
         """
         self.wait()
         scored = ((r["round"], checkpoint.value_of(r, self.metric)) for r in records)
         self._values = {number: value for number, value in scored if value is not None}
-        item = _Save(*snapshot(self.layout, state), dict(about))
+        item = _Save(*snapshot(layout or self.layout, state), dict(about))
         try:
             self._manager.save(about["round"], args=ocp.args.Composite(**{checkpoint.ITEM: item}), force=True)
         except OSError as error:
