@@ -4,9 +4,9 @@
 
 The rate of each variant is the best of one grid by the examples that are held out of the training set
 (data.validation, seed 0); then it is trained on all of them, with every seed, and the test set is looked at
-once, after the last round. All variants of a work see the same examples. Finished runs in the folder are not
-repeated, so that a run that was stopped goes on; what is finished is in WORKDIR/methods.json and, with
---table, printed without any training.
+once, after the last round. All variants of a work see the same examples. What is finished is recorded in
+methods.json here and not repeated (delete its lines to measure again); a run that was stopped goes on, in its
+folder. --table prints what is recorded.
 """
 
 import json
@@ -54,8 +54,11 @@ VARIANTS: dict[str, dict] = {
     "local_sgd reset": LOCAL | {"optimizer_state": "reset"},
     "local_sgd outer nesterov": LOCAL | {"outer.name": "nesterov"},
     "local_sgd 8/8 bits": LOCAL | _bits(8, 8),
+    "local_sgd 8/4 bits, feedback": LOCAL | _bits(8, 4) | {"exchange.error_feedback": True},
+    "ist largest quarter": {"exchange.keep": 0.25},
     "ensemble": {"method": "ensemble"},
     "data_parallel": {"method": "data_parallel"},
+    "power_sgd": {"method": "power_sgd"},
 }
 USAGE = "python benchmarks/methods.py [--work=NAME,...] [--variants=NAME,...] [--dir=DIR] [--workdir=DIR]"
 
@@ -132,10 +135,10 @@ def main(argv: list[str]) -> int:
     flags.DEFINE_integer("seeds", 3, "runs of each variant at its rate", lower_bound=1, flag_values=values)
     flags.DEFINE_boolean("table", False, "print what is there, train nothing", flag_values=values)
     cli.parse(values, argv, USAGE, required=[])
-    path = Path(values.workdir) / "methods.json"
+    path = Path(__file__).with_suffix(".json")
     results: dict[str, dict] = json.loads(path.read_text()) if path.exists() else {}
     for work in () if values.table else values.work:
-        for variant in values.variant:
+        for variant in (name for name in values.variant if name not in results.get(work, {})):
             found = measure(work, variant, values.dir, Path(values.workdir), values.seeds)
             results.setdefault(work, {})[variant] = found
             files.write_json(path, results)

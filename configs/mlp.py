@@ -10,9 +10,9 @@ python -m ist_jax.main --config=configs/mlp.py:amazon670k --config.data.dir=DIR
                                                           the paper's largest net, on 8 devices
 
 DIR of the speech nets is the unpacked Speech Commands archive, a folder of WAV files per word; of the
-others it holds train.txt and test.txt (or *_train.txt and *_test.txt). Two cores of an AMD EPYC, 4
-workers, mean of three seeds, 2026-11-23: digits 98.80 % in 1.6 s of rounds, after about 8 s of start;
-delicious P@1 65.16 % in 1.1 s. speech2 on ten words (1,138 clips, 80 epochs, 2 workers, 2026-11-22):
+others it holds train.txt and test.txt (or *_train.txt and *_test.txt). Two cores of an Intel Xeon, 4
+workers, mean of three seeds, 2026-11-30: digits 98.70 % in 2.1 s of rounds; delicious P@1 64.96 % in 1.8 s.
+speech2 on ten words (1,138 clips, 80 epochs, 2 workers, 2026-11-22):
 57.92 %. speech3 and amazon670k have not been trained at full size. More in benchmarks/RESULTS.md. The
 paper's figures on all 35 words: .8153 (speech2) and .8327 (speech3) against .7998 and .7992 of local SGD.
 

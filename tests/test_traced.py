@@ -18,7 +18,7 @@ from ist_jax.exchange.layout import AXIS
 from ist_jax.methods import METHODS
 from ist_jax.methods.method import AXES
 from ist_jax.methods.steps import POLICIES
-from ist_jax.runtime import devices, programs, setup
+from ist_jax.runtime import devices, programs, setup, stages
 
 
 def trace(fn, *args, num_devices=2):
@@ -215,7 +215,7 @@ def test_what_a_device_keeps_of_a_carried_adam_is_exact(build):
     recipe = setup.make_recipe(config, build_model(config, 10), task, 2)
     recipe = recipe._replace(tx=optax.scale_by_adam(), policy=POLICIES["carry"])
     entry, data = METHODS["ist"], {"image": np.zeros((1, 8, 8, 1), np.uint8), "label": np.zeros(1, np.int32)}
-    phases = setup.trace_round(entry, recipe, data, 1, 1)
+    phases = stages.trace_round(entry, recipe, data, 1, 1)
     args = programs.with_axes(phases["merge"].inputs, 2)
     merge = entry.make(recipe).phases["merge"]
     found = hlo.argument_bytes(build(merge, args, jax.devices()[:2], (0, 0, AXES)))

@@ -121,7 +121,10 @@ _tiled = contextvars.ContextVar("tiled", default=True)
 
 @contextlib.contextmanager
 def by_definition() -> Iterator[None]:
-    """Inside, nothing is traced in tiles: what is counted there is the same on every backend."""
+    """Inside, nothing is traced in tiles: what is counted there is the same on every backend.
+
+    JAX remembers the trace of a function: one that was traced outside before is to be wrapped anew.
+    """
     token = _tiled.set(False)
     try:
         yield
