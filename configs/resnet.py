@@ -13,9 +13,9 @@ python -m ist_jax.main --config=configs/resnet.py:imagenet --config.data.dir=DIR
 
 DIR is tensorflow-datasets' data_dir. Two cores of an Intel Xeon, 2026-11-30: digits 99.44 % in 4.9 s of
 rounds, after 4 s of start where programs are kept, else 10, mean of three seeds; cifar10_small 64.1 %
-(local SGD 66.8) after 48 rounds, one seed each, version 0.1, with its ablation in benchmarks/RESULTS.md: before strided 3x3
-convolutions padded one pixel on each side, and to be measured again. The others have not been trained at full
-size. The paper's figures for cifar10 / cifar100 with S = 4: 92.35 / 71.30 % (local SGD
+(local SGD 66.8) after 48 rounds, one seed each, version 0.1, with its ablation in benchmarks/RESULTS.md:
+before strided 3x3 convolutions padded one pixel on each side, and to be measured again. The others have not
+been trained at full size. The paper's figures for cifar10 / cifar100 with S = 4: 92.35 / 71.30 % (local SGD
 92.90 / 71.51), best test accuracy of a run, mean of three; 22 blocks dealt out, 6 per worker (S = 2: 11,
 epochs 80; S = 8: 4); ResNet152 and ResNet200 have 36 and 50 blocks in section 3 and l = 100.
 
