@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ist_jax.exchange.layout import Layout
     from ist_jax.methods.optimizers import Given
     from ist_jax.runtime.schedule import Segment
+    from ist_jax.runtime.setup import Looked
     from ist_jax.runtime.stages import Made
     from ist_jax.workdir.files import Json
 
@@ -113,6 +114,7 @@ def _make(
     shown: "Shown",
     model: "nn.Module | None",
     given: "Given | None",
+    looked: "Looked | None" = None,
 ) -> "tuple[Made, ...]":
     """What the parts of a run are trained by; shapes alone are looked at."""
     from ist_jax.config import build_model, check
@@ -121,7 +123,7 @@ def _make(
     check(config)
     model, task = model or build_model(config, facts.num_classes or 0), shown[0]
     devices, optimizer = config.num_devices or config.num_workers, given and given.optimizer
-    return setup.make_all(config, model, task, devices, optimizer)
+    return setup.make_all(config, model, task, devices, optimizer, looked)
 
 
 def _cost(config: config_dict.ConfigDict, shown: "Shown", made: "Made", local_steps: int) -> Cost:
@@ -190,11 +192,14 @@ def plan(
     Raises:
       ValueError: a setting that cannot work; the message names the key.
     """
-    from ist_jax.config import methods_of
+    from ist_jax.config import build_model, check, methods_of
     from ist_jax.data import batches
     from ist_jax.methods import METHODS, policy_of
     from ist_jax.runtime import setup, stages
 
+    check(config)
+    looked: Looked = {}
+    model = model or build_model(config, facts.num_classes or 0)  # one for all methods
     workers, num_train = config.num_workers, facts.num_train
     devices, shown = config.num_devices or workers, _shown(config, facts, task)
     here = workers // devices
@@ -245,7 +250,7 @@ def plan(
     rows = {method: setup.for_method(config, method) for method in names}
     chosen = "stages" if config.stages else config.method
     for name, own in (rows | ({chosen: config} if config.stages else {})).items():
-        made, schedule = _make(own, facts, shown, model, given), None
+        made, schedule = _make(own, facts, shown, model, given, looked), None
         if known:
             schedule = setup.make_schedule(own, num_train or 1, learning_rate=given and given.schedule)
             parts = by_part(made, schedule.segments)

@@ -52,6 +52,10 @@ from ist_jax.workdir import checkpoint, files
 
 log = logging.getLogger(__name__)
 
+InitParams = Callable[[jax.Array], Params]
+Looked = dict[
+    int, tuple[nn.Module, tuple[PyTree, InitParams, PyTree]]
+]  # by the id of a model, which it keeps
 NUMBERS_AS_THEY_ARE = {"gather_bits": 32, "merge_bits": 32, "keep": 1.0, "error_feedback": False}
 T = TypeVar("T")
 
@@ -206,6 +210,7 @@ def make_all(
     task: Task,
     num_devices: int,
     tx: optimizers.Transformation | None = None,
+    looked: Looked | None = None,
 ) -> tuple[Made, ...]:
     """The parts of a run in order, with what each is trained by; shapes alone are looked at.
 
@@ -218,15 +223,17 @@ def make_all(
       task: what is learned.
       num_devices: D, over which the model is sharded.
       tx: the optimizer; None: the config's.
+      looked: what was found out of models before; what is found now is added.
 
     Raises:
       ValueError: a setting that cannot work; the message names the key.
     """
+    looked = {} if looked is None else looked
     made, parts = {}, parts_of(config)
     for part in parts:
         if part.method not in made:
             own = for_method(config, part.method)
-            made[part.method] = method_of(own), make_recipe(own, model, task, num_devices, tx)
+            made[part.method] = method_of(own), make_recipe(own, model, task, num_devices, tx, looked)
     scale, found = _scale(config, [recipe for _, recipe in made.values()]), []
     for part in parts:
         entry, recipe = made[part.method]
@@ -245,6 +252,7 @@ def make_recipe(
     task: Task,
     num_devices: int,
     tx: optimizers.Transformation | None = None,
+    looked: Looked | None = None,
 ) -> Recipe:
     """What a config's method is made from, after a warm-up; shapes alone are looked at.
 
@@ -254,6 +262,7 @@ def make_recipe(
       task: what is learned.
       num_devices: D, over which the model is sharded.
       tx: the optimizer; None: the config's.
+      looked: as for `make_all`.
 
     Raises:
       ValueError: a setting that cannot work; the message names the key.
@@ -266,14 +275,10 @@ def make_recipe(
     if entry.members:
         model = _member(config, model, shown)
 
-    def init_params(key: jax.Array) -> Params:
-        return adapter.init(model, key, shown)
-
     if adapter.offers(model, "check_example"):
         model.check_example(getattr(shown, "shape", ())[1:])
-    outputs = adapter.check(model, shown)
+    outputs, init_params, shapes = _look_at(model, shown, {} if looked is None else looked)
     check_fit(task, outputs)
-    jaxpr, shapes = jax.make_jaxpr(init_params, return_shape=True)(jax.random.key(0))
     deals = entry.deals_units and adapter.offers(model, "unit_axes")
     axes = partition.resolve_axes(shapes, model.unit_axes() if deals else {})
     groups = _make_groups(config, model, shapes, axes) if entry.deals_units else {}
@@ -305,13 +310,26 @@ def make_recipe(
         batch_fn=task.batch,
         score_fn=partial(scoring.score_shards, layout, model, task, unit_scale(config, layout)),
         score_members=partial(scoring.score_members, model, task),
-        init_params=replay(jaxpr, shapes),
+        init_params=init_params,
         policy=POLICIES[policy],
         outer=outer.make(config.outer.to_dict(), config.num_workers),
         seed=config.seed,
         vmapped=config.workers_on_device == "vmap",
         options=options(config, entry.options),
     )
+
+
+def _look_at(model: nn.Module, shown: PyTree, looked: Looked) -> tuple[PyTree, InitParams, PyTree]:
+    """What `looked` has of a model, traced where it is not there yet."""
+    if id(model) not in looked:
+
+        def init_params(key: jax.Array) -> Params:
+            return adapter.init(model, key, shown)
+
+        outputs = adapter.check(model, shown)
+        jaxpr, shapes = jax.make_jaxpr(init_params, return_shape=True)(jax.random.key(0))
+        looked[id(model)] = model, (outputs, replay(jaxpr, shapes), shapes)
+    return looked[id(model)][1]
 
 
 def _bits(config: ConfigDict, entry: methods.Entry, codec: Codec) -> Bits:
