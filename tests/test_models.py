@@ -304,6 +304,25 @@ def test_a_convolution_by_tiles_and_its_gradients_equal_xla(dtype, bound, monkey
         assert np.abs(a - b).max() < bound * np.abs(b).max()
 
 
+@pytest.mark.parametrize(
+    ("size", "channels", "forward", "gradients"),
+    [((32, 8, 8), 256, True, True), ((64, 8, 8), 64, True, False), ((64, 32, 32), 16, False, False),
+     ((64, 8, 8), 16, False, False), ((32, 7, 8), 256, False, False)],
+)  # fmt: skip
+def test_large_images_of_many_channels_go_by_tiles(size, channels, forward, gradients):
+    x, w = jax.ShapeDtypeStruct((*size, channels), np.float32), jnp.zeros((3, 3, channels, channels))
+
+    def conv(x, w):
+        return conv_general_dilated(x, w, (1, 1), ((1, 1), (1, 1)))
+
+    def products(fn):
+        return str(jax.make_jaxpr(fn)(x, w)).count("dot_general[")
+
+    # both gradients are traced; that of the kernel in another form is a product for each row of taps, or none
+    assert products(conv) == 16 * forward
+    assert (products(jax.grad(lambda x, w: conv(x, w).sum(), 1)) == 48) == gradients
+
+
 def test_batch_norm_uses_the_batch_or_what_it_is_given():
     x = jax.random.normal(jax.random.key(0), (64, 3)) * 3 + 1
     norm = BatchNorm()

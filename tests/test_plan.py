@@ -12,6 +12,7 @@ from conftest import ROOT, get_config
 from ist_jax import data, plan, train
 from ist_jax.costs.link import Link, modelled, parse
 from ist_jax.methods import METHODS
+from ist_jax.models import conv
 from ist_jax.runtime import inputs, record, setup
 
 RESNET = f"--config={ROOT}/configs/resnet.py:cifar100"
@@ -196,6 +197,14 @@ def test_a_thousand_workers_take_less_than_ten_seconds():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of a core, whatever else the machine does
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
     assert planned["setting"]["num_workers"] == planned["setting"]["num_devices"] == 1024
+
+
+def test_a_convolution_counts_by_its_definition(monkeypatch):
+    config = get_config("resnet", **{"data.name": "cifar10", "model.width": 64})
+    found = plan.predict(config, data.facts("cifar10"))
+    for bound in ("_CHANNELS", "_CHANNELS_OF_GRADIENT"):  # no tiles at all
+        monkeypatch.setattr(conv, bound, 10**6)
+    assert plan.predict(config, data.facts("cifar10")) == found
 
 
 def test_two_billion_weights_fit_a_laptop(capsys):

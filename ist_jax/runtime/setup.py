@@ -254,19 +254,7 @@ def make_recipe(
     tx: optimizers.Transformation | None = None,
     looked: Looked | None = None,
 ) -> Recipe:
-    """What a config's method is made from, after a warm-up; shapes alone are looked at.
-
-    Args:
-      config: as from `configs/`.
-      model: the global model.
-      task: what is learned.
-      num_devices: D, over which the model is sharded.
-      tx: the optimizer; None: the config's.
-      looked: as for `make_all`.
-
-    Raises:
-      ValueError: a setting that cannot work; the message names the key.
-    """
+    """What a config's method is made from, after a warm-up; arguments and errors as for `make_all`."""
     entry = method_of(config)
 
     if task.example is None:
