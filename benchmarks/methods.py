@@ -3,10 +3,11 @@
     python benchmarks/methods.py [--work=resnet,mlp] [--dir=DIR] [--workdir=runs/methods] [--seeds=3]
 
 The rate of each variant is the best of one grid by the examples that are held out of the training set
-(data.validation, seed 0); then it is trained on all of them, with every seed, and the test set is looked at
-once, after the last round. All variants of a work see the same examples. What is finished is recorded in
-methods.json here and not repeated (delete its lines to measure again); a run that was stopped goes on, in its
-folder. --table prints what is recorded.
+(data.validation, seed 0; cifar10_small's grid by runs of a fifth of the length); then it is trained on all of
+them, with every seed, and the test set is looked at once, after the last round. A codec takes the rate of what
+it makes smaller. All variants of a work see the same examples. What is finished is recorded in methods.json
+here and not repeated (delete its lines to measure again); a run that was stopped goes on, in its folder.
+--table prints what is recorded.
 """
 
 import json
@@ -27,6 +28,7 @@ WORKS = {  # config, and what it changes; digits in short runs, as the long ones
     "cifar10_small": ("configs/resnet.py:cifar10_small", {"eval_every": 0}),
 }
 FACTORS = (0.5, 1.0, 2.0, 4.0)  # the grid, times the config's learning rate
+GRID_EPOCHS = {"cifar10_small": 1.0}  # where the grid's runs are shorter than those at the chosen rate
 HELD_OUT = 0.2
 BITS = "exchange.{}_bits"
 
@@ -60,6 +62,14 @@ VARIANTS: dict[str, dict] = {
     "data_parallel": {"method": "data_parallel"},
     "power_sgd": {"method": "power_sgd"},
 }
+RATE_OF = {  # codecs: what they make smaller, at whose rate they are trained
+    "ist 8/8 bits": "ist",
+    "ist 8/4 bits": "ist",
+    "ist 4/4 bits": "ist",
+    "ist largest quarter": "ist",
+    "local_sgd 8/8 bits": "local_sgd keep",
+    "local_sgd 8/4 bits, feedback": "local_sgd keep",
+}
 USAGE = "python benchmarks/methods.py [--work=NAME,...] [--variants=NAME,...] [--dir=DIR] [--workdir=DIR]"
 
 
@@ -81,21 +91,28 @@ def name_of(variant: str, *more: object) -> str:
     return "_".join([*words, *map(str, more)])
 
 
-def measure(work: str, variant: str, folder: str | None, workdir: Path, seeds: int) -> dict:
-    """Chooses the rate of a variant and trains it; what the table says of it."""
-    own, held_out = VARIANTS[variant], {}
+def search(work: str, variant: str, folder: str | None, workdir: Path) -> tuple[dict[float, float], float]:
+    """What is reached on held-out examples at each rate of the grid, and the best of them."""
+    held_out = {}
     for factor in FACTORS:
         config = get_config(work, folder, factor)
         config.data.validation = HELD_OUT
+        config.epochs = GRID_EPOCHS.get(work, config.epochs)
         place = workdir / work / name_of(variant, factor)
-        found = compare.compare(config, place, variants={"grid": own}, seeds=1)
+        found = compare.compare(config, place, variants={"grid": VARIANTS[variant]}, seeds=1)
         metric = found["metric"]
         last = files.read_records(place / found["variants"]["grid"]["runs"][0])[-1]
         held_out[factor] = last[f"validation_{metric['name']}"]
-    best = (max if metric["higher_is_better"] else min)(held_out, key=lambda factor: held_out[factor])
+    return held_out, (max if metric["higher_is_better"] else min)(held_out, key=lambda x: held_out[x])
+
+
+def measure(work: str, variant: str, folder: str | None, workdir: Path, seeds: int) -> dict:
+    """Chooses the rate of a variant and trains it; what the table says of it."""
+    own = VARIANTS[variant]
+    held_out, best = search(work, RATE_OF.get(variant, variant), folder, workdir)
     place = workdir / work / name_of(variant, "final", best)
     found = compare.compare(get_config(work, folder, best), place, variants={"final": own}, seeds=seeds)
-    figures = found["variants"]["final"]
+    metric, figures = found["metric"], found["variants"]["final"]
     summaries = [files.read_summary(place / run) for run in figures["runs"]]
     return {
         "overrides": own,
