@@ -3,9 +3,9 @@
     python benchmarks/methods.py [--work=resnet,mlp] [--dir=DIR] [--workdir=runs/methods] [--seeds=3]
 
 The rate of each variant is the best of one grid by the examples that are held out of the training set
-(data.validation, seed 0; cifar10_small's grid by runs of a fifth of the length); then it is trained on all of
-them, with every seed, and the test set is looked at once, after the last round. A codec takes the rate of what
-it makes smaller. All variants of a work see the same examples. What is finished is recorded in methods.json
+(data.validation, seed 0; cifar10_small's grid by runs of a fifth of the length); then it is trained on all
+of them, with every seed, and the test set is looked at once, after the last round. A codec takes the rate of
+what it makes smaller. All variants of a work see the same examples. What is finished is recorded in methods.json
 here and not repeated (delete its lines to measure again); a run that was stopped goes on, in its folder.
 --table prints what is recorded.
 """
@@ -15,10 +15,12 @@ import statistics
 import sys
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ist_jax import cli, compare
+from ist_jax.runtime import compilation_cache
 from ist_jax.workdir import files
 
 WORKS = {  # config, and what it changes; digits in short runs, as the long ones end near 100%
@@ -154,12 +156,14 @@ def main(argv: list[str]) -> int:
     cli.parse(values, argv, USAGE, required=[])
     path = Path(__file__).with_suffix(".json")
     results: dict[str, dict] = json.loads(path.read_text()) if path.exists() else {}
-    for work in () if values.table else values.work:
-        for variant in (name for name in values.variant if name not in results.get(work, {})):
-            found = measure(work, variant, values.dir, Path(values.workdir), values.seeds)
-            results.setdefault(work, {})[variant] = found
-            files.write_json(path, results)
-            print(work, variant, json.dumps(found), flush=True)
+    with compilation_cache.kept(True):
+        for work in () if values.table else values.work:
+            for variant in (name for name in values.variant if name not in results.get(work, {})):
+                found = measure(work, variant, values.dir, Path(values.workdir), values.seeds)
+                results.setdefault(work, {})[variant] = found
+                files.write_json(path, results)
+                print(work, variant, json.dumps(found), flush=True)
+                jax.clear_caches()  # of programs, which take memory
     for work in values.work:
         print(f"\n{work}\n\n{table(results.get(work, {}))}")
     return 0
