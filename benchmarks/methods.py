@@ -4,10 +4,10 @@
 
 The rate of each variant is the best of one grid by the examples that are held out of the training set
 (data.validation, seed 0; cifar10_small's grid by runs of a fifth of the length); then it is trained on all
-of them, with every seed, and the test set is looked at once, after the last round. A codec takes the rate of
-what it makes smaller. All variants of a work see the same examples. What is finished is recorded in methods.json
-here and not repeated (delete its lines to measure again); a run that was stopped goes on, in its folder.
---table prints what is recorded.
+of them, with every seed, and the test set is looked at once, after the last round. A codec takes the rate
+of what it makes smaller. All variants of a work see the same examples. What is finished is recorded in
+methods.json here and not repeated (delete its lines to measure again); a run that was stopped goes on, in
+its folder. --table prints what is recorded.
 """
 
 import json
