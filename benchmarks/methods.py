@@ -93,8 +93,8 @@ def name_of(variant: str, *more: object) -> str:
     return "_".join([*words, *map(str, more)])
 
 
-def search(work: str, variant: str, folder: str | None, workdir: Path) -> tuple[dict[float, float], float]:
-    """What is reached on held-out examples at each rate of the grid, and the best of them."""
+def search(work: str, variant: str, folder: str | None, workdir: Path) -> dict[str, float]:
+    """What is reached on held-out examples at each rate of the grid."""
     held_out = {}
     for factor in FACTORS:
         config = get_config(work, folder, factor)
@@ -104,14 +104,15 @@ def search(work: str, variant: str, folder: str | None, workdir: Path) -> tuple[
         found = compare.compare(config, place, variants={"grid": VARIANTS[variant]}, seeds=1)
         metric = found["metric"]
         last = files.read_records(place / found["variants"]["grid"]["runs"][0])[-1]
-        held_out[factor] = last[f"validation_{metric['name']}"]
-    return held_out, (max if metric["higher_is_better"] else min)(held_out, key=lambda x: held_out[x])
+        held_out[str(factor)] = last[f"validation_{metric['name']}"]
+    return held_out
 
 
-def measure(work: str, variant: str, folder: str | None, workdir: Path, seeds: int) -> dict:
-    """Chooses the rate of a variant and trains it; what the table says of it."""
-    own = VARIANTS[variant]
-    held_out, best = search(work, RATE_OF.get(variant, variant), folder, workdir)
+def measure(
+    work: str, variant: str, held_out: dict[str, float], folder: str | None, workdir: Path, seeds: int
+) -> dict:
+    """Trains a variant at the best rate of its grid; what the table says of it."""
+    own, best = VARIANTS[variant], float(max(held_out, key=lambda factor: held_out[factor]))
     place = workdir / work / name_of(variant, "final", best)
     found = compare.compare(get_config(work, folder, best), place, variants={"final": own}, seeds=seeds)
     metric, figures = found["metric"], found["variants"]["final"]
@@ -159,8 +160,11 @@ def main(argv: list[str]) -> int:
     with compilation_cache.kept(True):
         for work in () if values.table else values.work:
             for variant in (name for name in values.variant if name not in results.get(work, {})):
-                found = measure(work, variant, values.dir, Path(values.workdir), values.seeds)
-                results.setdefault(work, {})[variant] = found
+                place, base = Path(values.workdir), RATE_OF.get(variant, variant)
+                known = results.setdefault(work, {}).get(base)
+                held_out = known["held_out"] if known else search(work, base, values.dir, place)
+                found = measure(work, variant, held_out, values.dir, place, values.seeds)
+                results[work][variant] = found
                 files.write_json(path, results)
                 print(work, variant, json.dumps(found), flush=True)
                 jax.clear_caches()  # of programs, which take memory

@@ -22,9 +22,14 @@ COMMON = {
     "eval_batch_size": 360,  # one batch: BatchNorm goes by all test examples
     "checkpoint.every": 4,
 }
-# Every model by one of the numbers of workers, in turn; by the other one where slow tests are run, too.
+# By one of the numbers of workers, in turn; by the other one where slow tests are run, and there every model.
+ALIKE = ("MLP", "CNN with GroupNorm", "PreAct ResNet18", "transformer", "Dropout", "multi-label")
 CASES = [
-    pytest.param((name, workers), id=f"{name} by {workers}", marks=[pytest.mark.slow] * (number % 2 != other))
+    pytest.param(
+        (name, workers),
+        id=f"{name} by {workers}",
+        marks=[pytest.mark.slow] * (name in ALIKE or number % 2 != other),
+    )
     for number, name in enumerate(SMALL)
     for other, workers in enumerate((2, 4))
 ]

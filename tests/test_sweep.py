@@ -257,6 +257,12 @@ SLOW = (
     "power_sgd map",
     "power_sgd resnet",
     "local_sgd 32 5",
+    "ist rolling",
+    "local_sgd absent",
+    "local_sgd outer",
+    "data_parallel",
+    "ensemble ill",
+    "ist outer nesterov",
 )  # another covers what they cover
 
 
