@@ -142,6 +142,7 @@ SOME = {"participation": 0.6}
 FEW = {"exchange.gather_bits": 8, "exchange.merge_bits": 4}
 FED_BACK = {"exchange.error_feedback": True}
 ADAM = optax.adam(1.0, eps=1e-3)
+SOFTMAX = {"dtype": np.float64, "tolerance": 1e-7}  # JAX's attention has one of float32, whatever its inputs
 FAST = {"optimizer.learning_rate": 0.02}
 CASES = {
     "ist": Case((4, 4)),
@@ -207,13 +208,13 @@ CASES = {
         overrides=FED_BACK | {"exchange.keep": 0.4},
     ),
     "ist each 5 16": Case((4, 2, "map"), **EXACT, bits=(5, 16), model=Stack(width=16)),
-    "transformer": Case((2, 2), "transformer", **EXACT, policy="carry", tx=ADAM, overrides=FAST),
+    "transformer": Case((2, 2), "transformer", **SOFTMAX, policy="carry", tx=ADAM, overrides=FAST),
     "transformer blocks": Case(
-        (2, 1, "map"), "transformer", **EXACT, outer=NESTEROV, tx=ADAM,  # of 3 blocks, 2 and 1
+        (2, 1, "map"), "transformer", **SOFTMAX, outer=NESTEROV, tx=ADAM,  # of 3 blocks, 2 and 1
         overrides=FAST | {"model.layers": 5, "partition.units": "blocks"},
     ),
     "transformer all": Case(
-        (4, 2, "vmap"), "transformer", **EXACT, policy="keep", tx=ADAM, bits=(8, 4),
+        (4, 2, "vmap"), "transformer", **SOFTMAX, policy="keep", tx=ADAM, bits=(8, 4),
         overrides=FAST | {"partition.units": "all", "partition.min_units": 1},
     ),
     "local_sgd": Case((4, 2, "vmap"), **CARRY, method="local_sgd", ill=(0, "loss")),
@@ -267,6 +268,9 @@ SLOW = (
     "power_sgd map",
     "power_sgd resnet",
     "local_sgd 32 5",
+    "transformer",
+    "transformer all",
+    "transformer blocks",
 )  # another covers what they cover
 
 
