@@ -30,7 +30,14 @@ BASE = {
     "optimizer.schedule": "cosine",
     "optimizer.warmup": 0.05,
 }
-CHARS = {"epochs": 4.0}
+CHARS = {
+    "model.layers": 10,
+    "model.width": 64,
+    "batch_size": 8,
+    "epochs": 6.0,
+    "eval_every": 30,
+    "checkpoint.every": 30,
+}
 SMOKE = {
     "num_workers": 2,
     "local_steps": 2,

@@ -30,7 +30,7 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # of commands that tests s
 ROOT = Path(__file__).parent.parent
 REPORTING = {"test_bring_your_own", "test_cli", "test_compare", "test_report", "test_train"}
 # Their programs are many and of their own, and are compared by tolerance or with themselves alone.
-UNOPTIMISED = {"test_adapter", "test_bring_your_own", "test_small_models"}
+UNOPTIMISED = {"test_adapter", "test_bring_your_own", "test_small_models", "test_transformer"}
 
 devices.prepare(8)
 hypothesis.settings.register_profile("ist_jax", deadline=None)  # the first example compiles

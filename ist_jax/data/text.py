@@ -45,8 +45,8 @@ def load(directory: str, options: Options) -> DataSet:
     cut = [
         (text[: (at := len(text) * 9 // 10)], text[at:]) for text in _read(directory, options["data.path"])
     ]
-    splits = [_sequences("".join(parts), vocabulary, length) for parts in zip(*cut, strict=True)]
-    for purpose, split in zip(("train", "test"), splits, strict=True):
+    train, test = (_sequences("".join(parts), vocabulary, length) for parts in zip(*cut, strict=True))
+    for purpose, split in (("train", train), ("test", test)):
         if not len(split["tokens"]):
             raise ValueError(
                 f"data.path={options['data.path']!r} has no sequence of data.length={length} tokens and the "
@@ -55,7 +55,8 @@ def load(directory: str, options: Options) -> DataSet:
     where = options["data.path"] or "Python {}.{}'s standard library".format(*sys.version_info[:2])
     kind = f"{vocabulary.size:,} kinds of tokens" if options["data.tokenizer"] else "bytes"
     classes = tuple(map(str, range(vocabulary.size)))
-    return DataSet(f"text: sequences of {length} {kind} of {where}", *splits, classes, vocabulary=vocabulary)
+    description = f"text: sequences of {length} {kind} of {where}"
+    return DataSet(description, train, test, classes, vocabulary=vocabulary)
 
 
 def facts(options: Options) -> Facts:
