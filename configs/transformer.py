@@ -32,7 +32,7 @@ BASE = {
 }
 CHARS = {
     "model.layers": 10,
-    "model.width": 64,
+    "model.d_model": 64,
     "batch_size": 8,
     "epochs": 6.0,
     "eval_every": 30,
@@ -47,16 +47,16 @@ SMOKE = {
     "checkpoint.every": 1,
     "data.length": 16,
     "model.layers": 3,
-    "model.width": 16,
+    "model.d_model": 16,
     "model.heads": 2,
 }
 MODES = {
     "chars": CHARS,
     "smoke": SMOKE,
-    "text": {"data.length": 256, "model.width": 256, "epochs": 4.0},
+    "text": {"data.length": 256, "model.d_model": 256, "epochs": 4.0},
     "gpt2_small": {
         "model.layers": 12,
-        "model.width": 768,
+        "model.d_model": 768,
         "model.heads": 12,
         "model.vocabulary": 50_257,  # of GPT-2's tokenizer; bytes are fewer
         "data.length": 1024,

@@ -156,7 +156,7 @@ def test_bfloat16_is_of_the_layers_and_not_of_sums_and_logits():
     ("overrides", "message"),
     [
         ({"partition.shared_layers": 2}, "shared_layers=2 at each end leaves none of model.layers=3"),
-        ({"model.heads": 3}, "model.heads=3 does not divide model.width=16"),
+        ({"model.heads": 3}, "model.heads=3 does not divide model.d_model=16"),
         ({"model.vocabulary": 100}, "model.vocabulary=100 is less than the 256 tokens of the data set"),
         ({"partition.units": "all", "partition.shared_layers": 0}, "no blocks whose heads and neurons"),
         ({"partition.units": "columns"}, "partition.units='columns'; set config.partition.units to one of"),

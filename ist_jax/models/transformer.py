@@ -29,10 +29,10 @@ _UNITS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 OPTIONS = {
     "model.layers": Key(8, "blocks, each of attention and a feed-forward net", least=1),
-    "model.width": Key(128, "numbers that a token has between blocks", least=1),
+    "model.d_model": Key(128, "width of the residual stream: numbers of a token between blocks", least=1),
     "model.heads": Key(8, "attention heads of a block", least=1),
-    "model.head_width": Key(None, "of a head; unset: width / heads", kind=int, least=1),
-    "model.neurons": Key(None, "of a block's feed-forward net; unset: 4 x width", kind=int, least=1),
+    "model.head_width": Key(None, "of a head; unset: d_model / heads", kind=int, least=1),
+    "model.neurons": Key(None, "of a block's feed-forward net; unset: 4 x d_model", kind=int, least=1),
     "model.vocabulary": Key(0, "tokens that the embedding has; 0: those of the data set", least=0),
     "model.tied": Key(True, "the table that embeds tokens tells the next one as well, as in GPT-2"),
     "model.dropout": Key(0.0, "of embeddings and of what a block adds, in training", least=0, most=0.9),
@@ -238,9 +238,9 @@ class Transformer(nn.Module):
 
 def build(options: Options, num_classes: int, dtype: DTypeLike | None) -> Transformer:
     """The model that the values of `OPTIONS` describe; dtype: as for `Transformer`."""
-    own = {name: options[f"model.{name}"] for name in ("layers", "width", "heads", "tied", "dropout")}
+    own = {name: options[f"model.{name}"] for name in ("layers", "heads", "tied", "dropout")}
     units, shared = options["partition.units"], options["partition.shared_layers"]
-    layers, width, heads = own["layers"], own["width"], own["heads"]
+    layers, width, heads = own["layers"], options["model.d_model"], own["heads"]
     if 2 * shared >= layers:
         raise ValueError(
             f"partition.shared_layers={shared} at each end leaves none of model.layers={layers} to deal out; "
@@ -249,8 +249,8 @@ def build(options: Options, num_classes: int, dtype: DTypeLike | None) -> Transf
     head_width = options["model.head_width"]
     if head_width is None and width % heads:
         raise ValueError(
-            f"model.heads={heads} does not divide model.width={width}; set config.model.heads to a divisor, "
-            "or config.model.head_width"
+            f"model.heads={heads} does not divide model.d_model={width}; set config.model.heads to a "
+            "divisor, or config.model.head_width"
         )
     known = options["model.vocabulary"]
     if 0 < known < num_classes:
@@ -260,6 +260,7 @@ def build(options: Options, num_classes: int, dtype: DTypeLike | None) -> Transf
         )
     return Transformer(
         vocabulary=known or num_classes,
+        width=width,
         head_width=head_width or width // heads,
         neurons=options["model.neurons"] or 4 * width,
         units=units,
