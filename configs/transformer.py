@@ -1,6 +1,6 @@
 """A decoder-only language model of GPT-2's form, its heads and neurons dealt to the workers, layer by layer.
 
-python -m ist_jax.main --config=configs/transformer.py            bytes of Python's own library, minutes
+python -m ist_jax.main --config=configs/transformer.py            bytes of Python's own library, on a CPU
 python -m ist_jax.main --config=configs/transformer.py:smoke      the same machinery in seconds
 python -m ist_jax.main --config=configs/transformer.py:text --config.data.path=FILE,FILE
                                                                   any UTF-8 files, by bytes or by
