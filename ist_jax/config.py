@@ -23,7 +23,7 @@ from ist_jax.exchange.codec import CODECS
 from ist_jax.exchange.quantize import BITS
 from ist_jax.key import FILE, Key, Options, Settings, Value
 from ist_jax.methods import METHODS, Entry, policy_of
-from ist_jax.methods.optimizers import OPTIMIZERS
+from ist_jax.methods.optimizers import DECAYED, OPTIMIZERS
 from ist_jax.methods.outer import OUTERS
 from ist_jax.methods.steps import POLICIES
 from ist_jax.models import MODELS
@@ -138,6 +138,11 @@ COMMON: dict[str, Key] = {
     "optimizer.nesterov": Key(False, "Nesterov's momentum, of SGD"),
     "optimizer.weight_decay": Key(
         0.0, "SGD: what of each parameter is added to its gradient; others: to its step", least=0
+    ),
+    "optimizer.decayed": Key(
+        "all",
+        "what weight decay is for; 'kernels': not for norms, biases, embeddings and positions",
+        choices=DECAYED,
     ),
     "optimizer.b1": Key(0.9, "decay of the mean gradient, of AdamW and Lion", least=0, most=1),
     "optimizer.b2": Key(

@@ -42,6 +42,7 @@ UNOPTIMISED = {
     "test_report",
     "test_small_models",
     "test_sources",
+    "test_transformer",
 }
 
 devices.prepare(8)

@@ -142,6 +142,8 @@ SOME = {"participation": 0.6}
 FEW = {"exchange.gather_bits": 8, "exchange.merge_bits": 4}
 FED_BACK = {"exchange.error_feedback": True}
 ADAM = optax.adam(1.0, eps=1e-3)
+SOFTMAX = {"dtype": np.float64, "tolerance": 1e-7}  # JAX's attention has one of float32, whatever its inputs
+FAST = {"optimizer.learning_rate": 0.02}
 CASES = {
     "ist": Case((4, 4)),
     "ist uneven": Case((3, 3), **EXACT, policy="carry", overrides={"partition.shares": (3.0, 2.0, 1.0)}),
@@ -206,6 +208,15 @@ CASES = {
         overrides=FED_BACK | {"exchange.keep": 0.4},
     ),
     "ist each 5 16": Case((4, 2, "map"), **EXACT, bits=(5, 16), model=Stack(width=16)),
+    "transformer": Case((2, 2), "transformer", **SOFTMAX, policy="carry", tx=ADAM, overrides=FAST),
+    "transformer blocks": Case(
+        (2, 1, "map"), "transformer", **SOFTMAX, outer=NESTEROV, tx=ADAM,  # of 3 blocks, 2 and 1
+        overrides=FAST | {"model.layers": 5, "partition.units": "blocks"},
+    ),
+    "transformer all": Case(
+        (4, 2, "vmap"), "transformer", **SOFTMAX, policy="keep", tx=ADAM, bits=(8, 4),
+        overrides=FAST | {"partition.units": "all", "partition.min_units": 1},
+    ),
     "local_sgd": Case((4, 2, "vmap"), **CARRY, method="local_sgd", ill=(0, "loss")),
     "local_sgd absent": Case((4, 1, "map"), method="local_sgd", overrides=SOME),
     "local_sgd bfloat16": Case((3, 3), **EXACT, method="local_sgd", codec=BFLOAT16, policy="carry"),
@@ -263,6 +274,9 @@ SLOW = (
     "data_parallel",
     "ensemble ill",
     "ist outer nesterov",
+    "transformer",
+    "transformer all",
+    "transformer blocks",
 )  # another covers what they cover
 
 

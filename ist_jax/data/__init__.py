@@ -15,6 +15,7 @@ from ist_jax.data import (
     npz,
     parquet,
     speech_commands,
+    text,
     tfds_images,
 )
 from ist_jax.data.source import (
@@ -44,6 +45,7 @@ SETS: dict[str, Entry] = {
     "npz": npz.NPZ,
     "parquet": parquet.PARQUET,
     "speech_commands": speech_commands.SPEECH_COMMANDS,
+    "text": text.TEXT,
     **tfds_images.SETS,
 }
 

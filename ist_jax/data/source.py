@@ -1,6 +1,6 @@
 """What a data set is: a random-access source per split, facts known beforehand, and arrays in memory."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
@@ -42,6 +42,20 @@ class EncodedSource(Source, Protocol):
         """What to call example `index` in a message."""
 
 
+class Vocabulary(NamedTuple):
+    """What the tokens of a data set of text stand for.
+
+    Attributes:
+      size: V; tokens are 0 to V - 1.
+      encode: text -> (tokens int [n], bytes of UTF-8 up to the end of each int [n]).
+      decode: tokens -> text.
+    """
+
+    size: int
+    encode: Callable[[str], tuple[np.ndarray, np.ndarray]]
+    decode: Callable[[Sequence[int]], str]
+
+
 class DataSet(NamedTuple):
     """A data set.
 
@@ -51,6 +65,7 @@ class DataSet(NamedTuple):
       test: the same of the test split.
       classes: names, in the order of the labels; (): as many as a 'label' of whole numbers has.
       encoded: the sources are `EncodedSource`s, to be streamed.
+      vocabulary: of text; None: the examples are none.
     """
 
     description: str
@@ -58,6 +73,7 @@ class DataSet(NamedTuple):
     test: Source | Split
     classes: tuple[str, ...] = ()
     encoded: bool = False
+    vocabulary: Vocabulary | None = None
 
 
 class Facts(NamedTuple):

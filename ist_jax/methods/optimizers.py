@@ -25,16 +25,28 @@ Schedule = Callable[[Real[Array, ""]], Float[Array, ""] | float]  # examples see
 Transformation: TypeAlias = optax.GradientTransformation
 
 
+def _kernels(params: PyTree) -> PyTree:
+    """Which leaves are kernels, by Flax's name for them."""
+    return {path: path.rpartition("/")[2] == "kernel" for path in params}
+
+
+Mask = Callable[[PyTree], PyTree]  # parameters -> for which of them
+DECAYED: dict[str, Mask | None] = {"all": None, "kernels": _kernels}  # what weight decay is for
+
+
 class Entry(NamedTuple):
-    """A line of the table: a factory, and the keys of `config.optimizer` that it takes."""
+    """A line of the table: a factory, and the keys of `config.optimizer` that it takes.
+
+    It is also given `mask`, of the parameters that decay; None: all do.
+    """
 
     make: Callable[..., Transformation]
     keys: tuple[str, ...]
 
 
-def sgd(*, weight_decay: float, momentum: float, nesterov: bool) -> Transformation:
+def sgd(*, weight_decay: float, momentum: float, nesterov: bool, mask: Mask | None = None) -> Transformation:
     """SGD with weight decay as part of the gradient, as in the papers."""
-    parts = [optax.add_decayed_weights(weight_decay)] if weight_decay else []
+    parts = [optax.add_decayed_weights(weight_decay, mask)] if weight_decay else []
     parts += [optax.trace(momentum, nesterov=nesterov)] if momentum else []
     return optax.chain(*parts, optax.scale(-1.0))
 
@@ -49,7 +61,8 @@ OPTIMIZERS: dict[str, Entry] = {
 def make(options: Options) -> Transformation:
     """The optimizer that `config.optimizer` names; keys that are unset have optax's own default."""
     entry = OPTIMIZERS[options["name"]]
-    return entry.make(**{key: options[key] for key in entry.keys if options[key] is not None})
+    own = {key: options[key] for key in entry.keys if options[key] is not None}
+    return entry.make(**own, mask=DECAYED[options["decayed"]])
 
 
 class Given(NamedTuple):

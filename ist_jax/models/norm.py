@@ -70,7 +70,7 @@ def estimate_batch_stats(model: nn.Module, params: Params, batches: Iterable[PyT
       scale: from `setup.unit_scale`.
 
     Returns:
-      The collection `batch_stats`, which `model.apply` takes beside `params`.
+      The collection `batch_stats`, which `model.apply` takes beside `params`; {} where there is no norm.
     """
 
     @jax.jit
@@ -78,7 +78,11 @@ def estimate_batch_stats(model: nn.Module, params: Params, batches: Iterable[PyT
         _, state = adapter.apply(model, {"params": params}, inputs, scale=scale, mutable=["batch_stats"])
         return state.get("batch_stats", {})
 
-    collected = [statistics(params, inputs) for inputs in batches]
+    collected: list[PyTree] = []
+    for inputs in batches:
+        collected.append(statistics(params, inputs))
+        if not collected[0]:
+            return {}
     return jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *collected)
 
 

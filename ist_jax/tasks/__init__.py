@@ -33,6 +33,7 @@ _NAMES = {
     "multi_label": {"feature", "label"},
     "language_modelling": {"tokens"},
 }
+_MORE = {"language_modelling": {"bytes"}}  # that examples may have
 
 
 def make(name: str, split: Split, num_classes: int, *, pad: int, flip: bool) -> Task:
@@ -50,7 +51,9 @@ def make(name: str, split: Split, num_classes: int, *, pad: int, flip: bool) -> 
     """
     known = ", ".join(map(repr, TASKS))
     if name == "auto":
-        name = next((task for task, names in _NAMES.items() if names == split.keys()), name)
+        name = next(
+            (task for task, names in _NAMES.items() if names == split.keys() - _MORE.get(task, set())), name
+        )
     if not _NAMES.get(name, {""}) <= split.keys():
         raise ValueError(
             f"task={name!r} is not for examples with {', '.join(map(repr, split))}; set config.task to one "

@@ -1,7 +1,7 @@
 """The next token of a sequence: cross-entropy, in bits, and perplexity."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,14 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from ist_jax.data import Split
 from ist_jax.tasks.task import Batch, Metric, PerExample, Task, mean_probability
 
+Labels = Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, " B"]]  # with the bytes that they stand for
+
 
 def make(split: Split, num_classes: int = 0, *, pad: int = 0, flip: bool = False) -> Task:
     """The task of splits of 'tokens', int [N, L]: a model is shown the first L - 1, and is to tell the last.
 
     Its outputs are logits [B, L - 1, V] of each next token. Where tokens are uint8, they are taken for bytes.
+    Where 'bytes', int [N], says how many the last L - 1 of a sequence stand for, there are bits per byte too.
 
     Args:
       split: the training examples.
@@ -35,37 +38,88 @@ def make(split: Split, num_classes: int = 0, *, pad: int = 0, flip: bool = False
         raise ValueError(f"language modelling needs 'tokens', whole numbers [N, L] with L > 1; {found}")
     vocabulary = max(num_classes, int(tokens.max()) + 1)
     unit = "byte" if tokens.dtype == np.uint8 else "token"
+    counted = "bytes" in split
 
     def figures(means: Mapping[str, float]) -> dict[str, float]:
+        bits = means["loss"] / math.log(2)
         perplexity = math.exp(means["loss"]) if means["loss"] < _LARGE else math.inf
-        return {f"bits_per_{unit}": means["loss"] / math.log(2), "perplexity": perplexity}
+        found = {f"bits_per_{unit}": bits, "perplexity": perplexity}
+        if not counted:
+            return found
+        each = means[_BYTES]
+        return {"bits_per_byte": bits / each if each else math.inf} | found | {_BYTES: each}
 
     return Task(
         name="language_modelling",
         loss=next_token_loss,
         batch=batch,
+        scores={_BYTES: bytes_per_token} if counted else {},
         figures=figures,
-        metric=Metric(f"bits_per_{unit}"),
+        metric=Metric("bits_per_byte" if counted else f"bits_per_{unit}"),
         check=lambda split: _check_tokens(split["tokens"], vocabulary),
         check_outputs=_output_check(tokens.shape[1] - 1, vocabulary),
         combine=mean_probability,
     )
 
 
+_BYTES = "bytes_per_token"
 _LARGE = 700.0  # nats, of which a float64 still holds the exponential
 
 
 def batch(split: Split, numbers: Int[Array, " B"], key: Key[Array, ""] | None) -> Batch:
-    """Inputs and labels int32 [B, L - 1]: the tokens but the last, and but the first."""
+    """Inputs and labels int32 [B, L - 1]: the tokens but the last, and but the first.
+
+    Where bytes are counted, the labels are a pair: these, and the bytes that they stand for, int [B].
+    """
     tokens = jnp.asarray(split["tokens"])[numbers].astype(jnp.int32)
-    return tokens[:, :-1], tokens[:, 1:]
+    shown, following = tokens[:, :-1], tokens[:, 1:]
+    return shown, (following, jnp.asarray(split["bytes"])[numbers]) if "bytes" in split else following
 
 
-def next_token_loss(
-    logits: Float[Array, "B T V"], labels: Int[Array, "B T"], key: object = None
-) -> PerExample:
+def next_token_loss(logits: Float[Array, "B T V"], labels: Labels, key: object = None) -> PerExample:
     """Softmax cross-entropy in nats, the mean over a sequence."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(-1)
+    following = labels[0] if isinstance(labels, tuple) else labels
+    return optax.softmax_cross_entropy_with_integer_labels(logits, following).mean(-1)
+
+
+def bytes_per_token(logits: Float[Array, "B T V"], labels: tuple[Array, Array]) -> PerExample:
+    """Of the labels of a sequence, the mean."""
+    following, count = labels
+    return count.astype(logits.dtype) / following.shape[-1]
+
+
+def sample(
+    logits_of: Callable[[Int[np.ndarray, "1 T"]], Float[np.ndarray, "1 T V"]],
+    tokens: Sequence[int],
+    count: int,
+    *,
+    length: int,
+    temperature: float,
+    seed: int,
+) -> list[int]:
+    """Continues a sequence, token by token, by a causal model.
+
+    Args:
+      logits_of: the model. It is shown the last `length` tokens, with zeros behind them where they are fewer.
+      tokens: what there is, at least one.
+      count: how many tokens to add.
+      length: T.
+      temperature: 0: always the likeliest; else drawn from softmax(logits / temperature).
+      seed: of the draws.
+
+    Returns:
+      The tokens that were added.
+    """
+    source, found = np.random.default_rng(seed), [*tokens]
+    for _ in range(count):
+        last = found[-length:]
+        shown = np.zeros((1, length), np.int32)
+        shown[0, : len(last)] = last
+        logits = np.asarray(logits_of(shown))[0, len(last) - 1]
+        if temperature:
+            logits = logits / temperature + source.gumbel(size=logits.shape)
+        found.append(int(logits.argmax()))
+    return found[len(tokens) :]
 
 
 def _check_tokens(tokens: np.ndarray, vocabulary: int) -> None:
