@@ -26,7 +26,7 @@ MLP = f"--config={ROOT}/configs/mlp.py:smoke"
         ([MLP, "--wrokdir=x"], "wrokdir"),
         ([MLP, "stray"], "unexpected argument 'stray'"),
         ([MLP, "--config.num_wrokers=4"], "config.num_wrokers; did you mean 'num_workers'? keys there: "),
-        ([MLP, "--config.optimizer.lr=1"], "config.optimizer.lr; keys there: b1, b2, eps, learning_rate, m"),
+        ([MLP, "--config.optimizer.lr=1"], "config.optimizer.lr; keys there: b1, b2, decayed, eps, learning_rate, m"),
         ([MLP, "--config.seed.x=1"], "unknown key config.seed.x; keys there: none"),
         ([MLP, "--config.num_workers=four"], "num_workers=four: a whole number is needed, not 'four'"),
         ([MLP, "--config.rounds=ten"], "a whole number is needed, not 'ten'"),
