@@ -30,7 +30,7 @@ Nothing else in the package knows about a particular architecture. `pytorch.from
 `ResNet` of a PyTorch net's state dict.
 """
 
-from ist_jax.models import mlp, resnet
+from ist_jax.models import mlp, resnet, vgg
 from ist_jax.models.interface import Entry, Fetch, streamed
 
 __all__ = ["MODELS", "Entry", "Fetch", "streamed"]
@@ -38,4 +38,5 @@ __all__ = ["MODELS", "Entry", "Fetch", "streamed"]
 MODELS: dict[str, Entry] = {
     "resnet": resnet.RESNET,
     "mlp": mlp.FEED_FORWARD,
+    "vgg": vgg.NET,
 }
