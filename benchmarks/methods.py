@@ -4,16 +4,17 @@
 
 The rate of each variant is the best of one grid by the examples that are held out of the training set
 (data.validation, seed 0; cifar10_small's grid by runs of a fifth of the length); then it is trained on all of
-them, with every seed, and the test set is looked at once, after the last round. A codec takes the rate of what
-it makes smaller. All variants of a work see the same examples. What is finished is recorded in methods.json
-here and not repeated (delete its lines to measure again); a run that was stopped goes on, in its folder.
---table prints what is recorded.
+them, with every seed, and the test set is looked at once, after the last round. A codec takes the rate of
+what it makes smaller. All variants of a work see the same examples. What is finished is recorded in
+methods.json here and not repeated (delete its lines to measure again); a run that was stopped goes on, in its
+folder. --table prints what is recorded.
 """
 
 import json
 import statistics
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -73,16 +74,39 @@ RATE_OF = {  # codecs: what they make smaller, at whose rate they are trained
 USAGE = "python benchmarks/methods.py [--work=NAME,...] [--variants=NAME,...] [--dir=DIR] [--workdir=DIR]"
 
 
-def get_config(work: str, folder: str | None, rate: float = 1.0) -> ConfigDict:
-    """The config of a work at so many times its learning rate."""
-    path, changes = WORKS[work]
-    probe = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", path, flag_values=probe, sys_argv=[])
-    probe([""])
-    config = probe.config
-    config.update_from_flattened_dict(changes | ({"data.dir": folder} if folder else {}))
-    config.optimizer.learning_rate *= rate
-    return config
+class Work(NamedTuple):
+    """What is trained, by which variants.
+
+    Attributes:
+      config: such as 'configs/mlp.py:smoke'.
+      changes: keys that differ from it, in all variants.
+      variants: by name, the keys that differ.
+      workdir: for the runs.
+      grid_epochs: of the grid's runs; None: of as many as the others.
+    """
+
+    config: str
+    changes: dict
+    variants: dict[str, dict]
+    workdir: Path
+    grid_epochs: float | None = None
+
+    def at(self, rate: float) -> ConfigDict:
+        """The config at so many times its learning rate."""
+        probe = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", self.config, flag_values=probe, sys_argv=[])
+        probe([""])
+        config = probe.config
+        config.update_from_flattened_dict(self.changes)
+        config.optimizer.learning_rate *= rate
+        return config
+
+
+def get_work(name: str, folder: str | None, workdir: Path) -> Work:
+    """A line of `WORKS`."""
+    path, changes = WORKS[name]
+    changes = changes | ({"data.dir": folder} if folder else {})
+    return Work(path, changes, VARIANTS, workdir / name, GRID_EPOCHS.get(name))
 
 
 def name_of(variant: str, *more: object) -> str:
@@ -91,38 +115,43 @@ def name_of(variant: str, *more: object) -> str:
     return "_".join([*words, *map(str, more)])
 
 
-def search(work: str, variant: str, folder: str | None, workdir: Path) -> tuple[dict[float, float], float]:
+def search(work: Work, variant: str) -> tuple[dict[float, float], float]:
     """What is reached on held-out examples at each rate of the grid, and the best of them."""
     held_out = {}
     for factor in FACTORS:
-        config = get_config(work, folder, factor)
+        config = work.at(factor)
         config.data.validation = HELD_OUT
-        config.epochs = GRID_EPOCHS.get(work, config.epochs)
-        place = workdir / work / name_of(variant, factor)
-        found = compare.compare(config, place, variants={"grid": VARIANTS[variant]}, seeds=1)
+        config.epochs = work.grid_epochs or config.epochs
+        place = work.workdir / name_of(variant, factor)
+        found = compare.compare(config, place, variants={"grid": work.variants[variant]}, seeds=1)
         metric = found["metric"]
         last = files.read_records(place / found["variants"]["grid"]["runs"][0])[-1]
         held_out[factor] = last[f"validation_{metric['name']}"]
     return held_out, (max if metric["higher_is_better"] else min)(held_out, key=lambda x: held_out[x])
 
 
-def measure(work: str, variant: str, folder: str | None, workdir: Path, seeds: int) -> dict:
-    """Chooses the rate of a variant and trains it; what the table says of it."""
-    own = VARIANTS[variant]
-    held_out, best = search(work, RATE_OF.get(variant, variant), folder, workdir)
-    place = workdir / work / name_of(variant, "final", best)
-    found = compare.compare(get_config(work, folder, best), place, variants={"final": own}, seeds=seeds)
+def measure(work: Work, variant: str, rate_of: str, seeds: int) -> tuple[dict, list[dict]]:
+    """Chooses a variant's rate, that of `rate_of`, and trains it.
+
+    Returns:
+      What a table says of it, and the runs' summaries.
+    """
+    own = work.variants[variant]
+    held_out, best = search(work, rate_of)
+    place, config = work.workdir / name_of(variant, "final", best), work.at(best)
+    found = compare.compare(config, place, variants={"final": own}, seeds=seeds)
     metric, figures = found["metric"], found["variants"]["final"]
     summaries = [files.read_summary(place / run) for run in figures["runs"]]
-    return {
+    about = {
         "overrides": own,
         "metric": metric["name"],
         "held_out": held_out,
-        "learning_rate": get_config(work, folder, best).optimizer.learning_rate,
+        "learning_rate": config.optimizer.learning_rate,
         "each": [summary[f"test_{metric['name']}"] for summary in summaries],
         "exchanged_megabytes": figures["bytes"]["mean"] / 1e6,
         "sent_megabytes": figures["bytes_sent"]["mean"] / 1e6,
     }
+    return about, summaries
 
 
 def table(results: dict[str, dict]) -> str:
@@ -156,7 +185,8 @@ def main(argv: list[str]) -> int:
     results: dict[str, dict] = json.loads(path.read_text()) if path.exists() else {}
     for work in () if values.table else values.work:
         for variant in (name for name in values.variant if name not in results.get(work, {})):
-            found = measure(work, variant, values.dir, Path(values.workdir), values.seeds)
+            own, rate_of = get_work(work, values.dir, Path(values.workdir)), RATE_OF.get(variant, variant)
+            found, _ = measure(own, variant, rate_of, values.seeds)
             results.setdefault(work, {})[variant] = found
             files.write_json(path, results)
             print(work, variant, json.dumps(found), flush=True)
