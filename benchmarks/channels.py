@@ -15,10 +15,12 @@ import statistics
 import sys
 from pathlib import Path
 
+import jax
 import methods
 from absl import flags
 
 from ist_jax import cli, data, plan
+from ist_jax.runtime import compilation_cache
 from ist_jax.workdir import files
 
 CONFIG = "configs/cnn.py:small"
@@ -92,11 +94,12 @@ def main(argv: list[str]) -> int:
     grid = min(grid, values.epochs) if values.epochs else grid
     work = methods.Work(CONFIG, changes, VARIANTS, Path(values.workdir) / name, grid)
     done = results.setdefault(name, {})
-    for variant in () if values.table else (own for own in values.variant if own not in done):
-        found, _ = methods.measure(work, variant, variant, values.seeds)
-        done[variant] = found | costs(work, variant)
-        files.write_json(path, results)
-        print(variant, json.dumps(done[variant]), flush=True)
+    with compilation_cache.kept(True):
+        for variant in () if values.table else (own for own in values.variant if own not in done):
+            done[variant] = methods.measure(work, variant, variant, values.seeds) | costs(work, variant)
+            files.write_json(path, results)
+            print(variant, json.dumps(done[variant]), flush=True)
+            jax.clear_caches()  # of programs, which take memory
     print(table(done))
     return 0
 

@@ -3,11 +3,11 @@
     python benchmarks/methods.py [--work=resnet,mlp] [--dir=DIR] [--workdir=runs/methods] [--seeds=3]
 
 The rate of each variant is the best of one grid by the examples that are held out of the training set
-(data.validation, seed 0; cifar10_small's grid by runs of a fifth of the length); then it is trained on all of
-them, with every seed, and the test set is looked at once, after the last round. A codec takes the rate of
-what it makes smaller. All variants of a work see the same examples. What is finished is recorded in
-methods.json here and not repeated (delete its lines to measure again); a run that was stopped goes on, in its
-folder. --table prints what is recorded.
+(data.validation, seed 0; cifar10_small's grid by runs of a fifth of the length); then it is trained on all
+of them, with every seed, and the test set is looked at once, after the last round. A codec takes the rate
+of what it makes smaller. All variants of a work see the same examples. What is finished is recorded in
+methods.json here and not repeated (delete its lines to measure again); a run that was stopped goes on, in
+its folder. --table prints what is recorded.
 """
 
 import json
@@ -16,10 +16,12 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ist_jax import cli, compare
+from ist_jax.runtime import compilation_cache
 from ist_jax.workdir import files
 
 WORKS = {  # config, and what it changes; digits in short runs, as the long ones end near 100%
@@ -130,19 +132,15 @@ def search(work: Work, variant: str) -> tuple[dict[float, float], float]:
     return held_out, (max if metric["higher_is_better"] else min)(held_out, key=lambda x: held_out[x])
 
 
-def measure(work: Work, variant: str, rate_of: str, seeds: int) -> tuple[dict, list[dict]]:
-    """Chooses a variant's rate, that of `rate_of`, and trains it.
-
-    Returns:
-      What a table says of it, and the runs' summaries.
-    """
+def measure(work: Work, variant: str, rate_of: str, seeds: int) -> dict:
+    """Chooses a variant's rate, that of `rate_of`, and trains it; what a table says of it."""
     own = work.variants[variant]
     held_out, best = search(work, rate_of)
     place, config = work.workdir / name_of(variant, "final", best), work.at(best)
     found = compare.compare(config, place, variants={"final": own}, seeds=seeds)
     metric, figures = found["metric"], found["variants"]["final"]
     summaries = [files.read_summary(place / run) for run in figures["runs"]]
-    about = {
+    return {
         "overrides": own,
         "metric": metric["name"],
         "held_out": held_out,
@@ -151,7 +149,6 @@ def measure(work: Work, variant: str, rate_of: str, seeds: int) -> tuple[dict, l
         "exchanged_megabytes": figures["bytes"]["mean"] / 1e6,
         "sent_megabytes": figures["bytes_sent"]["mean"] / 1e6,
     }
-    return about, summaries
 
 
 def table(results: dict[str, dict]) -> str:
@@ -183,13 +180,15 @@ def main(argv: list[str]) -> int:
     cli.parse(values, argv, USAGE, required=[])
     path = Path(__file__).with_suffix(".json")
     results: dict[str, dict] = json.loads(path.read_text()) if path.exists() else {}
-    for work in () if values.table else values.work:
-        for variant in (name for name in values.variant if name not in results.get(work, {})):
-            own, rate_of = get_work(work, values.dir, Path(values.workdir)), RATE_OF.get(variant, variant)
-            found, _ = measure(own, variant, rate_of, values.seeds)
-            results.setdefault(work, {})[variant] = found
-            files.write_json(path, results)
-            print(work, variant, json.dumps(found), flush=True)
+    with compilation_cache.kept(True):
+        for work in () if values.table else values.work:
+            own = get_work(work, values.dir, Path(values.workdir))
+            for variant in (name for name in values.variant if name not in results.get(work, {})):
+                found = measure(own, variant, RATE_OF.get(variant, variant), values.seeds)
+                results.setdefault(work, {})[variant] = found
+                files.write_json(path, results)
+                print(work, variant, json.dumps(found), flush=True)
+                jax.clear_caches()  # of programs, which take memory
     for work in values.work:
         print(f"\n{work}\n\n{table(results.get(work, {}))}")
     return 0

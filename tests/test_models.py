@@ -388,6 +388,25 @@ def test_a_convolution_by_tiles_and_its_gradients_equal_xla(dtype, bound, monkey
         assert np.abs(a - b).max() < bound * np.abs(b).max()
 
 
+def test_a_convolution_by_pairs_and_its_gradients_equal_xla():
+    def run(x, w, dy):
+        y, back = jax.vjp(lambda x, w: conv_general_dilated(x, w, (1, 1), ((1, 1), (1, 1))), x, w)
+        return y, *back(dy)
+
+    rng = np.random.default_rng(0)
+    sizes = (2, 5, 6, 3), (3, 3, 3, 8), (2, 5, 6, 8)
+    with jax.enable_x64(True):
+        operands = [jnp.asarray(rng.normal(size=size)) for size in sizes]
+        assert "f64[3,2,6,16]" in str(jax.make_jaxpr(run)(*operands))  # of kernels: pairs in, pairs out
+        got = run(*operands)
+        with conv_module.by_definition():
+            assert "f64[3,2,6,16]" not in str(jax.make_jaxpr(lambda *args: run(*args))(*operands))
+        native = partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        y, back = jax.vjp(lambda x, w: native(x, w, (1, 1), ((1, 1), (1, 1))), *operands[:2])
+        for a, b in zip(got, (y, *back(operands[2])), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-14 * np.abs(b).max())
+
+
 @pytest.mark.parametrize(
     ("size", "channels", "forward", "gradients"),
     [((32, 8, 8), 256, True, True), ((64, 8, 8), 64, True, False), ((64, 32, 32), 16, False, False),

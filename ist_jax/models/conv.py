@@ -3,8 +3,9 @@
 XLA:CPU canonicalises convolutions in the entry computation alone (JAX issue 12868): the gradient of
 an ordinary convolution inside `lax.scan` ran 35 to 100 times slower than outside. Here the backward pass is
 written as ordinary convolutions and matrix products, without dilation, which keep their speed in a loop; a
-convolution of an image that its kernel covers is one matrix product; and a 3x3 one of many channels is 16
-products in place of 36 (`_winograd`). Other backends use the native one.
+convolution of an image that its kernel covers is one matrix product; a 3x3 one of many channels is 16
+products in place of 36 (`_winograd`), and one of few takes two pixels for one (`_by_pairs`). Other backends
+use the native one.
 `benchmarks/convolutions.py` would notice when XLA is mended, `benchmarks/peers.py` measures whole steps.
 """
 
@@ -28,6 +29,7 @@ Pads = tuple[Pair, ...]  # before and after, per spatial axis
 _PIXELS = 512  # of the images whose kernel gradients are taken at a time
 _LARGE = 2**16  # numbers in an array from which on that is faster than one convolution
 _CHANNELS, _CHANNELS_OF_GRADIENT = 64, 128  # at least, in and out, where tiles are faster
+_FEW = 16  # channels at most, in and out, where pairs are faster
 _DIMS = ("NHWC", "HWIO", "NHWC")
 _plain_conv = partial(lax.conv_general_dilated, dimension_numbers=_DIMS)
 
@@ -106,6 +108,8 @@ def _dense(x: jax.Array, w: jax.Array, strides: Sequence[int], pads: Pads) -> ja
 def _conv(x: jax.Array, w: jax.Array, strides: tuple[int, ...], pads: Pads) -> jax.Array:
     if _in_tiles(x, w, strides, pads, _CHANNELS):
         return _winograd(x, w)
+    if _in_pairs(x, w, strides, pads):
+        return _by_pairs(x, w)
     return _plain_conv(x, w, strides, pads)
 
 
@@ -114,6 +118,8 @@ def _conv_bwd(strides: tuple[int, ...], pads: Pads, residuals: tuple, dy: jax.Ar
     x, w = residuals
     if _in_tiles(x, w, strides, pads, _CHANNELS):
         dx = _winograd(dy, w, of_input=True)
+    elif _in_pairs(x, w, strides, pads):
+        dx = _by_pairs(dy, w[::-1, ::-1].swapaxes(2, 3))
     else:
         dx = _input_gradient(dy, w, x.shape, strides, pads)
     if _in_tiles(x, w, strides, pads, _CHANNELS_OF_GRADIENT):
@@ -135,27 +141,51 @@ Matrix = Sequence[Sequence[float]]
 Grid = Sequence[Sequence[jax.Array]]  # arrays of one shape
 
 
-_tiled = contextvars.ContextVar("tiled", default=True)
+_rewritten = contextvars.ContextVar("rewritten", default=True)
 
 
 @contextlib.contextmanager
 def by_definition() -> Iterator[None]:
-    """Inside, nothing is traced in tiles: what is counted there is the same on every backend.
+    """Inside, nothing is traced in tiles or pairs: what is counted there is the same on every backend.
 
     JAX remembers the trace of a function: one that was traced outside before is to be wrapped anew.
     """
-    token = _tiled.set(False)
+    token = _rewritten.set(False)
     try:
         yield
     finally:
-        _tiled.reset(token)
+        _rewritten.reset(token)
 
 
 def _in_tiles(x: jax.Array, w: jax.Array, strides: tuple[int, ...], pads: Pads, channels: int) -> bool:
     """Whether a convolution by tiles is possible, and faster with at least so many channels."""
+    large = x.size > _LARGE and min(w.shape[2:]) >= channels
+    return large and not x.shape[1] % 2 and _is_usual(x, w, strides, pads)
+
+
+def _in_pairs(x: jax.Array, w: jax.Array, strides: tuple[int, ...], pads: Pads) -> bool:
+    """Whether a convolution by pairs of pixels is possible, and faster."""
+    return max(w.shape[2:]) <= _FEW and _is_usual(x, w, strides, pads)
+
+
+def _is_usual(x: jax.Array, w: jax.Array, strides: tuple[int, ...], pads: Pads) -> bool:
+    """3x3 taps, as many pixels out as in, an even width, and numbers that may be added in another order."""
     same = w.shape[:2] == (3, 3) and strides == (1, 1) and pads == ((1, 1), (1, 1))
-    large = x.size > _LARGE and min(w.shape[2:]) >= channels and x.dtype.itemsize >= 4
-    return _tiled.get() and same and large and not x.shape[1] % 2 and not x.shape[2] % 2
+    return _rewritten.get() and same and not x.shape[2] % 2 and x.dtype.itemsize >= 4
+
+
+def _by_pairs(x: jax.Array, w: jax.Array) -> jax.Array:
+    """[N, H, W, O] of x [N, H, W, I] and w [3, 3, I, O]; W is even.
+
+    Two pixels of a row are one with twice the channels, in and out: 2 of them in place of 3 taps, a quarter
+    of whose weights is zero. XLA's convolution of few channels loses more than that.
+    """
+    shifted = [jnp.pad(w, ((0, 0), (a, 1 - a), (0, 0), (0, 0))) for a in range(2)]
+    kernel = jnp.stack(shifted, 3)  # [3, 4, I, 2, O]
+    n, height, width, channels = x.shape
+    pairs = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (0, 0))).reshape(n, height, -1, 2 * channels)
+    y = _plain_conv(pairs, kernel.reshape(3, 2, 2 * channels, -1), (1, 1), ((1, 1), (0, 0)))
+    return y.reshape(n, height, width, -1)
 
 
 def _winograd(x: jax.Array, w: jax.Array, of_input: bool = False) -> jax.Array:
