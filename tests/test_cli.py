@@ -65,7 +65,7 @@ MLP = f"--config={ROOT}/configs/mlp.py:smoke"
         ([MLP, "--config.data.words=(1,2)"], "config.data.words to a tuple of strings, such as"),
         ([MLP, "--config.data.clip_length=cut"], "config.data.clip_length to one of 'pad', 'drop'"),
         ([MLP, "--config.data.words=('yes',)", "--config.data.name=speech_commands"], "config.data.dir"),
-        ([MLP, "--config.model.name=vit"], "config.model.name to one of 'resnet', 'mlp', or FILE.py:NAME"),
+        ([MLP, "--config.model.name=vit"], "config.model.name to one of 'resnet', 'mlp', 'vgg', or FILE"),
         ([MLP, "--config.model.hidden=()"], "model.hidden=()"),
         ([MLP, "--config.partition.min_units=33"], "partition.min_units=33 must lie between 0 and the 32"),
         ([MLP, "--config.partition.shares=(1.0,)"], "partition.shares"),

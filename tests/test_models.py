@@ -148,19 +148,16 @@ def test_a_subnet_is_the_same_class_with_fewer_units(model, sizes):
 
 def of_channels(model):
     """(parameters, images, axes, groups of 2 workers) of a model whose units are channels."""
-    x = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
-    params = plainly(model.init)(jax.random.key(0), x)["params"]
-    leaves, tree = jax.tree.flatten(params)  # no norm of ones and zeros
-    noise = [0.3 * jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(leaves)]
-    params = jax.tree.unflatten(tree, [leaf + own for leaf, own in zip(leaves, noise, strict=True)])
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(0.5, 0.5, leaf.shape).astype("f"), shapes(model, 8, 8, 1))
     axes = partition.resolve_axes(params, model.unit_axes())
-    return params, x, axes, partition.make_groups(params, axes, 2)
+    return params, rng.normal(size=(4, 8, 8, 1)).astype("f"), axes, partition.make_groups(params, axes, 2)
 
 
 @pytest.mark.parametrize(
     "model",
     [
-        INNER,
+        pytest.param(INNER, marks=pytest.mark.slow),
         INNER.clone(channels="all"),
         pytest.param(
             INNER.clone(channels="all", partitioned=(2,), block="bottleneck"), marks=pytest.mark.slow
@@ -172,31 +169,36 @@ def test_a_worker_computes_what_the_model_does_without_the_other_channels(model)
     params, x, axes, groups = of_channels(model)
     draw = partition.draw(0, 0, groups, random)
     subnet = model.subnet({name: group.slots for name, group in groups.items()})
-    for worker in range(2):
-        own = masking.gather(params, axes, draw, worker)
-        held = jax.tree.map(
-            jnp.where, masking.masks(params, axes, draw, worker), params, jax.tree.map(jnp.zeros_like, params)
-        )
-        got = plainly(lambda p: subnet.apply({"params": p}, x))(own)
-        wanted = plainly(lambda p: model.apply({"params": p}, x))(held)
-        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
-        assert jnp.abs(wanted - plainly(lambda p: model.apply({"params": p}, x))(params)).max() > 0.1
+
+    @plainly
+    def outputs(params):
+        own = masking.gather(params, axes, draw, 1)
+        held = jax.tree.map(lambda mask, leaf: mask * leaf, masking.masks(params, axes, draw, 1), params)
+        nets = ((subnet, own), (model, held), (model, params))
+        return [net.apply({"params": of_net}, x) for net, of_net in nets]
+
+    got, wanted, whole = outputs(params)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    assert np.abs(wanted - whole).max() > 0.1
 
 
 def test_sums_over_dealt_channels_are_scaled_where_they_join_others():
     model = INNER.clone(channels="all")
     params, x, _, groups = of_channels(model)
     scale = {name: 0.3 + 0.1 * i for i, name in enumerate(groups)}
-    scaled = jax.tree.map(lambda leaf: leaf, params)
+    scaled = jax.tree.map(np.copy, params)
     scaled["head"]["kernel"] *= scale["section2_stream"]
     scaled["section2"]["first"]["shortcut"]["kernel"] *= scale["section1_stream"]
     for place in (("section1", "first"), ("section2", "first"), ("section2", "blocks")):
         name = "_".join(place).removesuffix("_blocks")
         scaled[place[0]][place[1]]["conv2"]["kernel"] *= scale[f"{name}_inner1"]
-    got = plainly(lambda p: model.apply({"params": p}, x, scale=scale))(params)
-    np.testing.assert_allclose(
-        got, plainly(lambda p: model.apply({"params": p}, x))(scaled), rtol=1e-4, atol=1e-4
-    )
+
+    @plainly
+    def outputs(params, scaled):
+        return model.apply({"params": params}, x, scale=scale), model.apply({"params": scaled}, x)
+
+    got, wanted = outputs(params, scaled)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_nets_of_the_cnn_config_have_the_parameters_of_the_known_ones():

@@ -12,7 +12,7 @@ References:
 from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -53,7 +53,7 @@ class Block(nn.Module):
     strides: int = 1
     project: bool = False
     dtype: DTypeLike | None = None
-    kernels = (3, 3)  # their sizes
+    kernels: ClassVar[tuple[int, ...]] = (3, 3)  # their sizes
     expansion = 1
 
     @classmethod
