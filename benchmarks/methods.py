@@ -187,8 +187,8 @@ def main(argv: list[str]) -> int:
     results: dict[str, dict] = json.loads(path.read_text()) if path.exists() else {}
     with compilation_cache.kept(True):
         for work in () if values.table else values.work:
+            own = get_work(work, values.dir, Path(values.workdir))
             for variant in (name for name in values.variant if name not in results.get(work, {})):
-                own = get_work(work, values.dir, Path(values.workdir))
                 found, _ = measure(own, variant, RATE_OF.get(variant, variant), values.seeds)
                 results.setdefault(work, {})[variant] = found
                 files.write_json(path, results)

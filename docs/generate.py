@@ -159,16 +159,30 @@ SEED, WORKERS, DEVICES = 0, len(COLORS), 3
 APART = {"block": Group("block", 6, WORKERS)}
 OVERLAP = {"block": Group("block", 6, WORKERS, min_units=3)}
 WIDTH, CELL, LEFT = 560, 56, 130
+PAIR = {name: Group(name, 6, WORKERS, strips=WORKERS) for name in ("in", "out")}
+KINDS = {  # of unit: the parameters that have it or, with False, are shared
+    "block": {"first layer": False, "blocks": True, "last layer": False},
+    "neuron": {"dense 1, out": True, "norm 1": True, "dense 2, in": True},
+    "channel": {"norm 1": False, "conv 1, out": True, "norm 2": True, "conv 2, in": True},
+    "head": {"query, out": True, "key, out": True, "value, out": True, "output, in": True},
+}
 
 
 def pictures() -> dict[str, str]:
     """The pictures by name, as SVG: units are letters, a worker is a colour and a number."""
-    return {"partition": _partition(), "gather": _gather(), "merge": _merge()}
+    kinds = {kind: _unit(kind, rows) for kind, rows in KINDS.items()}
+    return {"partition": _partition(), "gather": _gather(), "merge": _merge(), "pairs": _pairs()} | kinds
 
 
-def drawn(groups: partition.Groups, round_index: int) -> Assignment:
-    """The assignment of the blocks in a round, counted from 0."""
-    return partition.draw(SEED, round_index, groups, deals.random)["block"]
+def drawn(groups: partition.Groups, round_index: int, name: str = "block") -> Assignment:
+    """The assignment of a group in a round, counted from 0."""
+    return partition.draw(SEED, round_index, groups, deals.random)[name]
+
+
+def owners(assignment: Assignment) -> list[int]:
+    """The worker of each unit, where nobody shares one."""
+    workers = {unit: worker for worker, units in enumerate(held(assignment)) for unit in units}
+    return [workers[unit] for unit in sorted(workers)]
 
 
 def held(assignment: Assignment) -> list[list[int]]:
@@ -203,15 +217,13 @@ def _partition() -> str:
 
 def _gather() -> str:
     """Above: slices of all units on every device; below: each worker's whole units."""
-    owners = {unit: worker for worker, units in enumerate(held(drawn(APART, 0))) for unit in units}
-    size, parts = (
-        len(owners),
-        [_text(0, 20, "the global model, a slice of every unit on each device", bold=True)],
-    )
+    of_unit = owners(drawn(APART, 0))
+    size = len(of_unit)
+    parts = [_text(0, 20, "the global model, a slice of every unit on each device", bold=True)]
     for device in range(DEVICES):
         top = 34 + device * 34
         row = [_text(0, top + 21, f"device {device}")]
-        for unit, worker in owners.items():
+        for unit, worker in enumerate(of_unit):
             row.append(_cell(LEFT + unit * (CELL + 6), top, CELL, 28, f"{letter(unit)}{device}", [worker]))
         parts.append(_named(f"device {device} keeps slice {device} of {_list(range(size))}", row))
     y = 34 + DEVICES * 34 + 10
@@ -256,6 +268,39 @@ def _merge() -> str:
         ]
         row.append(_named(f"unit {letter(unit)}: {what} of {_list(holders, 'worker {}'.format)}", cell))
     return _svg("Merge: what several workers hold becomes the mean over them", y + 100, parts + row)
+
+
+def _unit(kind: str, rows: Mapping[str, bool]) -> str:
+    """A row per parameter: the entries that belong to units in the colours of their workers."""
+    parts, of_unit = [], owners(drawn(APART, 0))
+    for number, (name, dealt) in enumerate(rows.items()):
+        top = 8 + number * 40
+        if dealt:
+            cells = [
+                _cell(LEFT + unit * (CELL + 6), top, CELL, 30, letter(unit), [worker])
+                for unit, worker in enumerate(of_unit)
+            ]
+        else:
+            cells = [_cell(LEFT, top, 6 * (CELL + 6) - 6, 30, "shared by all workers", [])]
+        whose = f"a {kind} to an entry" if dealt else "shared"
+        parts.append(_named(f"{name}: {whose}", [_text(0, top + 22, name), *cells]))
+    return _svg(f"What a {kind} is made of: six of them, dealt to three workers", 8 + len(rows) * 40, parts)
+
+
+def _pairs() -> str:
+    """A matrix with units along both axes: a worker trains what is in one of its rows and of its columns."""
+    of_input, of_output = (owners(drawn(PAIR, 0, name)) for name in PAIR)
+    parts = [_text(LEFT, 20, "out: channels a to f", bold=True)]
+    for i, worker in enumerate(of_input):
+        top = 32 + i * 36
+        row = [_text(0, top + 21, f"in: {letter(i)}")]
+        for j, other in enumerate(of_output):
+            mine = worker == other
+            row.append(
+                _cell(LEFT + j * (CELL + 6), top, CELL, 28, (letter(i) + letter(j)) * mine, [worker] * mine)
+            )
+        parts.append(_named(f"input {letter(i)}: trained by worker {worker} for its outputs", row))
+    return _svg("A kernel between two dealt layers: a third of its entries is trained in a round", 248, parts)
 
 
 def _svg(title: str, height: float, parts: Sequence[str]) -> str:

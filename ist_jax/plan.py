@@ -304,9 +304,11 @@ def _notes(layout: "Layout", rounds: int | None, warmup: int) -> list[str]:
     from ist_jax.exchange.kinds import kind_of
 
     found, workers, groups = [], layout.num_workers, layout.groups
+    whole = {leaf.groups[0].name for leaf in layout.leaves.values() if len(leaf.unit_axes) == 1}
     for path, leaf in layout.leaves.items():
         share = kind_of(leaf).assigned(leaf, workers) / max(1, math.prod(leaf.shape))
-        if len(leaf.unit_axes) == 2 and leaf.rest and share < 1:  # such as blocks and their neurons
+        inside = not whole.issuperset(group.name for group in leaf.groups)  # such as a block's own neurons
+        if len(leaf.unit_axes) == 2 and leaf.rest and share < 1 and inside:
             both = " and ".join(group.name for group in leaf.groups)
             found.append(f"of {path}, which is dealt by {both} at once, {share:.0%} is trained in a round")
     for name, group in groups.items():

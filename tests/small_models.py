@@ -14,7 +14,8 @@ from ist_jax.data import Split
 from ist_jax.data.sparse import Rows
 from ist_jax.models.conv import conv_general_dilated
 from ist_jax.models.mlp import MLP
-from ist_jax.models.norm import BatchNorm
+from ist_jax.models.resnet import ResNet
+from ist_jax.models.vgg import VGG
 from ist_jax.partition import Blocks, Each
 from ist_jax.tasks import Metric, Task
 from ist_jax.tasks.classification import cross_entropy, is_right
@@ -49,30 +50,6 @@ def conv(channels: int, stride: int = 1, *, name: str) -> nn.Conv:
 # --- images ---------------------------------------------------------------------------------------
 
 
-class CNN(nn.Module):
-    """Units are channels; the package's BatchNorm."""
-
-    channels: tuple[int, int] = (16, 16)
-
-    def unit_axes(self):
-        return {
-            "conv1/kernel": (None, None, None, "channel1"),
-            "norm1/.*": ("channel1",),
-            "conv2/kernel": (None, None, "channel1", "channel2"),
-            "norm2/.*": ("channel2",),
-            "head/kernel": ("channel2", None),
-        }
-
-    def subnet(self, sizes):
-        return self.clone(channels=(sizes["channel1"], sizes["channel2"]))
-
-    @nn.compact
-    def __call__(self, x, scale=None):
-        for number, channels in enumerate(self.channels, 1):
-            x = BatchNorm(relu=True, name=f"norm{number}")(conv(channels, 2, name=f"conv{number}")(x))
-        return nn.Dense(10, name="head")(x.mean((1, 2)) * (scale or {}).get("channel2", 1.0))
-
-
 class GroupedCNN(nn.Module):
     """A unit is a whole group of GroupNorm, several channels; behind it they are flattened."""
 
@@ -95,50 +72,6 @@ class GroupedCNN(nn.Module):
         x = nn.GroupNorm(self.groups, name="norm")(conv(self.groups * self.each, 2, name="conv")(x))
         x = nn.relu(x).reshape(len(x), -1)
         return nn.Dense(10, name="head")(x * (scale or {}).get("norm_group", 1.0))
-
-
-class PreActResNet(nn.Module):
-    """Four stages of two pre-activation blocks, as of ResNet18; units are the channels inside a block."""
-
-    inner: tuple[int, ...] = (8,) * 8
-    width: int = 4
-
-    def unit_axes(self):
-        axes = {}
-        for number in range(len(self.inner)):
-            group = f"inner{number}"
-            axes |= {
-                f"block{number}/conv1/kernel": (None, None, None, group),
-                f"block{number}/norm2/.*": (group,),
-                f"block{number}/conv2/kernel": (None, None, group, None),
-            }
-        return axes
-
-    def subnet(self, sizes):
-        return self.clone(inner=tuple(sizes[f"inner{number}"] for number in range(len(self.inner))))
-
-    @nn.compact
-    def __call__(self, x, scale=None):
-        x = conv(self.width, name="stem")(x)
-        for number, inner in enumerate(self.inner):
-            width, stride = self.width * 2 ** (number // 2), 2 if number in (2, 4, 6) else 1
-            factor = (scale or {}).get(f"inner{number}", 1.0)
-            x = PreActBlock(inner, width, stride, name=f"block{number}")(x, factor)
-        return nn.Dense(10, name="head")(BatchNorm(relu=True, name="norm")(x).mean((1, 2)))
-
-
-class PreActBlock(nn.Module):
-    inner: int
-    width: int
-    stride: int
-
-    @nn.compact
-    def __call__(self, x, factor):
-        y = BatchNorm(relu=True, name="norm1")(x)
-        if y.shape[-1] != self.width:
-            x = nn.Dense(self.width, False, name="shortcut")(y[:, :: self.stride, :: self.stride])
-        y = BatchNorm(relu=True, name="norm2")(conv(self.inner, self.stride, name="conv1")(y))
-        return x + factor * conv(self.width, name="conv2")(y)
 
 
 class Dropping(nn.Module):
@@ -428,9 +361,10 @@ ADAMW = {"optimizer.name": "adamw", "optimizer.learning_rate": 0.01}
 
 SMALL = {
     "MLP": Small(MLP((32, 32), 10)),
-    "CNN with BatchNorm": Small(CNN()),
+    "VGG": Small(VGG((16, 16), 1, (16,), 10)),
     "CNN with GroupNorm": Small(GroupedCNN()),
-    "PreAct ResNet18": Small(PreActResNet()),
+    "ResNet by inner channels": Small(ResNet((1, 2), 8, 10, (1, 2), channels="inner")),
+    "ResNet by all channels": Small(ResNet((1, 2), 8, 10, (1, 2), channels="all")),
     "transformer": Small(
         Transformer(), overrides={"optimizer.name": "adamw", "optimizer.learning_rate": 0.01}
     ),

@@ -295,7 +295,7 @@ def test_pictures_are_legible_in_light_and_dark_and_on_a_phone(name):
         assert float(box.get("x")) + float(box.get("width")) <= width
         assert float(box.get("y")) + float(box.get("height")) <= height
     assert len(texts) > 10
-    assert f"{{raw}} html\n:file: generated/{name}.svg" in DOCS["round.md"]
+    assert f"{{raw}} html\n:file: generated/{name}.svg" in DOCS["round.md"] + DOCS["units.md"]
 
 
 def test_the_pictures_show_the_draws_of_the_package():
@@ -322,6 +322,19 @@ def test_the_pictures_show_the_draws_of_the_package():
         holders = [worker for worker in range(3) if unit in overlap.indices[worker]]
         assert fills == [generate.COLORS[worker] for worker in holders]
         assert texts == ["abcdef"[unit], "mean" if len(holders) > 1 else "copy"]
+
+
+def test_the_pictures_of_units_show_the_same_draws():
+    held = generate.held(generate.drawn(generate.APART, 0))
+    colours = [generate.COLORS[w] for unit in range(6) for w in range(3) if unit in held[w]]
+    for kind, rows in generate.KINDS.items():
+        found = {texts[0]: fills for _, fills, texts in groups_of(kind)}
+        assert found == {name: colours if dealt else [] for name, dealt in rows.items()}
+    inputs, outputs = (generate.held(generate.drawn(generate.PAIR, 0, name)) for name in ("in", "out"))
+    mine = [f"{a}{b}" for w in range(3) for a in inputs[w] for b in outputs[w]]
+    shown = [text for _, _, texts in groups_of("pairs") for text in texts[1:]]
+    assert sorted(shown) == sorted("abcdef"[int(a)] + "abcdef"[int(b)] for a, b in mine)
+    assert len(shown) == 12  # 1 / 3 of 36
 
 
 def test_what_would_not_change_is_not_written_again(tmp_path, monkeypatch):

@@ -14,14 +14,18 @@ from jax import lax
 from reference import plainly
 from rounds import image_task
 
-from ist_jax import partition
+from ist_jax import data, masking, partition, plan
 from ist_jax.config import build_model
+from ist_jax.deals import random
 from ist_jax.models import conv as conv_module
 from ist_jax.models.conv import conv_general_dilated
 from ist_jax.models.mlp import MLP
 from ist_jax.models.norm import BatchNorm
 from ist_jax.models.resnet import BLOCKS, ResNet
+from ist_jax.models.vgg import VGG
 from ist_jax.runtime import setup
+
+INNER = ResNet((1, 3), 4, 10, (1, 2), channels="inner")
 
 
 def shapes(model, *example):
@@ -129,6 +133,8 @@ def test_mlp_of_the_paper_has_no_biases_and_a_norm_per_layer():
         (ResNet((1, 1, 5, 1), 4, 10), {"section3": 2}),
         (ResNet((1, 4), 4, 10, (2,), block="bottleneck", stem="imagenet"), {"section2": 1}),
         (MLP((8, 6), 10), {"hidden1": 3, "hidden2": 2}),
+        (INNER, {"section1_first_inner1": 2, "section2_first_inner1": 3, "section2_inner1": 4}),
+        (VGG((6, 7), 1, (8,), 10), {"layer1": 2, "layer2": 3, "layer3": 4}),
     ],
 )
 def test_a_subnet_is_the_same_class_with_fewer_units(model, sizes):
@@ -136,7 +142,87 @@ def test_a_subnet_is_the_same_class_with_fewer_units(model, sizes):
     axes = partition.resolve_axes(params, model.unit_axes())
     for path, leaf in traverse_util.flatten_dict(small, sep="/").items():
         whole = traverse_util.flatten_dict(params, sep="/")[path]
-        assert leaf.shape == tuple(sizes.get(n, s) for n, s in zip(axes[path], whole.shape, strict=True))
+        units = [along and partition.as_blocks(along).name for along in axes[path]]
+        assert leaf.shape == tuple(sizes.get(n, s) for n, s in zip(units, whole.shape, strict=True))
+
+
+def of_channels(model):
+    """(parameters, images, axes, groups of 2 workers) of a model whose units are channels."""
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(0.5, 0.5, leaf.shape).astype("f"), shapes(model, 8, 8, 1))
+    axes = partition.resolve_axes(params, model.unit_axes())
+    return params, rng.normal(size=(4, 8, 8, 1)).astype("f"), axes, partition.make_groups(params, axes, 2)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(INNER, marks=pytest.mark.slow),
+        INNER.clone(channels="all"),
+        pytest.param(
+            INNER.clone(channels="all", partitioned=(2,), block="bottleneck"), marks=pytest.mark.slow
+        ),
+        VGG((6, 7), 1, (8,), 10),
+    ],
+)
+def test_a_worker_computes_what_the_model_does_without_the_other_channels(model):
+    params, x, axes, groups = of_channels(model)
+    draw = partition.draw(0, 0, groups, random)
+    subnet = model.subnet({name: group.slots for name, group in groups.items()})
+
+    @plainly
+    def outputs(params):
+        own = masking.gather(params, axes, draw, 1)
+        held = jax.tree.map(lambda mask, leaf: mask * leaf, masking.masks(params, axes, draw, 1), params)
+        nets = ((subnet, own), (model, held), (model, params))
+        return [net.apply({"params": of_net}, x) for net, of_net in nets]
+
+    got, wanted, whole = outputs(params)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    assert np.abs(wanted - whole).max() > 0.1
+
+
+def test_sums_over_dealt_channels_are_scaled_where_they_join_others():
+    model = INNER.clone(channels="all")
+    params, x, _, groups = of_channels(model)
+    scale = {name: 0.3 + 0.1 * i for i, name in enumerate(groups)}
+    scaled = jax.tree.map(np.copy, params)
+    scaled["head"]["kernel"] *= scale["section2_stream"]
+    scaled["section2"]["first"]["shortcut"]["kernel"] *= scale["section1_stream"]
+    for place in (("section1", "first"), ("section2", "first"), ("section2", "blocks")):
+        name = "_".join(place).removesuffix("_blocks")
+        scaled[place[0]][place[1]]["conv2"]["kernel"] *= scale[f"{name}_inner1"]
+
+    @plainly
+    def outputs(params, scaled):
+        return model.apply({"params": params}, x, scale=scale), model.apply({"params": scaled}, x)
+
+    got, wanted = outputs(params, scaled)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_nets_of_the_cnn_config_have_the_parameters_of_the_known_ones():
+    resnet18 = build_model(get_config("cnn", "resnet18"), 10)
+    assert count(shapes(resnet18, 32, 32, 3)) == 11_171_146  # PreActResNet18 of kuangliu/pytorch-cifar
+    # VGG13's convolutions without biases, norms, 512 x 4096 with its norm, and 4096 x 1000 with biases
+    wanted = 9_402_048 + 2 * 2_944 + 512 * 4096 + 2 * 4096 + 4096 * 1000 + 1000
+    assert count(shapes(build_model(get_config("cnn", "vgg12"), 1000), 224, 224, 3)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        ("resnet", {"partition.channels": "inner", "partition.deal_strided": True}, "deals out blocks"),
+        ("resnet", {"partition.channels": "outer"}, "partition.channels='outer'"),
+        ("cnn", {"partition.sections": (3,)}, r"section 3 of model.sections=\(1, 2\) is not there"),
+        ("cnn", {"num_workers": 5}, "leaves a worker without a channel of the 4 of section1_first_inner1"),
+        ("cnn:vgg12", {"data.name": "digits"}, "8 x 8 pixels cannot be halved by each of the 5 sections"),
+    ],
+)
+def test_what_makes_no_sense_of_channels_is_refused(config, changes, message):
+    name, _, mode = config.partition(":")
+    with pytest.raises(ValueError, match=message):
+        plan.predict(get_config(name, mode or "smoke", **changes), data.facts("digits"))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +290,7 @@ def test_a_dealt_strided_block_is_the_shared_one():
 
 @pytest.mark.parametrize("block", BLOCKS.values())
 def test_who_holds_no_strided_block_passes_on_every_second_pixel(block):
-    module = block(8, strides=2, project=True)
+    module = block(block.widths(8), strides=2, project=True)
     x = jax.random.normal(jax.random.key(1), (4, 9, 8, 5))
     params = plainly(module.init)(jax.random.key(0), x)
     run = plainly(lambda p, gate: module.apply(p, x, gate)[0])

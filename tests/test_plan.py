@@ -258,7 +258,7 @@ def test_a_set_of_ones_own(capsys):
         ([IMAGENET, "--config.data.size=300"], "data.size=300 and data.resize=256"),
         (
             [RESNET, "--config.model.name=vit"],
-            "set config.model.name to one of 'resnet', 'mlp', 'transformer', or FILE.py:NAME",
+            "set config.model.name to one of 'resnet', 'mlp', 'transformer', 'vgg', or FILE.py:NAME",
         ),
         ([RESNET, "--example=32,32", "--classes=10"], "give --example=HEIGHT,WIDTH,CHANNELS"),
         ([MLP, "--example=8,tall"], "--example=8,tall: numbers are needed"),

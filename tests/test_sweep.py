@@ -29,6 +29,7 @@ from ist_jax.methods import METHODS
 from ist_jax.methods.outer import OUTERS
 from ist_jax.methods.steps import POLICIES
 from ist_jax.models.interface import streamed
+from ist_jax.models.vgg import VGG
 from ist_jax.runtime import devices
 from ist_jax.runtime.programs import restore_state
 from ist_jax.workdir import checkpoint, files
@@ -144,6 +145,7 @@ FED_BACK = {"exchange.error_feedback": True}
 ADAM = optax.adam(1.0, eps=1e-3)
 SOFTMAX = {"dtype": np.float64, "tolerance": 1e-7}  # JAX's attention has one of float32, whatever its inputs
 FAST = {"optimizer.learning_rate": 0.02}
+ALL = {"partition.channels": "all"}
 CASES = {
     "ist": Case((4, 4)),
     "ist uneven": Case((3, 3), **EXACT, policy="carry", overrides={"partition.shares": (3.0, 2.0, 1.0)}),
@@ -217,6 +219,13 @@ CASES = {
         (4, 2, "vmap"), "transformer", **SOFTMAX, policy="keep", tx=ADAM, bits=(8, 4),
         overrides=FAST | {"partition.units": "all", "partition.min_units": 1},
     ),
+    "channels inner": Case((2, 2), "cnn", **EXACT, overrides={"model.width": 5}),  # 3 and 2, 5 and 5 of each
+    "channels all": Case((4, 2, "vmap"), "cnn", **EXACT, policy="carry", overrides=ALL, ill=(1, "update")),
+    "channels all overlap": Case(
+        (2, 1, "map"), "cnn", **EXACT, outer=NESTEROV,
+        overrides=ALL | {"model.width": 5, "partition.min_units": 4},
+    ),
+    "channels vgg": Case((2, 2), "cnn", **EXACT, policy="keep", model=VGG((6, 6), 1, (7,), 10)),
     "local_sgd": Case((4, 2, "vmap"), **CARRY, method="local_sgd", ill=(0, "loss")),
     "local_sgd absent": Case((4, 1, "map"), method="local_sgd", overrides=SOME),
     "local_sgd bfloat16": Case((3, 3), **EXACT, method="local_sgd", codec=BFLOAT16, policy="carry"),
@@ -264,6 +273,8 @@ SLOW = (
     "ist largest",
     "ist each 5 16",
     "ist each 8 4",
+    "channels inner",
+    "channels all overlap",
     "resnet 8 largest 4",
     "power_sgd map",
     "power_sgd resnet",

@@ -30,7 +30,7 @@ Nothing else in the package knows about a particular architecture. `pytorch.from
 `ResNet` of a PyTorch net's state dict.
 """
 
-from ist_jax.models import mlp, resnet, transformer
+from ist_jax.models import mlp, resnet, transformer, vgg
 from ist_jax.models.interface import Entry, Fetch, streamed
 
 __all__ = ["MODELS", "Entry", "Fetch", "streamed"]
@@ -39,4 +39,5 @@ MODELS: dict[str, Entry] = {
     "resnet": resnet.RESNET,
     "mlp": mlp.FEED_FORWARD,
     "transformer": transformer.TRANSFORMER,
+    "vgg": vgg.NET,
 }

@@ -17,6 +17,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -31,6 +32,24 @@ _CHANNELS, _CHANNELS_OF_GRADIENT = 64, 128  # at least, in and out, where tiles 
 _FEW = 16  # channels at most, in and out, where pairs are faster
 _DIMS = ("NHWC", "HWIO", "NHWC")
 _plain_conv = partial(lax.conv_general_dilated, dimension_numbers=_DIMS)
+
+
+def convolution(
+    width: int, size: int, strides: int = 1, *, of: type[nn.Conv] = nn.Conv, **options: Any
+) -> nn.Conv:
+    """A size x size convolution without bias that pads size // 2 pixels on each side, as PyTorch's nets do.
+
+    'SAME' is the same only where the stride is 1: of an even number of pixels at stride 2 it pads 0 and 1.
+
+    Args:
+      width: channels that come out.
+      size: of the kernel.
+      strides: along both axes.
+      of: the class of the layer.
+      **options: its other fields.
+    """
+    options |= {"use_bias": False, "conv_general_dilated": conv_general_dilated}
+    return of(width, (size, size), strides, size // 2, **options)
 
 
 def conv_general_dilated(

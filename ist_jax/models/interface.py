@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from ist_jax.key import Key, Options
 from ist_jax.models.sparse import Sparse
+from ist_jax.partition import Group
 
 M = TypeVar("M", bound=nn.Module)
 Gates = Mapping[str, jax.Array] | None  # by group: bool [units]
@@ -42,7 +43,13 @@ class Fetch(Protocol):
         """
 
 
-def streamed(module: type[M], path: str, fetch: Fetch | None, kept: Sequence[str] = ()) -> type[M]:
+def streamed(
+    module: type[M],
+    path: str,
+    fetch: Fetch | None,
+    kept: Sequence[str] = (),
+    only: Sequence[str] | None = None,
+) -> type[M]:
     """The module class with its parameters fetched when it is called.
 
     Args:
@@ -50,13 +57,38 @@ def streamed(module: type[M], path: str, fetch: Fetch | None, kept: Sequence[str
       path: where its instance stands in the model, such as `section3/blocks`.
       fetch: None: `module` as it is.
       kept: leaves of the module that it takes as this device keeps them, such as `dense/kernel`.
+      only: the leaves that are fetched; None: all that are not `kept`.
     """
     if fetch is None:
         return module
 
     def fetch_all(variables: PyTree) -> PyTree:
         flat = traverse_util.flatten_dict(variables["params"], sep="/")
-        whole = {name: x if name in kept else fetch(f"{path}/{name}", x) for name, x in flat.items()}
+        chosen = (flat.keys() if only is None else set(only)) - set(kept)
+        whole = {name: fetch(f"{path}/{name}", x) if name in chosen else x for name, x in flat.items()}
         return {"params": traverse_util.unflatten_dict(whole, sep="/")}
 
     return nn.map_variables(module, "params", trans_in_fn=fetch_all, init=False)
+
+
+def check_none_empty(groups: Mapping[str, Group], unit: str) -> None:
+    """Raises ValueError where a worker would have a layer without units.
+
+    Args:
+      groups: by name.
+      unit: what they are of, for people.
+    """
+    for group in groups.values():
+        if min(group.counts) < 1:
+            raise ValueError(
+                f"num_workers={group.num_workers} leaves a worker without a {unit} of the {group.size} "
+                f"of {group.name}; lower config.num_workers, even out config.partition.shares, or set "
+                "config.partition.min_units to at least 1"
+            )
+
+
+def check_image(shape: tuple[int, ...], model: str) -> None:
+    """Raises ValueError for examples that are no images [H, W, C]; model: for whom, such as 'a ResNet'."""
+    if len(shape) != 3:
+        found = f"an example of shape {','.join(map(str, shape))}" if shape else "a sparse example"
+        raise ValueError(f"{found} is no image for {model}")

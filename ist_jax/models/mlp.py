@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ist_jax.key import Key, Options
-from ist_jax.models.interface import Entry, Fetch, Gates, Scale, streamed
+from ist_jax.models.interface import Entry, Fetch, Gates, Scale, check_none_empty, streamed
 from ist_jax.models.norm import BatchNorm, at_least_float32
 from ist_jax.models.sparse import Sparse
 from ist_jax.partition import Group, Names
@@ -99,13 +99,7 @@ class MLP(nn.Module):
 
     def check_groups(self, groups: Mapping[str, Group]) -> None:
         """Raises ValueError where a worker would have an empty layer. groups: of `partition`, by name."""
-        for group in groups.values():
-            if min(group.counts) < 1:
-                raise ValueError(
-                    f"num_workers={group.num_workers} leaves a worker without a neuron of the {group.size} "
-                    f"of {group.name}; lower config.num_workers, even out config.partition.shares, or set "
-                    "config.partition.min_units to at least 1"
-                )
+        check_none_empty(groups, "neuron")
 
     @nn.compact
     def __call__(self, x: Inputs, gates: Gates = None, scale: Scale = None) -> jax.Array:
