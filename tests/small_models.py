@@ -361,7 +361,7 @@ ADAMW = {"optimizer.name": "adamw", "optimizer.learning_rate": 0.01}
 
 SMALL = {
     "MLP": Small(MLP((32, 32), 10)),
-    "VGG": Small(VGG((16, 16), 1, (16,), 10)),
+    "VGG": Small(VGG((32, 32), 1, (64,), 10)),
     "CNN with GroupNorm": Small(GroupedCNN()),
     "ResNet by inner channels": Small(ResNet((1, 2), 8, 10, (1, 2), channels="inner")),
     "ResNet by all channels": Small(ResNet((1, 2), 8, 10, (1, 2), channels="all")),
