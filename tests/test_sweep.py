@@ -274,6 +274,7 @@ SLOW = (
     "ist each 5 16",
     "ist each 8 4",
     "channels inner",
+    "channels all",
     "channels all overlap",
     "resnet 8 largest 4",
     "power_sgd map",
