@@ -19,6 +19,7 @@ class Use(enum.IntEnum):
     CROPS = 6  # worker, batch
     EVALUATION = 7  # which examples make up a batch
     CALIBRATION = 8  # which training examples
+    CONTINUATION = 9  # of a prompt, which tokens
 
 
 def rng(seed: int, use: Use, *numbers: int) -> np.random.Generator:

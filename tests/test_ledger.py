@@ -229,7 +229,7 @@ def test_a_loop_counts_as_often_as_it_runs():
 def test_a_scanned_resnet_has_the_flops_of_an_unrolled_one():
     found = {}
     for unroll in (1, 3):
-        model = ResNet((1, 4), 8, 10, partitioned=(2,), unroll=unroll)
+        model = ResNet((1, 4), 24, 10, partitioned=(2,), unroll=unroll)
         image = jnp.zeros((8, 8, 8, 1))
         params = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
         loss = jax.value_and_grad(lambda p, x, model=model: model.apply({"params": p}, x).sum())

@@ -13,13 +13,14 @@ from ist_jax.data.images import Transform
 from ist_jax.runtime import inputs
 from ist_jax.runtime.setup import wanted_data
 from ist_jax.streams import Use
+from ist_jax.tasks import language_modelling
 
 
 def test_the_streams_of_small_numbers_are_all_different():
     numbers = [n for length in range(4) for n in itertools.product(range(4), repeat=length)]
     seeds = [0, 1, 2, 2**32, 2**32 + 1]  # of two words, too
     first = [streams.rng(seed, use, *n).integers(2**63) for seed in seeds for use in Use for n in numbers]
-    assert len(set(first)) == len(first) == 5 * 8 * 85
+    assert len(set(first)) == len(first) == 5 * 9 * 85
 
 
 def test_a_stream_is_a_function_of_its_numbers():
@@ -54,6 +55,9 @@ DRAWS = {
     Use.CALIBRATION: lambda: inputs.calibration_batches(
         inputs.open_inputs(wanted_data(get_config("mlp"))), 1
     ),
+    Use.CONTINUATION: lambda: language_modelling.sample(
+        lambda tokens: np.zeros((1, 1, 2)), [0], 1, length=1, temperature=1.0, seed=0
+    ),
 }
 
 
@@ -65,7 +69,7 @@ def test_every_draw_takes_the_stream_of_its_use(use, monkeypatch):
         taken.add((use, len(numbers)))
         return streams.rng(seed, use, *numbers)
 
-    for module in (partition, batches, encoded, inputs):
+    for module in (partition, batches, encoded, inputs, language_modelling):
         monkeypatch.setattr(module, "rng", recorded)
     DRAWS[use]()
     lengths = {Use.PARTITION: 1, Use.PRESENCE: 1, Use.EXAMPLES: 2, Use.CROPS: 2}

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from ist_jax.data import Split
+from ist_jax.streams import Use, rng
 from ist_jax.tasks.task import Batch, Metric, PerExample, Task, mean_probability
 
 Labels = Int[Array, "B T"] | tuple[Int[Array, "B T"], Int[Array, " B"]]  # with the bytes that they stand for
@@ -110,7 +111,7 @@ def sample(
     Returns:
       The tokens that were added.
     """
-    source, found = np.random.default_rng(seed), [*tokens]
+    source, found = rng(seed, Use.CONTINUATION), [*tokens]
     for _ in range(count):
         last = found[-length:]
         shown = np.zeros((1, length), np.int32)
