@@ -276,6 +276,7 @@ SLOW = (
     "channels inner",
     "channels all",
     "channels all overlap",
+    "channels vgg",
     "resnet 8 largest 4",
     "power_sgd map",
     "power_sgd resnet",
