@@ -90,8 +90,9 @@ def main(argv: list[str]) -> int:
     results: dict[str, dict] = json.loads(path.read_text()) if path.exists() else {}
     changes = WORKS[name] | {"eval_every": 0} | ({"data.dir": values.dir} if values.dir else {})
     changes |= {"epochs": values.epochs} if values.epochs else {}
-    grid_epochs = values.epochs or GRID_EPOCHS.get(name)
-    work = methods.Work(CONFIG, changes, VARIANTS, Path(values.workdir) / name, grid_epochs)
+    grid = GRID_EPOCHS.get(name, values.epochs)
+    grid = min(grid, values.epochs) if values.epochs else grid
+    work = methods.Work(CONFIG, changes, VARIANTS, Path(values.workdir) / name, grid)
     done = results.setdefault(name, {})
     with compilation_cache.kept(True):
         for variant in () if values.table else (own for own in values.variant if own not in done):
