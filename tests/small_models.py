@@ -364,7 +364,7 @@ SMALL = {
     "VGG": Small(VGG((32, 32), 1, (64,), 10)),
     "CNN with GroupNorm": Small(GroupedCNN()),
     "ResNet by inner channels": Small(ResNet((1, 2), 8, 10, (1, 2), channels="inner")),
-    "ResNet by all channels": Small(ResNet((1, 2), 8, 10, (1, 2), channels="all")),
+    "ResNet by all channels": Small(ResNet((1, 2), 32, 10, (1, 2), channels="all")),
     "transformer": Small(
         Transformer(), overrides={"optimizer.name": "adamw", "optimizer.learning_rate": 0.01}
     ),
