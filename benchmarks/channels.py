@@ -10,12 +10,10 @@ is finished is recorded in channels.json here and not repeated (delete its lines
 prints what is recorded.
 """
 
-import json
 import statistics
 import sys
 from pathlib import Path
 
-import jax
 import methods
 from absl import flags
 
@@ -34,14 +32,14 @@ BLOCKS = {  # of 6 in section 3 all but the first are dealt out
     "partition.channels": "none",
     "partition.min_units": 2,
 }
-KINDS = {
+VARIANTS: dict[str, dict] = {
     "inner": {},
     "all": {"partition.channels": "all"},
     "blocks": BLOCKS,
     "local SGD": {"method": "local_sgd"},
     "local SGD of blocks' net": BLOCKS | {"method": "local_sgd"},
 }
-VARIANTS = {f"{kind}, S = {s}": own | {"num_workers": s} for s in (2, 4) for kind, own in KINDS.items()}
+WORKERS = (2, 4)
 GRID_EPOCHS = {"cifar10": 1.0}
 USAGE = "python benchmarks/channels.py [--work=NAME] [--variant=NAME ...] [--dir=DIR] [--workdir=DIR]"
 
@@ -78,30 +76,30 @@ def table(results: dict[str, dict]) -> str:
 def main(argv: list[str]) -> int:
     values = flags.FlagValues()
     flags.DEFINE_enum("work", "digits", [*WORKS], "what is learned", flag_values=values)
-    flags.DEFINE_multi_enum("variant", [*VARIANTS], [*VARIANTS], "which ones", flag_values=values)
     flags.DEFINE_string("dir", None, "data_dir of cifar10", flag_values=values)
-    flags.DEFINE_string("workdir", "runs/channels", "folder for the runs", flag_values=values)
-    flags.DEFINE_string("results", None, "file of what is recorded, if not the one here", flag_values=values)
-    flags.DEFINE_integer("seeds", 3, "runs of each variant at its rate", lower_bound=1, flag_values=values)
     flags.DEFINE_float("epochs", None, "passes over the set, if not the config's", 0, flag_values=values)
-    flags.DEFINE_boolean("table", False, "print what is there, train nothing", flag_values=values)
+    methods.define_flags(values, VARIANTS, "runs/channels")
     cli.parse(values, argv, USAGE, required=[])
     path, name = Path(values.results or Path(__file__).with_suffix(".json")), values.work
-    results: dict[str, dict] = json.loads(path.read_text()) if path.exists() else {}
+    results = methods.read(path)
     changes = WORKS[name] | {"eval_every": 0} | ({"data.dir": values.dir} if values.dir else {})
     changes |= {"epochs": values.epochs} if values.epochs else {}
     grid = GRID_EPOCHS.get(name, values.epochs)
     grid = min(grid, values.epochs) if values.epochs else grid
-    work = methods.Work(CONFIG, changes, VARIANTS, Path(values.workdir) / name, grid)
-    done = results.setdefault(name, {})
     with compilation_cache.kept(True):
-        for variant in () if values.table else (own for own in values.variant if own not in done):
-            found, _ = methods.measure(work, variant, variant, values.seeds)
-            done[variant] = found | costs(work, variant)
-            files.write_json(path, results)
-            print(variant, json.dumps(done[variant]), flush=True)
-            jax.clear_caches()  # of programs, which take memory
-    print(table(done))
+        for workers in WORKERS:
+            called = f"{name}, {workers} workers"
+            folder, done = Path(values.workdir) / name / str(workers), results.setdefault(called, {})
+            work = methods.Work(CONFIG, changes | {"num_workers": workers}, VARIANTS, folder, grid)
+            methods.run(
+                work,
+                () if values.table else values.variant,
+                done,
+                lambda: files.write_json(path, results),
+                values.seeds,
+                lambda variant, _, work=work: costs(work, variant),
+            )
+            print(f"\n{called}\n\n{table(done)}")
     return 0
 
 

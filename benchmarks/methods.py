@@ -13,6 +13,7 @@ its folder. --table prints what is recorded.
 import json
 import statistics
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,6 +157,47 @@ def measure(work: Work, variant: str, rate_of: str, seeds: int) -> tuple[dict, l
     return about, summaries
 
 
+def run(
+    work: Work,
+    variants: Iterable[str],
+    done: dict[str, dict],
+    save: Callable[[], None],
+    seeds: int,
+    more: Callable[[str, list[dict]], dict] = lambda variant, summaries: {},
+) -> None:
+    """Measures the variants that are not in `done` yet, and saves each there as soon as it is finished.
+
+    Args:
+      work: what is trained.
+      variants: their names.
+      done: what is recorded, by name.
+      save: writes it.
+      seeds: runs of each.
+      more: what else is recorded of a variant, of its name and its runs' summaries.
+    """
+    for variant in (name for name in variants if name not in done):
+        found, summaries = measure(work, variant, RATE_OF.get(variant, variant), seeds)
+        done[variant] = found | more(variant, summaries)
+        save()
+        print(variant, json.dumps(done[variant]), flush=True)
+        jax.clear_caches()  # of programs, which take memory
+
+
+def define_flags(values: flags.FlagValues, variants: Iterable[str], workdir: str) -> None:
+    """The flags of this script and of those like it."""
+    names = [*variants]
+    flags.DEFINE_multi_enum("variant", names, names, "which ones", flag_values=values)
+    flags.DEFINE_string("workdir", workdir, "folder for the runs", flag_values=values)
+    flags.DEFINE_integer("seeds", 3, "runs of each variant at its rate", lower_bound=1, flag_values=values)
+    flags.DEFINE_boolean("table", False, "print what is there, train nothing", flag_values=values)
+    flags.DEFINE_string("results", None, "file of what is recorded, if not the one here", flag_values=values)
+
+
+def read(path: Path) -> dict[str, dict]:
+    """What is recorded in a file; {} where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def table(results: dict[str, dict]) -> str:
     """Markdown, a row for each variant of a work."""
     rows = [
@@ -177,23 +219,16 @@ def table(results: dict[str, dict]) -> str:
 def main(argv: list[str]) -> int:
     values = flags.FlagValues()
     flags.DEFINE_multi_enum("work", ["resnet", "mlp"], [*WORKS], "what is trained", flag_values=values)
-    flags.DEFINE_multi_enum("variant", [*VARIANTS], [*VARIANTS], "which ones", flag_values=values)
     flags.DEFINE_string("dir", None, "data_dir of delicious and cifar10_small", flag_values=values)
-    flags.DEFINE_string("workdir", "runs/methods", "folder for the runs", flag_values=values)
-    flags.DEFINE_integer("seeds", 3, "runs of each variant at its rate", lower_bound=1, flag_values=values)
-    flags.DEFINE_boolean("table", False, "print what is there, train nothing", flag_values=values)
+    define_flags(values, VARIANTS, "runs/methods")
     cli.parse(values, argv, USAGE, required=[])
-    path = Path(__file__).with_suffix(".json")
-    results: dict[str, dict] = json.loads(path.read_text()) if path.exists() else {}
+    path = Path(values.results or Path(__file__).with_suffix(".json"))
+    results = read(path)
     with compilation_cache.kept(True):
         for work in () if values.table else values.work:
-            own = get_work(work, values.dir, Path(values.workdir))
-            for variant in (name for name in values.variant if name not in results.get(work, {})):
-                found, _ = measure(own, variant, RATE_OF.get(variant, variant), values.seeds)
-                results.setdefault(work, {})[variant] = found
-                files.write_json(path, results)
-                print(work, variant, json.dumps(found), flush=True)
-                jax.clear_caches()  # of programs, which take memory
+            own, done = get_work(work, values.dir, Path(values.workdir)), results.setdefault(work, {})
+            print(work, flush=True)
+            run(own, values.variant, done, lambda: files.write_json(path, results), values.seeds)
     for work in values.work:
         print(f"\n{work}\n\n{table(results.get(work, {}))}")
     return 0

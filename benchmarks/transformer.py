@@ -8,7 +8,6 @@ rate of each is the best of a grid, as of methods.py. What is finished is record
 and not repeated (delete its lines to measure again). --table prints what is recorded.
 """
 
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from absl import flags
 
 from ist_jax import cli
 from ist_jax.partition import Group
+from ist_jax.runtime import compilation_cache
 from ist_jax.workdir import files
 
 CONFIG = "configs/transformer.py:chars"
@@ -46,6 +46,11 @@ def coverage(summary: dict) -> float:
     return trained / sum(group.total for group in groups) if groups else 1.0
 
 
+def about(summary: dict) -> dict[str, float]:
+    """What the table says of a run beside its score."""
+    return {"parameters_per_worker": summary["parameters_per_worker"], "coverage": coverage(summary)}
+
+
 def table(results: dict[str, dict]) -> str:
     """Markdown, a row for each variant."""
     rows = [
@@ -68,26 +73,24 @@ def table(results: dict[str, dict]) -> str:
 def main(argv: list[str]) -> int:
     values = flags.FlagValues()
     flags.DEFINE_string("path", "", "text file", flag_values=values)
-    flags.DEFINE_multi_enum("variant", [*VARIANTS], [*VARIANTS], "which ones", flag_values=values)
-    flags.DEFINE_string("workdir", "runs/transformer", "folder for the runs", flag_values=values)
-    flags.DEFINE_string("results", None, "file of what is recorded, if not the one here", flag_values=values)
-    flags.DEFINE_integer("seeds", 3, "runs of each variant at its rate", lower_bound=1, flag_values=values)
     flags.DEFINE_float("epochs", None, "passes over the text, if not the config's", 0, flag_values=values)
-    flags.DEFINE_boolean("table", False, "print what is there, train nothing", flag_values=values)
+    methods.define_flags(values, VARIANTS, "runs/transformer")
     cli.parse(values, argv, USAGE, required=[])
     path = Path(values.results or Path(__file__).with_suffix(".json"))
-    results: dict[str, dict] = json.loads(path.read_text()) if path.exists() else {}
+    results = methods.read(path)
     changes = {"data.path": values.path, "eval_every": 0, "num_workers": 4}
     changes |= {"epochs": values.epochs} if values.epochs else {}
     grid = min(GRID_EPOCHS, values.epochs or GRID_EPOCHS)
     work = methods.Work(CONFIG, changes, VARIANTS, Path(values.workdir), grid)
-    for variant in () if values.table else (name for name in values.variant if name not in results):
-        found, summaries = methods.measure(work, variant, variant, values.seeds)
-        found["parameters_per_worker"] = summaries[0]["parameters_per_worker"]
-        found["coverage"] = coverage(summaries[0])
-        results[variant] = found
-        files.write_json(path, results)
-        print(variant, json.dumps(found), flush=True)
+    with compilation_cache.kept(True):
+        methods.run(
+            work,
+            () if values.table else values.variant,
+            results,
+            lambda: files.write_json(path, results),
+            values.seeds,
+            lambda _, summaries: about(summaries[0]),
+        )
     print(table(results))
     return 0
 

@@ -124,6 +124,8 @@ def evaluate_workdir(
         raise ValueError(f"{workdir} holds an ensemble: images are classified by one model")
     if prompt and members:
         raise ValueError(f"{workdir} holds an ensemble: a prompt is continued by one model")
+    if prompt and not prompt.text:
+        raise ValueError("--prompt is empty; give some text to continue")
     params = {} if members else checkpoint.load_params(workdir)
     pictures = [read_image(name) for name in images]  # before the wait, so that a typo costs none
     if "given" in recorded and recorded["optimizer_state"] != "reset":  # moments that no config describes
@@ -141,8 +143,6 @@ def evaluate_workdir(
     vocabulary = run.inputs.dataset.vocabulary
     if prompt and vocabulary is None:
         raise ValueError(f"the examples of data.name={config.data.name!r} are no text: no prompt to continue")
-    if prompt and not prompt.text:
-        raise ValueError("--prompt is empty; give some text to continue")
     score = train.score(run, run.state)
     chosen = inputs.calibration_batches(run.inputs, _CALIBRATION_BATCHES)
     inputs_of = (run.inputs.task.show(batch)[0] for batch in chosen)

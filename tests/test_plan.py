@@ -199,11 +199,13 @@ def test_a_thousand_workers_take_less_than_ten_seconds():
     assert planned["setting"]["num_workers"] == planned["setting"]["num_devices"] == 1024
 
 
-def test_a_convolution_counts_by_its_definition(monkeypatch):
-    config = get_config("resnet", **{"data.name": "cifar10", "model.width": 64})
+@pytest.mark.parametrize("width", [64, 16])
+def test_a_convolution_counts_by_its_definition(width, monkeypatch):
+    config = get_config("resnet", **{"data.name": "cifar10", "model.width": width})
     found = plan.predict(config, data.facts("cifar10"))
     for bound in ("_CHANNELS", "_CHANNELS_OF_GRADIENT"):  # no tiles at all
         monkeypatch.setattr(conv, bound, 10**6)
+    monkeypatch.setattr(conv, "_FEW", 0)  # nor pairs
     assert plan.predict(config, data.facts("cifar10")) == found
 
 

@@ -23,7 +23,7 @@ COMMON = {
     "checkpoint.every": 4,
 }
 # By one of the numbers of workers, in turn; by the other one where slow tests are run, and there every model.
-ALIKE = ("MLP", "CNN with GroupNorm", "PreAct ResNet18", "transformer", "Dropout", "multi-label")
+ALIKE = ("MLP", "CNN with GroupNorm", "ResNet by inner channels", "transformer", "Dropout", "multi-label")
 CASES = [
     pytest.param(
         (name, workers),
