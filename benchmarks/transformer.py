@@ -3,7 +3,7 @@
     python benchmarks/transformer.py --path=FILE.txt [--variant=NAME ...] [--workdir=DIR] [--seeds=3]
 
 The config is configs/transformer.py:chars with 4 workers, of a file's text. All variants see the same
-examples; the small net, by data-parallel SGD, has half of the blocks, about as many weights as a subnet. The
+examples; the small net, by data-parallel SGD, has 4 of the 10 blocks, about as many weights as a subnet. The
 rate of each is the best of a grid, as of methods.py. What is finished is recorded in transformer.json here
 and not repeated (delete its lines to measure again). --table prints what is recorded.
 """
